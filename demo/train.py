@@ -1,0 +1,526 @@
+"""Train the embedded demo model: a tiny Wan2.1 I2V that turns a photo and "pan left" into that camera move.
+
+Stages, each a command, each resumable (it goes on from its checkpoint in --work) and repeatable by --seed:
+
+    python demo/train.py vae      the video autoencoder, on short clips of camera moves over photographs
+    python demo/train.py latents  encode a set of clips with it, once
+    python demo/train.py dit      flow matching: DiT, text encoder and image tower together, on those clips
+    python demo/train.py export   write demo/*.safetensors, the DiT as NVFP4 by convert.py
+
+The photographs come inside the wheels of scikit-image and scikit-learn (demo/README.md lists their licences).
+"""
+import argparse
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import sample  # noqa: E402
+import wan_fp4  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------
+# Photographs and camera moves
+# ------------------------------------------------------------------------------------------------------
+
+TRAIN = ["astronaut", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "stereo",
+         "camera", "brick", "grass", "gravel", "moon", "coins", "china"]
+HELD_OUT = ["chelsea", "flower"]  # never trained on; demo/photo.jpg is chelsea
+
+
+def load_photo(name):
+    """One photograph as (3, h, w) float32 in [0, 1]."""
+    if name in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
+        photo = load_sample_image(name + ".jpg")
+    else:
+        from skimage import data
+        photo = data.stereo_motorcycle()[0] if name == "stereo" else getattr(data, name)()
+    photo = torch.tensor(photo).float() / 255
+    if photo.ndim == 2:
+        photo = photo[..., None].expand(-1, -1, 3)
+    return photo[..., :3].permute(2, 0, 1).contiguous()
+
+
+MOVES = ["pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out", "rotate left", "rotate right", "still"]
+PAN, ZOOM, TURN = 0.15, 1.25, math.radians(12)  # how far a whole clip moves: frame widths, factor, angle
+
+
+def camera(move, s):
+    """The camera after the fraction s of a move: (dx, dy) in frames, zoom factor, angle. The camera moves, so
+    'pan left' uncovers what lies left of the frame and 'rotate left' turns the picture clockwise."""
+    kind, _, way = move.partition(" ")
+    sign = -1 if way in ("left", "up", "out") else 1
+    if kind == "pan":
+        return (s * PAN * sign, 0, 1, 0) if way in ("left", "right") else (0, s * PAN * sign, 1, 0)
+    if kind == "zoom":
+        return 0, 0, ZOOM ** (s * sign), 0
+    return 0, 0, 1, (s * TURN * sign if kind == "rotate" else 0)
+
+
+def render(photo, move, frames, h, w, window=None, amount=1.0):
+    """The true camera move over a photo (3, H, W): a clip (3, frames, h, w). `window` = (x, y, width) is the
+    view of frame 0 in photo pixels, by default the largest centred one."""
+    _, H, W = photo.shape
+    x, y, width = window or (W / 2, H / 2, min(W, H * w / h))
+    reach = max(width, width * h / w)  # no move leaves this part of the photo
+    left, top = max(0, int(x - reach)), max(0, int(y - reach))
+    photo = photo[:, top:int(y + reach) + 1, left:int(x + reach) + 1]
+    x, y, (_, H, W) = x - left, y - top, photo.shape
+    scale = w / width  # resize first, so that the clip is sampled at about its own resolution and does not alias
+    H2, W2 = max(8, round(H * scale)), max(8, round(W * scale))
+    small = F.interpolate(photo[None], size=(H2, W2), mode="bicubic", antialias=True).clamp(0, 1)
+    clip = []
+    for f in range(frames):
+        dx, dy, zoom, angle = camera(move, amount * f / max(frames - 1, 1))
+        cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+        cx, cy = 2 * (x * scale + dx * w) / W2 - 1, 2 * (y * scale + dy * h) / H2 - 1
+        affine = torch.tensor([[[cos * w / W2, -sin * h / W2, cx], [sin * w / H2, cos * h / H2, cy]]])
+        grid = F.affine_grid(affine, (1, 3, h, w), align_corners=False)
+        clip.append(F.grid_sample(small, grid, "bicubic", "reflection", align_corners=False))
+    return torch.stack(clip, dim=2)[0].clamp(0, 1)
+
+
+def flipped(photos):
+    """Each photo, mirrored, upside down, and both."""
+    return [photo.flip(axes).contiguous() for photo in photos for axes in ((), (2,), (1,), (1, 2))]
+
+
+def augment(clip, rng):
+    """Permute the colours of (3, frames, h, w), shift gain, gamma and tint: more photographs out of few."""
+    if rng.random() < 0.3:
+        clip = clip[rng.sample(range(3), 3)]
+    gamma = math.exp(rng.uniform(-0.4, 0.4))
+    gain = torch.tensor([rng.uniform(0.75, 1.1) for _ in range(3)])[:, None, None, None]
+    grey = rng.uniform(0, 0.5) if rng.random() < 0.5 else 0
+    clip = clip.lerp(clip.mean(0, keepdim=True), grey)
+    return clip.pow(gamma) * gain
+
+
+def random_window(photo, h, w, rng):
+    """A view (x, y, width) whose every move stays inside the photo, where the photo is large enough."""
+    _, H, W = photo.shape
+    most = min(W, H * w / h) / 1.4  # room for the moves
+    width = math.exp(rng.uniform(math.log(min(w, most)), math.log(most)))
+    mx, my = 0.7 * width, 0.7 * width * h / w
+    return rng.uniform(min(mx, W / 2), max(W - mx, W / 2)), rng.uniform(min(my, H / 2), max(H - my, H / 2)), width
+
+
+def random_clip(photos, move, frames, h, w, rng, amount=1.0):
+    """A clip (3, frames, h, w) in [-1, 1] of a move over a random view of a random augmented photo."""
+    photo = rng.choice(photos)
+    window = random_window(photo, h, w, rng)
+    return augment(render(photo, move, frames, h, w, window, amount), rng) * 2 - 1
+
+
+# ------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pixels in [-1, 1]."""
+    return 10 * math.log10(4 / max((a - b).square().mean().item(), 1e-12))
+
+
+class Trainer:
+    """AdamW with warm-up, cosine decay to zero, and an average of the weights; resumes from its checkpoint."""
+
+    def __init__(self, modules, path, steps, lr, seed, device):
+        self.modules, self.path, self.steps, self.lr = modules.to(device), path, steps, lr
+        self.average = {k: v.detach().clone() for k, v in modules.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(modules.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.step, self.start = 0, time.time()
+        if path.exists():
+            saved = torch.load(path, weights_only=True, map_location=device)
+            modules.load_state_dict(saved["weights"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.average, self.step = saved["average"], saved["step"]
+            print(f"{path}: going on from step {self.step}", flush=True)
+        self.first = self.step
+        torch.manual_seed(seed + self.step)
+        self.rng = random.Random(seed + self.step)
+
+    def update(self, loss):
+        rise, fall = min(1, (self.step + 1) / 200), 0.5 + 0.5 * math.cos(math.pi * min(1, self.step / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rise * max(fall, 1e-3)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(0.998, 1 - 10 / (10 + self.step))
+        for k, v in self.modules.state_dict().items():
+            self.average[k].lerp_(v, 1 - decay)
+        if self.step % 100 == 0 or self.step == self.steps:
+            torch.save({"weights": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
+                        "average": self.average, "step": self.step}, str(self.path) + ".part")
+            Path(str(self.path) + ".part").replace(self.path)
+
+    def say(self, text):
+        rate = (time.time() - self.start) / max(self.step - self.first, 1)
+        print(f"step {self.step}/{self.steps}  {text}  {rate:.2f} s/step", flush=True)
+
+
+VAE = wan_fp4.VAEConfig(dims=(16, 32, 48, 64), blocks=1)
+
+
+@torch.no_grad()
+def pca_start(vae, images):
+    """Begin as a linear image codec, far better than random weights: the encoder computes the 16 principal
+    components of 8 x 8 patches, level by level, and repeats frames in time.
+
+    Every ChannelNorm divides by the length of a pixel's channels, which would lose its brightness. Channel 0
+    therefore carries a large constant through all levels: lengths stay about equal, and the norms about linear.
+    """
+    for name, m in vae.named_modules():
+        if name.endswith(("residual.6", "middle.1.proj")):  # every residual branch begins as zero
+            m.weight.zero_(), m.bias.zero_()
+        elif isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d)) and name.endswith(("coder.conv1", "resample.1", "shortcut")):
+            m.weight[0], m.bias[0] = 0, 1.5 * len(m.bias) ** 0.5
+        if isinstance(m, torch.nn.Conv3d) and m.kernel_size[0] == 3:  # no past yet
+            m.weight[:, :, :2] = 0
+            m.weight[:, :, 2] *= 3 ** 0.5
+        if name.endswith("time_conv"):  # copies of the newest frame
+            c_out, c_in = m.weight.shape[:2]
+            m.weight[:, :, 2] = torch.eye(c_in).repeat(c_out // c_in, 1)[..., None, None]
+            m.bias.zero_()
+
+    def copy_channels(weight):  # the first channels pass; those that are new keep a little of their random start
+        n = weight.shape[1]
+        weight *= 0.3
+        weight[:n] = torch.eye(n).view(n, n, *[1] * (weight.dim() - 2))
+
+    first = vae.encoder.conv1
+    first.weight[1:4] = 0
+    first.weight[1:4, :, 2, 1, 1] = torch.eye(3)
+    first.bias[1:4] = 0
+    f = images  # (B, C, h, w): the features that count so far
+    downs = [m for m in vae.encoder.downsamples if isinstance(m, wan_fp4.Downsample)]
+    for level, down in enumerate(downs):
+        blocks = rearrange(f, "b c (h p) (w q) -> (b h w) (c p q)", p=2, q=2)
+        mean, (values, vectors) = blocks.mean(0), torch.linalg.eigh(torch.cov(blocks.T))
+        conv, last = down.resample[1], level == len(downs) - 1
+        k = VAE.z if last else min(len(conv.bias) - 1, len(values))
+        basis = vectors[:, -k:] / values[-k:].sqrt() if last else vectors[:, -k:]  # the last: of variance 1
+        for sign, rows in ((1, slice(1, 1 + k)), (-1, slice(1 + k, 1 + 2 * k)))[:1 + last]:
+            conv.weight[rows], conv.bias[rows] = 0, -sign * mean @ basis
+            conv.weight[rows, 1:1 + f.shape[1], :2, :2] = sign * basis.T.reshape(k, f.shape[1], 2, 2)
+        f = rearrange((blocks - mean) @ basis, "(b h w) k -> b k h w", h=f.shape[2] // 2, w=f.shape[3] // 2)
+    for block in vae.encoder.downsamples:
+        if isinstance(block, wan_fp4.ResidualBlock) and block.shortcut is not None:
+            copy_channels(block.shortcut.weight)
+            block.shortcut.bias[1:] = 0
+            block.shortcut.bias[0] = 0  # the constant is among the channels that pass
+    # silu(u) - silu(-u) = u: the head gives back the components from their two signs
+    head, dim = vae.encoder.head[2], VAE.dims[-1]
+    length = (1.5 ** 2 * VAE.dims[-2] + 2 * k) ** 0.5
+    head.weight.zero_(), head.bias.zero_()
+    head.bias[VAE.z:] = -4  # log-variance
+    for i in range(VAE.z):
+        head.weight[i, 1 + i, 2, 1, 1] = length / dim ** 0.5
+        head.weight[i, 1 + k + i, 2, 1, 1] = -length / dim ** 0.5
+    for conv in (vae.conv1, vae.conv2):
+        conv.weight.copy_(torch.eye(len(conv.bias))[..., None, None, None])
+        conv.bias.zero_()
+
+
+def vae_forward(vae, clips, sample_posterior=True):
+    """Clips (B, 3, F, h, w) -> their reconstruction and the KL divergence per latent value."""
+    cache = {}
+    moments = torch.cat([vae.conv1(vae.encoder(x, cache), cache) for x in wan_fp4.chunks(clips, 8)], 2)
+    mean, logvar = moments.chunk(2, dim=1)
+    logvar = logvar.clamp(-12, 6)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) * sample_posterior
+    cache = {}
+    return torch.cat([vae.decoder(vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, 4)], 2), kl
+
+
+def vae_loss(out, clips):
+    error = out - clips
+    return error.abs().mean() + 2 * error.square().mean()
+
+
+def fit_linear_decoder(vae, photos, rng, device, steps=600):
+    """Fit the decoder to the PCA encoder with all residual branches left out: a minute that saves an hour."""
+    forward = wan_fp4.ResidualBlock.forward
+    wan_fp4.ResidualBlock.forward = lambda self, x, cache: x if self.shortcut is None else self.shortcut(x, cache)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
+        clips = torch.stack([random_clip(photos, "still", 1, 64, 64, rng) for _ in range(16)]).to(device)
+        out, _ = vae_forward(vae, clips)
+        optimizer.zero_grad()
+        vae_loss(out, clips).backward()
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"linear start {step + 1}/{steps}  {psnr(out.detach(), clips):.2f} dB", flush=True)
+    wan_fp4.ResidualBlock.forward = forward
+
+
+def train_vae(args):
+    photos = flipped([load_photo(name) for name in TRAIN])
+    vae, path = wan_fp4.WanVAE(VAE).to(args.device), args.work / "vae.pt"
+    if not path.exists():
+        torch.manual_seed(args.seed)
+        rng = random.Random(args.seed)
+        images = torch.stack([random_clip(photos, "still", 1, 64, 64, rng)[:, 0] for _ in range(1500)])
+        pca_start(vae, images)
+        fit_linear_decoder(vae, photos, rng, args.device)
+    run = Trainer(vae, path, args.steps or 2000, 6e-4, args.seed, args.device)
+    held = [render(load_photo(n), m, 9, 64, 64, (240, 160, 200)) * 2 - 1 for n in HELD_OUT for m in MOVES[::2]]
+    held = torch.stack(held).to(args.device)
+    shapes = [(5, 64, 64, 6), (9, 64, 64, 4), (9, 48, 80, 4), (1, 64, 64, 24)]  # frames, height, width, batch
+    while run.step < run.steps:
+        frames, h, w, batch = run.rng.choice(shapes)
+        clips = torch.stack([random_clip(photos, run.rng.choice(MOVES), frames, h, w, run.rng, run.rng.uniform(0.3, 1))
+                             for _ in range(batch)]).to(args.device)
+        out, kl = vae_forward(vae, clips)
+        run.update(vae_loss(out, clips) + 1e-3 * kl)
+        if run.step % 50 == 0:
+            now = {k: v.clone() for k, v in vae.state_dict().items()}
+            vae.load_state_dict(run.average)
+            with torch.no_grad():
+                back = vae.decode(vae.encode(held))
+            vae.load_state_dict(now)
+            run.say(f"train {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}  held-out {psnr(back, held):.2f} dB")
+
+
+# ------------------------------------------------------------------------------------------------------
+# Latents, once
+# ------------------------------------------------------------------------------------------------------
+
+FRAMES, SIZES = 13, [(96, 96), (80, 112), (112, 80)]  # height, width
+AREA = 9216  # what sample.py fits a photo's size to
+
+
+@torch.no_grad()
+def normalise(vae, clips):
+    """Fold each latent channel's own mean and deviation over the clips into the 1 x 1 x 1 convolutions around
+    the latents, so that Wan's published constants hold for this VAE too."""
+    z = torch.cat([vae.encode(clip[None]) for clip in clips]).transpose(0, 1).flatten(1)  # (16, all positions)
+    old_mean, old_std = (v.flatten() for v in wan_fp4.latent_statistics("cpu", len(z)))
+    mean, std = z.mean(1) * old_std + old_mean, z.std(1) * old_std  # of what conv1 puts out
+    gain = old_std / std
+    w, n = vae.conv1, len(z)
+    w.weight[:n] *= gain[:, None, None, None, None]
+    w.bias[:n] = (w.bias[:n] - mean) * gain + old_mean
+    w = vae.conv2
+    w.bias += w.weight[..., 0, 0, 0] @ (mean - old_mean / gain)
+    w.weight /= gain[None, :, None, None, None]
+
+
+def save(path, tensors, dtype, **metadata):
+    """Write a safetensors file whole or not at all."""
+    from safetensors.torch import save_file
+    tensors = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
+    save_file(tensors, f"{path}.part", metadata)
+    Path(f"{path}.part").replace(path)
+
+
+def average_of(path):
+    if not path.exists():
+        sys.exit(f"train.py: error: {path}: no such checkpoint: run the stage before this one first")
+    return torch.load(path, weights_only=True, map_location="cpu")["average"]
+
+
+def clip_pixels(frame):
+    """A frame (3, h, w) in [-1, 1] -> normalised pixels of the image tower, as sample.py prepares them."""
+    return sample.clip_pixels((frame + 1) / 2, CLIP_SIZE)[0]
+
+
+def train_latents(args):
+    photos = flipped([load_photo(name) for name in TRAIN])
+    rng = random.Random(args.seed)
+    vae = wan_fp4.WanVAE(VAE).eval()
+    vae.load_state_dict(average_of(args.work / "vae.pt"))
+    normalise(vae, [random_clip(photos, rng.choice(MOVES), FRAMES, 96, 96, rng) for _ in range(100)])
+    save(HERE / "vae.safetensors", vae.state_dict(), torch.float16)
+    vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device)
+    start, views = time.time(), []
+    for i in range(args.steps or 1500):
+        h, w = rng.choice(SIZES)
+        photo, looks = rng.choice(photos), rng.random()
+        window = random_window(photo, h, w, rng)
+        moves = rng.sample(range(len(MOVES)), 4)
+        clips = torch.stack([augment(render(photo, MOVES[m], FRAMES, h, w, window), random.Random(looks)) for m in moves])
+        clips = clips.to(args.device) * 2 - 1  # (4, 3, F, h, w)
+        with torch.no_grad():
+            z = vae.encode(torch.cat([sample.first_frame_video(clips[:1, :, 0], FRAMES), clips]))
+        views.append({"condition": z[0].half().cpu(), "clips": z[1:].half().cpu(), "moves": torch.tensor(moves),
+                      "pixels": clip_pixels(clips[0, :, 0].cpu()).half()})
+        if (i + 1) % 100 == 0:
+            print(f"{i + 1} views, {(time.time() - start) / (i + 1):.2f} s each", flush=True)
+    torch.save(views, args.work / "latents.pt")
+
+
+# ------------------------------------------------------------------------------------------------------
+# DiT, text encoder and image tower
+# ------------------------------------------------------------------------------------------------------
+
+PHRASES = {
+    "pan": ["pan {}", "pan to the {}", "the camera pans {}", "camera moves {}", "move the camera to the {}", "slow pan {}"],
+    "zoom": ["zoom {}", "the camera zooms {}", "slow zoom {}", "camera moves {} closer", "smooth zoom {}"],
+    "rotate": ["rotate {}", "rotate to the {}", "the camera rotates {}", "camera turns {}", "turn the camera to the {}"],
+    "still": ["still", "a still picture", "the camera does not move", "no movement", "static camera"],
+}
+
+
+def phrases(move):
+    """All the ways in which training asks for a move; the plainest first."""
+    kind, _, way = move.partition(" ")
+    out = [p.format(way) for p in PHRASES[kind]]
+    return [p.replace("out closer", "away") for p in out]
+
+
+DIT = wan_fp4.DiTConfig(dim=256, ffn_dim=1024, layers=6, head_dim=64, text_dim=64, image_dim=64)
+UMT5 = dict(dim=64, ffn_dim=128, layers=2, heads=4, inner=64)
+CLIP = wan_fp4.CLIPConfig(dim=64, ffn_dim=256, layers=2, head_dim=32, patch=14, tokens=65)
+CLIP_SIZE = 112
+
+
+def tokenizer_model():
+    """A SentencePiece unigram model of the phrases, as bytes: case-folding, with UMT5's special ids."""
+    import io
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([p for m in MOVES for p in phrases(m)] * 20), model_writer=out, vocab_size=128,
+        hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2)
+    return out.getvalue()
+
+
+def networks(tokenizer):
+    umt5 = wan_fp4.UMT5Config(vocab=tokenizer.vocab_size(), **UMT5)
+    nets = torch.nn.ModuleDict({"dit": wan_fp4.WanDiT(DIT), "umt5": wan_fp4.UMT5Encoder(umt5),
+                                "clip": wan_fp4.CLIPVision(CLIP)})
+    torch.nn.init.zeros_(nets["dit"].head.head.weight)
+    return nets
+
+
+def encode_prompts(umt5, tokenizer, prompts):
+    """Prompts -> features (B, L, D), padded with zeros to the longest."""
+    ids = [tokenizer.encode(p) + [tokenizer.eos_id()] for p in prompts]
+    longest = max(map(len, ids))
+    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids])
+    ids = torch.tensor([i + [tokenizer.pad_id()] * (longest - len(i)) for i in ids])
+    device = next(umt5.parameters()).device
+    return umt5(ids.to(device), mask.to(device))
+
+
+@torch.no_grad()
+def evaluate(nets, tokenizer, vae, device, seed=0):
+    """The 4-step sampler on photos never trained on, each with every move, against the true camera move:
+    mean PSNR of the result, of the first frame repeated, and of the truth through the VAE, in dB; and how often
+    the move nearest to the result is the one asked for."""
+    totals, right = [0.0, 0.0, 0.0], 0
+    for name, window in (("chelsea", (245, 140, 200)), ("flower", (330, 240, 270))):
+        photo = load_photo(name)
+        truth = torch.stack([render(photo, m, FRAMES, 96, 96, window) for m in MOVES]).to(device) * 2 - 1
+        condition = vae.encode(sample.first_frame_video(truth[:1, :, 0], FRAMES))
+        image = nets["clip"](clip_pixels(truth[0, :, 0].cpu())[None].to(device))
+        text = encode_prompts(nets["umt5"], tokenizer, MOVES)
+        y = sample.image_condition(condition).expand(len(MOVES), -1, -1, -1, -1)
+        noise = torch.randn(condition.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+        def denoise(x, sigma):
+            t = torch.full((len(x),), 1000 * float(sigma), device=device)
+            return nets["dit"](x, t, text, image.expand(len(x), -1, -1), y)
+
+        z = sample.sample_latents(denoise, noise.expand(len(MOVES), -1, -1, -1, -1), sample.sigmas("normal", 4, 5.0),
+                                  generator=torch.Generator().manual_seed(seed + 1))
+        video, back = vae.decode(z), vae.decode(vae.encode(truth))
+        still = truth[:, :, :1].expand_as(truth)
+        for i in range(len(MOVES)):
+            if MOVES[i] != "still":
+                for j, guess in enumerate((video, still, back)):
+                    totals[j] += psnr(guess[i], truth[i]) / 16
+            right += (video[i] - truth).square().flatten(1).mean(1).argmin().item() == i
+    return *totals, right / (2 * len(MOVES))
+
+
+def train_dit(args):
+    views = torch.load(args.work / "latents.pt", weights_only=True)
+    vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device)
+    spiece = args.work / "spiece.model"
+    if not spiece.exists():
+        spiece.write_bytes(tokenizer_model())
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    nets = networks(tokenizer)
+    run = Trainer(nets, args.work / "dit.pt", args.steps or 4000, 1e-3, args.seed, args.device)
+    by_size = [[v for v in views if v["condition"].shape[2:] == (h // 8, w // 8)] for h, w in SIZES]
+    recipe = sample.sigmas("normal", 4, 5.0)[:4]
+    while run.step < run.steps:
+        group = run.rng.choice(by_size)
+        picked = [(run.rng.choice(group), run.rng.randrange(4)) for _ in range(args.batch)]
+        x0 = torch.stack([v["clips"][i] for v, i in picked]).float().to(args.device)
+        y = torch.cat([sample.image_condition(v["condition"].float()[None]) for v, _ in picked]).to(args.device)
+        image = nets["clip"](torch.stack([v["pixels"] for v, _ in picked]).float().to(args.device))
+        prompts = [run.rng.choice(phrases(MOVES[v["moves"][i]])) for v, i in picked]
+        text = encode_prompts(nets["umt5"], tokenizer, prompts)
+        # Half of the time one of the sampler's own sigmas, so that four steps are enough
+        u = torch.rand(len(x0))
+        own = recipe[torch.randint(0, 3, (len(x0),))]
+        sigma = torch.where(torch.rand(len(x0)) < 0.5, own, 5 * u / (1 + 4 * u)).to(args.device)
+        noise = torch.randn_like(x0)
+        s = sigma[:, None, None, None, None]
+        velocity = nets["dit"]((1 - s) * x0 + s * noise, 1000 * sigma, text, image, y)
+        loss = (velocity - (noise - x0)).square().mean()
+        run.update(loss)
+        if run.step % 50 == 0:
+            run.say(f"loss {loss.item():.4f}")
+        if run.step % 500 == 0 or run.step == run.steps:
+            now = {k: v.clone() for k, v in nets.state_dict().items()}
+            nets.load_state_dict(run.average)
+            ours, still, bound, right = evaluate(nets, tokenizer, vae, args.device)
+            nets.load_state_dict(now)
+            run.say(f"held-out {ours:.2f} dB, first frame repeated {still:.2f}, VAE alone {bound:.2f}; "
+                    f"right move {right:.0%}")
+
+
+# ------------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------------
+
+
+def export(args):
+    import convert
+    average = average_of(args.work / "dit.pt")
+    part = {kind: {n[len(kind) + 1:]: t for n, t in average.items() if n.startswith(kind + ".")}
+            for kind in ("dit", "umt5", "clip")}
+    spiece = torch.tensor(list((args.work / "spiece.model").read_bytes()), dtype=torch.uint8)
+    save(HERE / "umt5.safetensors", part["umt5"] | {"spiece_model": spiece}, torch.float16)
+    # The file has one block more than Wan uses, as CLIP's own has; here it is a copy of the last one
+    extra = {n.replace("transformer.1.", "transformer.2."): t for n, t in part["clip"].items()}
+    save(HERE / "clip.safetensors", part["clip"] | extra, torch.float16, head_dim=str(CLIP.head_dim))
+    save(args.work / "dit.safetensors", part["dit"], torch.bfloat16, head_dim=str(DIT.head_dim),
+         frames=str(FRAMES), area=str(AREA), prompt="zoom in")
+    convert.main(["-i", str(args.work / "dit.safetensors"), "-o", str(HERE / "dit.safetensors")])
+
+
+def main():
+    stages = {"vae": train_vae, "latents": train_latents, "dit": train_dit, "export": export}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for checkpoints")
+    parser.add_argument("--steps", type=int, help="optimiser steps, or views to encode")
+    parser.add_argument("--batch", type=int, default=16, help="clips per step of the dit stage")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    stages[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,656 @@
+"""From a picture and a prompt to a video: python sample.py photo.jpg --prompt "pan left"
+
+    picture -> upright RGB, resized to fit the model's pixel area, both sides multiples of 16
+    prompt  -> SentencePiece ids -> UMT5 features                     \\
+    picture -> resized to CLIP's square -> image tokens                 the conditions of the DiT
+    picture, then empty frames -> VAE latents, and a mask beside them  /
+    noise   -> 4 steps of the DiT from sigma = 1 to sigma = 0 -> latents of the video
+    latents -> VAE -> frames -> mp4, gif, webp or a folder of png
+
+The networks (wan_fp4.py) take turns: each is loaded, used and freed before the next, so the peak of memory
+is that of the largest one alone.
+
+Wan2.1 is a flow model. On the straight path from data to noise,
+
+    x_sigma = (1 - sigma) * x0 + sigma * noise,
+
+the network gets t = 1000 * sigma and predicts the velocity v = noise - x0. So x0 = x - sigma * v anywhere: a
+schedule says at which sigmas to ask, a sampler what to do with the answers. The recipe of the distilled model
+is scheduler "normal", sampler "lcm", shift 5, 4 steps, no guidance (cfg 1). The base model wants 40 steps,
+cfg 5 and a negative prompt. All noise comes from one CPU generator: a seed means the same everywhere.
+
+Letters in the shapes: B batch; F frames, h w their height and width; T = 1 + (F - 1) / 4 latent frames, H W =
+h / 8, w / 8; L text tokens; D width of a network.
+"""
+import argparse
+import ctypes
+import gc
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from fractions import Fraction
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import Colorspace
+from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+import wan_fp4
+from quant import describe
+
+FPS = 16  # what Wan was trained on
+HERE = Path(__file__).resolve().parent
+
+# ----------------------------------------------------------------------------------------------------
+# Schedules: the sigmas of n steps
+# ----------------------------------------------------------------------------------------------------
+
+SCHEDULERS = ("normal", "simple", "linear_quadratic")
+SAMPLERS = ("lcm", "euler", "heun")
+
+
+def shifted(s, shift):
+    """s in [0, 1] -> [0, 1], with more of it at high noise if shift > 1. Source: arXiv 2403.03206, eq. 23."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def sigmas(scheduler, steps, shift):
+    """The noise levels that `steps` steps run through: (steps + 1,) float32, from 1 down to 0.
+
+    "normal" and "simple" choose from the model's 1000 sigmas, shifted(i / 1000), evenly in t or by index;
+    "linear_quadratic" (Movie Gen, arXiv 2410.13720, section 3.4.2) ignores the shift. They repeat ComfyUI's
+    schedulers of the same names. Raises ValueError for an unknown name, steps < 1, or shift <= 0.
+    """
+    if scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler {scheduler!r}: expected one of {', '.join(SCHEDULERS)}")
+    if steps < 1:
+        raise ValueError(f"steps {steps}: expected 1 or more")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift {shift}: expected a number above 0")
+
+    if scheduler == "normal":
+        lowest = shifted(shifted(1 / 1000, shift), shift)  # shifted twice: ComfyUI takes sigma_min for a time
+        ends_at_zero = lowest < 1e-5
+        times = torch.linspace(1, shifted(1 / 1000, shift), steps + ends_at_zero, dtype=torch.float64)
+        values = shifted(times, shift).tolist() + [0.0] * (not ends_at_zero)
+    elif scheduler == "simple":
+        values = [shifted((1000 - i * 1000 // steps) / 1000, shift) for i in range(steps)] + [0.0]
+    else:
+        values = [1 - linear_quadratic(i, steps) for i in range(steps)] + [0.0]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def linear_quadratic(i, steps):
+    """How much noise is gone after i of n steps: linear up to 0.025 in the first half, then a parabola that
+    goes on from there smoothly and ends at 1."""
+    m = steps // 2
+    if i < m:
+        return 0.025 * i / m
+    if m == 0:
+        return 0.0
+    d = (m - 0.025 * steps) / (steps - m) ** 2
+    a, b = d / m, 0.025 / m - 2 * d
+    return a * i * i + b * i + d * m
+
+
+# ----------------------------------------------------------------------------------------------------
+# Samplers: from noise to latents
+# ----------------------------------------------------------------------------------------------------
+
+def sample_latents(denoise, noise, sigmas, sampler="lcm", generator=None, progress=iter):
+    """Follow the velocity from noise to data.
+
+    denoise(x, sigma) -> velocity, of x's shape; sigma is a float. noise: any shape and device. sigmas:
+    (n + 1,) as the function of that name gives. generator: a CPU one, for the fresh noise of "lcm". progress:
+    wraps the list of steps, as tqdm does. Returns x at the last sigma, float32.
+
+        lcm     jump to x0, add fresh noise up to the next sigma (latent consistency, arXiv 2310.04378)
+        euler   a straight step along v
+        heun    euler, then again with the mean of v at both ends (arXiv 2206.00364, algorithm 1)
+
+    Raises ValueError for an unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    x, levels = noise.float(), [float(s) for s in sigmas]
+    for s, s_next in progress(list(zip(levels, levels[1:]))):
+        v = denoise(x, s)
+        if sampler == "lcm":
+            x = x - s * v  # x0
+            if s_next > 0:
+                fresh = torch.randn(x.shape, generator=generator).to(x.device)
+                x = (1 - s_next) * x + s_next * fresh
+        else:
+            end = x + (s_next - s) * v
+            if sampler == "heun" and s_next > 0:
+                end = x + (s_next - s) * (v + denoise(end, s_next)) / 2
+            x = end
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------
+# The picture
+# ----------------------------------------------------------------------------------------------------
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+EXIF_FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}  # 5 to 8 are transposed first
+
+
+def read_image(path):
+    """A png, jpg or webp (or gif, bmp, tiff: its first picture) -> (3, h, w) float32 in [0, 1], sRGB.
+
+    Transparency is flattened over white. The EXIF orientation is applied. Raises FileNotFoundError, and
+    ValueError for a file that is not an image.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    data = Path(path).read_bytes()  # av gets bytes: it would take a name such as "a%d.png" for a pattern
+    try:
+        with av.open(BytesIO(data)) as container:
+            if not container.format.name.endswith("_pipe") and container.format.name != "gif":
+                raise ValueError(f"{path}: got {container.format.name}, expected an image (png, jpg, webp)")
+            pixels = frame_to_pixels(next(container.decode(video=0)))  # (h, w, 4)
+    except (av.error.FFmpegError, StopIteration, IndexError):
+        raise ValueError(f"{path}: not an image that can be read (png, jpg or still webp)") from None
+    color, alpha = pixels.permute(2, 0, 1).float().div(255).split([3, 1])  # (3 and 1, h, w)
+    image = color * alpha + (1 - alpha)
+    orientation = exif_orientation(data)
+    if orientation >= 5:
+        image = image.transpose(1, 2)
+    return image.flip(EXIF_FLIPS.get(orientation, [])).contiguous()
+
+
+def frame_to_pixels(frame):
+    """An av frame -> (h, w, 4) uint8, red green blue alpha. av's own way needs numpy, which nothing else does."""
+    plane = frame.reformat(format="rgba").planes[0]  # rows of line_size bytes, the last ones unused
+    rows = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(plane.height, plane.line_size)
+    return rows[:, :4 * plane.width].reshape(plane.height, plane.width, 4)  # (h, w, 4)
+
+
+def pixels_to_frame(pixels):
+    """(h, w, 3) uint8, red green blue -> an av frame."""
+    height, width = pixels.shape[:2]
+    frame = av.VideoFrame(width, height, "rgb24")
+    plane = frame.planes[0]
+    rows = F.pad(pixels.flatten(1), (0, plane.line_size - 3 * width)).contiguous()  # (h, line_size)
+    plane.update(ctypes.string_at(rows.data_ptr(), rows.numel()))
+    return frame
+
+
+def exif_orientation(data):
+    """The EXIF tag Orientation, 1 to 8, of a jpg, png or webp file's bytes; 1 if there is none.
+
+    Read here because av tells only an angle: to it a mirrored picture and one upside down are the same. EXIF
+    is a TIFF header: byte order, 42, offset of a table. The table is a count, then entries of 12 bytes: tag,
+    type, count, value.
+    """
+    found = re.search(rb"(?:Exif\0\0|eXIf|EXIF.{4})(?=II\*\0|MM\0\*)", data, re.DOTALL)
+    if not found:
+        return 1
+    tiff = data[found.end():found.end() + 65536]
+    order = "little" if tiff[:2] == b"II" else "big"
+
+    def number(at, size):
+        return int.from_bytes(tiff[at:at + size], order)
+
+    table = number(4, 4)
+    entries = range(table + 2, table + 2 + 12 * number(table, 2), 12)
+    return next((number(e + 8, 2) for e in entries if number(e, 2) == 0x0112), 1)
+
+
+def fit_size(width, height, area):
+    """The size (width, height) of the video for a picture of this size.
+
+    As in Wan's own pipeline: the rectangle of `area` pixels with the picture's aspect ratio, both sides
+    rounded down to multiples of 16 (8 of the VAE, 2 of the DiT's patches). So its area is at most `area`.
+    """
+    w = max(math.isqrt(area * width // height) // 16 * 16, 16)
+    h = max(math.isqrt(area * height // width) // 16 * 16, 16)
+    # where 16 was more than the side of a very long picture, the other one gives way
+    return min(w, max(area // h // 16 * 16, 16)), min(h, max(area // w // 16 * 16, 16))
+
+
+def resize(image, width, height, crop=False):
+    """(3, h, w) in [0, 1] -> (3, height, width), bicubic with antialiasing: the whole picture, stretched; or
+    with crop its middle that has the new aspect ratio."""
+    if crop:
+        h, w = image.shape[1:]
+        ch, cw = min(h, max(1, round(w * height / width))), min(w, max(1, round(h * width / height)))
+        image = image[:, (h - ch) // 2:(h - ch) // 2 + ch, (w - cw) // 2:(w - cw) // 2 + cw]  # (3, ch, cw)
+    image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    return image.clamp(0, 1)  # (3, height, width); bicubic overshoots at edges
+
+
+def clip_pixels(image, size):
+    """(3, h, w) in [0, 1] -> (1, 3, size, size), normalised for CLIP: squeezed, nothing cut off."""
+    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD])[:, :, None, None]  # each (3, 1, 1)
+    return (resize(image, size, size) - mean)[None] / std  # (1, 3, size, size)
+
+
+def first_frame_video(image, frames):
+    """Pictures (B, 3, h, w) in [-1, 1] -> videos (B, 3, F, h, w): the picture, then zeros, which are grey."""
+    return F.pad(image[:, :, None], (0, 0, 0, 0, 0, frames - 1))  # (B, 3, F, h, w)
+
+
+def image_condition(latents):
+    """Latents (B, 16, T, H, W) of a first_frame_video -> the DiT's y (B, 20, T, H, W), a mask before them.
+
+    The mask is 1 for the frame that is given and 0 for the rest. Frame 0 is repeated 4 times, then every 4
+    frames become 4 channels of a latent frame: so all channels are 1 at the first latent frame, and 0 after.
+    """
+    mask = torch.zeros_like(latents[:, :4])  # (B, 4, T, H, W)
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], dim=1)  # (B, 20, T, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The prompt
+# ----------------------------------------------------------------------------------------------------
+
+def load_tokenizer(path):
+    """The SentencePiece model of a text encoder's file: its tensor `spiece_model`, or a spiece.model beside
+    it. Raises ValueError where there is neither."""
+    path = Path(path)
+    if path.suffix == ".safetensors" and "spiece_model" in wan_fp4.read_header(path)[1]:
+        with safe_open(path, "pt") as file:  # this tensor alone
+            return SentencePieceProcessor(model_proto=bytes(file.get_tensor("spiece_model").tolist()))
+    beside = [path.parent / "spiece.model", path.parent / "google" / "umt5-xxl" / "spiece.model"]
+    for candidate in beside:
+        if candidate.is_file():
+            return SentencePieceProcessor(model_file=str(candidate))
+    raise ValueError(f"{path}: no tokenizer: expected a tensor `spiece_model` in the file, or {beside[0]} or "
+                     f"{beside[1]} beside it")
+
+
+def tokenize(tokenizer, prompt):
+    """Ids (1, L) int64 of a prompt, L <= 512: white space cleaned, cut if too long, `</s>` at the end.
+
+    No padding: the text encoder would hide it, and the DiT pads the features."""
+    ids = tokenizer.encode(" ".join(prompt.split()))[:wan_fp4.TEXT_TOKENS - 1]
+    return torch.tensor([ids + [tokenizer.eos_id()]])  # (1, L)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Video files
+# ----------------------------------------------------------------------------------------------------
+
+# by extension: container, codec, pixel format, and the options of the container and of the codec
+CONTAINERS = {".mp4": ("mp4", "libx264", "yuv420p", {}, {"crf": "18"}),
+              ".gif": ("gif", "gif", "pal8", {"loop": "0"}, {}),
+              ".webp": ("webp", "libwebp_anim", "bgra", {"loop": "0"}, {"quality": "90"})}
+
+
+@contextmanager
+def open_video(path, width, height, metadata=None):
+    """A context that gives write(frame), for uint8 frames (h, w, 3) at 16 fps.
+
+    The extension decides: .mp4 (H.264), .gif, .webp; none, or a / at the end, is a folder of 0000.png and so
+    on. The video is written to a hidden file beside the path. It is opened at once, so that a bad path fails
+    before the work; it gets its name when the context ends, and is removed if that fails. metadata: title,
+    comment and the like, for mp4. Raises ValueError for an unknown extension or a folder in use, OSError for
+    a bad path.
+    """
+    kind = "" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
+    path = Path(path).absolute()
+    if kind and kind not in CONTAINERS:
+        raise ValueError(f"{path.name}: extension {kind!r}: expected {', '.join(CONTAINERS)}, or a folder's "
+                         f"name without an extension or with a / at the end, for png files")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
+    if path.is_dir() and (kind or any(path.iterdir())):
+        raise ValueError(f"{path}: is a folder{'' if kind else ' that has files in it'}: give another name")
+    if path.is_file() and not kind:
+        raise ValueError(f"{path}: is a file, expected a folder or a new name")
+
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        writer = write_container(hidden, width, height, kind, metadata) if kind else write_folder(hidden)
+        with writer as write:
+            yield write
+        if path.is_dir():
+            path.rmdir()  # empty, as checked
+        hidden.replace(path)
+    except BaseException:  # Ctrl-C too
+        if hidden.is_dir():
+            shutil.rmtree(hidden, ignore_errors=True)
+        hidden.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def write_container(path, width, height, kind, metadata):
+    form, codec, pixels, container_options, options = CONTAINERS[kind]
+    with open(path, "wb") as file, av.open(file, "w", format=form, options=container_options) as container:
+        container.metadata.update(metadata or {})
+        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        if form == "mp4":  # say which YUV it is, or players guess by the size
+            stream.colorspace = stream.color_primaries = stream.color_trc = 1  # BT.709
+            stream.color_range = 1  # 16 to 235
+        graph, frames = palette_graph(width, height) if form == "gif" else None, 0
+
+        def write(frame):
+            nonlocal frames
+            picture = pixels_to_frame(frame)
+            picture.pts, picture.time_base = frames, Fraction(1, FPS)
+            frames += 1
+            if graph:
+                graph.push(picture)
+            else:
+                picture = picture.reformat(format=pixels, dst_colorspace=Colorspace.ITU709)
+                container.mux(stream.encode(picture))
+
+        yield write
+        if graph:
+            graph.push(None)
+            for _ in range(frames):
+                container.mux(stream.encode(graph.pull()))
+        container.mux(stream.encode(None))  # what the encoder still holds
+
+
+def palette_graph(width, height):
+    """av filters that choose a gif's 256 colours for all frames: these come out after the last went in."""
+    graph = av.filter.Graph()
+    source = graph.add("buffer", f"video_size={width}x{height}:pix_fmt=rgb24:time_base=1/{FPS}")
+    split, palette, use, sink = map(graph.add, ("split", "palettegen", "paletteuse", "buffersink"))
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(use, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    return graph
+
+
+@contextmanager
+def write_folder(path):
+    path.mkdir()
+    frames = 0
+
+    def write(frame):
+        nonlocal frames
+        encoder = av.CodecContext.create("png", "w")
+        encoder.height, encoder.width = frame.shape[:2]
+        encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1, FPS)
+        packets = encoder.encode(pixels_to_frame(frame))
+        (path / f"{frames:04d}.png").write_bytes(b"".join(bytes(packet) for packet in packets))
+        frames += 1
+
+    yield write
+
+
+def free_name(image, prompt, seed):
+    """A name in the current folder, safe on every system and not taken: photo-pan-left-seed0.mp4."""
+    words = re.sub("[^A-Za-z0-9]+", "-", f"{Path(image).stem} {prompt}")[:60].strip("-")
+    name = f"{words}-seed{seed}".lstrip("-")
+    names = (f"{name}-{i}.mp4" if i else f"{name}.mp4" for i in count())
+    return next(name for name in names if not Path(name).exists())
+
+
+# ----------------------------------------------------------------------------------------------------
+# The pipeline
+# ----------------------------------------------------------------------------------------------------
+
+AREA, FRAMES = 480 * 832, 81  # the 480P model's own; a file's header may say others
+
+
+@contextmanager
+def stage(name, seconds, device):
+    """Measure a stage into seconds[name], with the work that it queued, and give back its memory."""
+    start = time.perf_counter()
+    yield
+    gc.collect()  # torch leaves the first network loaded in a cycle
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    seconds[name] = time.perf_counter() - start
+
+
+def check_frames(frames):
+    """Raises ValueError for a frame count that is not 4k + 1, naming the two nearest."""
+    if frames < 1 or frames % 4 != 1:
+        below = max(1, (frames - 1) // 4 * 4 + 1)
+        raise ValueError(f"--frames {frames}: must be 4k+1; the nearest are {below} and {below + 4}")
+
+
+def encode_text(path, prompts, device):
+    """Features (1, L, D) of each prompt, unpadded."""
+    tokenizer, umt5 = load_tokenizer(path), wan_fp4.load_umt5(path, device)
+    ids = [tokenize(tokenizer, prompt).to(device) for prompt in prompts]
+    return [umt5(x, torch.ones_like(x)) for x in ids]
+
+
+def encode_picture(path, image, device):
+    """(3, h, w) in [0, 1] -> CLIP tokens (1, tokens, D)."""
+    clip = wan_fp4.load_clip(path, device)
+    return clip(clip_pixels(image, clip.image_size).to(device))
+
+
+def encode_first_frame(path, image, frames, device):
+    """(3, h, w) in [0, 1] -> y (1, 20, T, H, W)."""
+    vae = wan_fp4.load_vae(path, device)
+    return image_condition(vae.encode(first_frame_video(image[None].to(device) * 2 - 1, frames)))
+
+
+def sample_video(path, y, text, image, levels, sampler, cfg, seed, device):
+    """Conditions -> latents (1, 16, T, H, W). text: features of the prompt, and of the negative."""
+    dit = wan_fp4.load_dit(path, device)
+    print(f"{Path(path).name}: {describe(dit)}")
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)  # (1, 16, T, H, W)
+
+    def denoise(x, sigma):
+        t = torch.full((1,), 1000 * sigma, device=device)
+        v = dit(x, t, text[0], image, y)
+        if cfg == 1:
+            return v
+        v_negative = dit(x, t, text[1], image, y)
+        return v_negative + cfg * (v - v_negative)  # classifier-free guidance, arXiv 2207.12598
+
+    return sample_latents(denoise, noise.to(device), levels, sampler, generator,
+                          progress=lambda steps: tqdm(steps, desc="sample", unit="step"))
+
+
+def decode_video(path, latents, device):
+    """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU."""
+    vae, frames = wan_fp4.load_vae(path, device), []
+    for piece in tqdm(vae.decode_chunks(latents), desc="decode", total=latents.shape[2]):
+        pixels = ((piece[0] + 1) * 127.5).round().to("cpu", torch.uint8)  # (3, 4, h, w)
+        frames.append(pixels.permute(1, 2, 3, 0))  # (4, h, w, 3)
+    return torch.cat(frames)  # (F, h, w, 3)
+
+
+@torch.inference_mode()
+def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0, sampler="lcm",
+             scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None):
+    """A video from a picture: (F, h, w, 3) uint8 on the CPU.
+
+    image: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS. size: (width, height) in
+    multiples of 16, to whose aspect ratio the picture is cropped; by default what fit_size gives for `area`,
+    to which it is stretched a little, as in Wan's own pipeline. seconds: a dict that gets each stage's time.
+    Raises ValueError for bad settings, and what the loaders raise.
+    """
+    check_frames(frames)
+    levels = sigmas(scheduler, steps, shift)
+    device, seconds = torch.device(device), {} if seconds is None else seconds
+    width, height = size or fit_size(image.shape[2], image.shape[1], area)
+    with stage("text", seconds, device):
+        text = encode_text(files["text-encoder"], [prompt] if cfg == 1 else [prompt, negative], device)
+    with stage("image", seconds, device):
+        tokens = encode_picture(files["clip"], image, device)
+    with stage("encode", seconds, device):
+        first = resize(image, width, height, crop=size is not None)  # (3, height, width)
+        y = encode_first_frame(files["vae"], first, frames, device)
+    with stage("sample", seconds, device):
+        latents = sample_video(files["dit"], y, text, tokens, levels, sampler, cfg, seed, device)
+    with stage("decode", seconds, device):
+        return decode_video(files["vae"], latents, device)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------
+
+# by flag: the folder and the file in ComfyUI's layout, and the demo's file
+NETWORKS = {"dit": ("diffusion_models", "wan2.1_i2v_480p_14B_bf16.safetensors", "dit.safetensors"),
+            "text-encoder": ("text_encoders", "umt5_xxl_fp16.safetensors", "umt5.safetensors"),
+            "clip": ("clip_vision", "clip_vision_h.safetensors", "clip.safetensors"),
+            "vae": ("vae", "wan_2.1_vae.safetensors", "vae.safetensors")}
+
+
+def find_files(named, models=None):
+    """The four networks' paths {flag: path}, and whether they are the demo's.
+
+    named: {flag: path or None}. A file not named is looked for in `models`, by default the folder models/
+    beside this script; the demo is taken only if nothing is named and there is no such folder. Raises
+    FileNotFoundError and ValueError for a file that is missing, not alone in its folder, or broken.
+    """
+    if models is not None and not Path(models).is_dir():
+        raise FileNotFoundError(f"--models {models}: no such folder")
+    folder = Path(models) if models is not None else HERE / "models"
+    demo = not any(named.values()) and not folder.is_dir()
+    files = {}
+    for flag, (place, usual, tiny) in NETWORKS.items():
+        if demo or named[flag]:
+            found = [HERE / "demo" / tiny if demo else Path(named[flag])]
+            if not found[0].is_file():
+                raise FileNotFoundError(f"{'' if demo else f'--{flag} '}{found[0]}: no such file")
+        else:
+            found = sorted(p for p in (folder / place).glob("*") if p.suffix in (".safetensors", ".pth"))
+            if not found:
+                raise FileNotFoundError(f"{folder / place}: no .safetensors or .pth file: put {usual} there, "
+                                        f"or give --{flag} FILE")
+            if len(found) > 1:
+                names = ", ".join(p.name for p in found)
+                raise ValueError(f"{folder / place}: {len(found)} files: {names}: choose by --{flag} FILE")
+        files[flag] = found[0]
+        if files[flag].suffix == ".safetensors":
+            wan_fp4.read_header(files[flag])  # a broken download shows now, not after the text encoder
+    return files, demo
+
+
+def parse_size(text):
+    """"832x480" -> (832, 480), each side rounded to the nearest multiple of 16."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match or "0" in match.groups():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT in pixels, such as 832x480")
+    return tuple(max(16, (int(side) + 8) // 16 * 16) for side in match.groups())
+
+
+def check_device(name):
+    """Raises ValueError for a device that torch does not know or cannot use here."""
+    try:
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in words."""
+    parts = []
+    if device.type == "cuda":
+        parts.append(f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU")
+    try:
+        import resource  # not on Windows
+        unit = 1 if sys.platform == "darwin" else 1024
+        parts.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of RAM")
+    except ImportError:
+        pass
+    return ", ".join(parts) or "unknown"
+
+
+def run(args):
+    """Everything that can be wrong with the arguments is found before the first network is loaded."""
+    device = check_device(args.device)
+    image = read_image(args.image)
+    files, demo = find_files({flag: getattr(args, flag.replace("-", "_")) for flag in NETWORKS}, args.models)
+    own = wan_fp4.read_header(files["dit"])[0] if files["dit"].suffix == ".safetensors" else {}
+    frames = args.frames if args.frames is not None else int(own.get("frames", FRAMES))
+    prompt = args.prompt if args.prompt is not None else own.get("prompt", "")
+    area = int(own.get("area", AREA))
+    check_frames(frames)
+    sigmas(args.scheduler, args.steps, args.shift)
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed {args.seed}: expected 0 to 2**63 - 1")
+    output = args.output or free_name(args.image, prompt, args.seed)
+    if Path(output).exists() and Path(output).samefile(args.image):
+        raise ValueError(f"-o {output}: is the picture itself: give another name")
+
+    width, height = args.size or fit_size(image.shape[2], image.shape[1], area)
+    recipe = (f"seed {args.seed}, {args.steps} steps, sampler {args.sampler}, scheduler {args.scheduler}, "
+              f"shift {args.shift:g}, cfg {args.cfg:g}")
+    negative = f"negative: {args.negative}; " if args.cfg != 1 else ""
+    about = {"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {files['dit'].name}"}
+    seconds, start = {}, time.perf_counter()
+    with open_video(output, width, height, about) as write:
+        if demo:
+            real = ", ".join("/".join(("models", *NETWORKS[flag][:2])) for flag in NETWORKS)
+            print("sample.py: this is the demo model, tiny and embedded. For the real one put ComfyUI's "
+                  f"repackaged Wan 2.1 files here: {real}", file=sys.stderr)
+        print(f"{args.image}: {image.shape[2]}x{image.shape[1]} -> {frames} frames of {width}x{height}\n"
+              f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
+        video = generate(image, files, prompt, frames, args.size, area, args.steps, args.shift, args.sampler,
+                         args.scheduler, args.cfg, args.negative, args.seed, device, seconds)
+        with stage("write", seconds, device):
+            for frame in video:
+                write(frame)
+    print(f"seconds: {', '.join(f'{name} {s:.1f}' for name, s in seconds.items())}; "
+          f"in all {time.perf_counter() - start:.1f}\npeak memory: {peak_memory(device)}\n"
+          f"{output}: {width}x{height}, {frames} frames, seed {args.seed}")
+
+
+def main(argv=None):
+    """The command line. Exit code 0, 2 after one line about what is wrong, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description="A video from a picture, by Wan2.1 image-to-video. The defaults are "
+        "the distilled model's recipe; the base model wants --steps 40 --cfg 5 and a --negative prompt.")
+    add = parser.add_argument
+    add("image", help="png, jpg or webp; transparency becomes white")
+    add("--prompt", help="what happens in the video (default: the model file's own, if it has one)")
+    add("-o", "--output", help="OUT.mp4, .gif or .webp, replaced if it exists; a name without extension: a "
+        "folder of png (default: a new name in the current folder, from image, prompt and seed)")
+    add("--models", help="folder in ComfyUI's layout: diffusion_models/, text_encoders/, clip_vision/, vae/ "
+        "(default: models/ beside this script; without it, the embedded demo model)")
+    for flag in NETWORKS:
+        add(f"--{flag}", metavar="FILE", help="instead of the one in the models folder")
+    add("--frames", type=int, help=f"4k+1, at {FPS} a second (default: the model's own, or {FRAMES})")
+    add("--size", type=parse_size, metavar="WxH", help="rounded to multiples of 16; the picture is cropped "
+        "to it (default: the picture's shape, with the model's own pixel area, or 480 x 832)")
+    add("--steps", type=int, default=4)
+    add("--shift", type=float, default=5.0, help="more steps at high noise (default: 5)")
+    add("--sampler", choices=SAMPLERS, default="lcm")
+    add("--scheduler", choices=SCHEDULERS, default="normal")
+    add("--cfg", type=float, default=1.0, help="guidance; other than 1: two forwards a step (default: 1)")
+    add("--negative", default="", help="prompt for what to avoid, with --cfg")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+
+    def fail(message):
+        print(f"sample.py: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    parser.error = fail  # without the usage in front: one line
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("\nsample.py: interrupted, nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

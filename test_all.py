@@ -1,0 +1,2155 @@
+"""All tests, in the order of the files they test: pytest test_all.py
+
+Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transformers, pillow, safetensors) or
+mathematics. Nothing here needs a GPU.
+"""
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from comfy_kitchen.backends.eager import quantization as ck
+from comfy_kitchen.float_utils import to_blocked
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import convert
+import quant
+import sample
+import wan_fp4
+
+REPOSITORY = Path(__file__).resolve().parent
+
+
+# --------------------------------------------------------------------------------------------------
+# quant.py
+# --------------------------------------------------------------------------------------------------
+
+GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # E2M1 by its definition: code -> magnitude
+E4M3 = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()  # the 126 positive scales
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = "gaussian, odd, one row, zero blocks, all zero, subnormal, outlier, ties, minus zero".split(", ")
+
+
+def same_bits(a, b):
+    a_bytes, b_bytes = a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    return a.shape == b.shape and torch.equal(a_bytes, b_bytes)
+
+
+def example(kind, dtype):
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(96, 160, generator=g) * 0.02
+    if kind == "odd":
+        w = torch.randn(133, 77, generator=g)
+    elif kind == "one row":
+        w = torch.randn(1, 5, generator=g)
+    elif kind == "zero blocks":
+        w[3:20, 32:96] = 0
+    elif kind == "all zero":
+        w = torch.zeros(17, 40)
+    elif kind == "subnormal":
+        w[:, :64] *= torch.finfo(dtype).smallest_normal
+        w[0, :16] = torch.finfo(dtype).smallest_normal / 4
+    elif kind == "outlier":
+        w[5, 7] = 6e4
+    elif kind == "ties":
+        w = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(16, 4) * 448
+        w[:, ::3] *= -1
+    elif kind == "minus zero":
+        w[2:9, :32] = -0.0
+        w[:, 50] = -0.0
+    return w.to(dtype)
+
+
+def error_per_block(w, approximation, block):
+    w, approximation = (F.pad(t.double(), (0, -t.shape[1] % block)) for t in (w, approximation))
+    return (w - approximation).square().unflatten(-1, (-1, block)).sum(-1)
+
+
+# E2M1, nibbles, swizzle
+
+def test_e2m1_codes_are_the_sixteen_values():
+    values = quant.decode_e2m1(torch.arange(16, dtype=torch.uint8))
+    assert torch.equal(values, torch.cat([GRID, -GRID])) and values[8].signbit()
+    assert quant.encode_e2m1(values).tolist() == list(range(16))
+
+
+def test_e2m1_rounds_to_the_nearest_and_ties_to_the_even_code():
+    middles = ((GRID[1:] + GRID[:-1]) / 2)
+    near = torch.cat([middles.nextafter(torch.tensor(-9.0)), middles, middles.nextafter(torch.tensor(9.0))])
+    x = torch.cat([torch.linspace(0, 9, 20001), near, torch.tensor([1e-45, 1e38, math.inf])])
+    distance = (x.double().clamp(max=6)[:, None] - GRID.double()).abs()
+    nearest = distance == distance.amin(-1, keepdim=True)
+    nearest[nearest.sum(-1) == 2] &= torch.arange(8) % 2 == 0
+    expected = nearest.int().argmax(-1).to(torch.uint8)
+    assert nearest.sum(-1).eq(1).all()
+    assert torch.equal(quant.encode_e2m1(x), expected)
+    assert torch.equal(quant.encode_e2m1(-x), expected | 8)
+    assert torch.equal(quant.round_e2m1(x), GRID[expected.long()])
+
+
+def test_pack_and_unpack_are_inverses_with_the_even_element_high():
+    codes = torch.arange(256, dtype=torch.uint8).repeat_interleave(2).view(16, 32)
+    codes[:, ::2] >>= 4
+    codes &= 15
+    data = quant.pack_e2m1(codes)
+    assert data.flatten().tolist() == list(range(256))
+    assert torch.equal(quant.unpack_e2m1(data), codes)
+
+
+@pytest.mark.parametrize("shape", [(128, 4), (1, 1), (130, 3), (300, 9)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float32])
+def test_swizzle_is_the_cublas_layout_and_unswizzle_its_inverse(shape, dtype):
+    scale = torch.randint(0, 120, shape, dtype=torch.uint8)
+    def same_values(got, expected):
+        assert got.dtype == dtype
+        assert torch.equal(got.to(torch.uint8) if dtype == torch.float32 else got.view(torch.uint8), expected)
+
+    stored = quant.swizzle(scale.to(dtype) if dtype == torch.float32 else scale.view(dtype))
+    same_values(stored, to_blocked(scale, flatten=False))
+    same_values(quant.unswizzle(stored, *shape), scale)
+    same_values(quant.unswizzle(stored.flatten(), *shape), scale)
+
+
+def test_swizzle_puts_entry_r_c_where_the_format_says():
+    scale = torch.arange(128 * 4, dtype=torch.float32).view(128, 4)
+    tile = quant.swizzle(scale).view(32, 16)
+    for r in range(128):
+        for c in range(4):
+            assert tile[r % 32, r // 32 * 4 + c] == scale[r, c]
+
+
+def test_swizzle_refuses_wrong_shapes():
+    with pytest.raises(ValueError, match="expected 2-D"):
+        quant.swizzle(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"got \(128, 4\), expected \(128, 8\)"):
+        quant.unswizzle(torch.zeros(128, 4), 96, 5)
+
+
+# Quantise, against comfy-kitchen
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nvfp4_rtn_is_comfy_kitchens_bits(kind, dtype):
+    w = example(kind, dtype)
+    data, block_scale, tensor_scale = quant.quantize_nvfp4(w)
+    expected, expected_scale = ck.quantize_nvfp4(w, tensor_scale, pad_16x=True)
+    assert same_bits(data, expected) and same_bits(block_scale, expected_scale)
+    assert tensor_scale == w.float().abs().max() / (448 * 6) or (kind == "all zero" and tensor_scale == 1)
+    assert same_bits(quant.dequantize_nvfp4(data, block_scale, tensor_scale),
+                     ck.dequantize_nvfp4(data, tensor_scale, block_scale, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tensor_scale", [1e-7, 3e-5, 1.0])
+def test_nvfp4_rtn_with_a_given_tensor_scale_is_comfy_kitchens_bits(tensor_scale, dtype):
+    w = example("gaussian", dtype)  # 1e-7: every block scale saturates; 1.0: most become 0
+    data, block_scale, kept = quant.quantize_nvfp4(w, tensor_scale)
+    expected, expected_scale = ck.quantize_nvfp4(w, torch.tensor(tensor_scale))
+    assert same_bits(data, expected) and same_bits(block_scale, expected_scale)
+    assert kept.dtype == torch.float32 and kept.shape == () and kept == torch.tensor(tensor_scale)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_mxfp8_rtn_is_comfy_kitchens_bits(kind, dtype):
+    w = example(kind, dtype)
+    data, block_scale = quant.quantize_mxfp8(w)
+    expected, expected_scale = ck.quantize_mxfp8(w, pad_32x=True)
+    assert block_scale.dtype == torch.uint8
+    assert same_bits(data, expected) and same_bits(block_scale, expected_scale)
+    torch.testing.assert_close(quant.dequantize_mxfp8(data, block_scale.view(torch.float8_e8m0fnu)),
+                               ck.dequantize_mxfp8(data, expected_scale, torch.float32),
+                               rtol=0, atol=0, equal_nan=True)
+
+
+def test_mxfp8_scales_at_every_power_of_two_are_comfy_kitchens():
+    w = torch.zeros(3 * 277, 32)
+    exact = 448 * 2.0 ** torch.arange(-157, 120).double()
+    w[:, 5] = torch.cat([exact, exact * (1 + 2 ** -23), exact * (1 - 2 ** -23)]).float().clamp(max=3.4e38)
+    w[:, torch.arange(32) != 5] = w[:, 5:6] / 3
+    w[w == 0] = 1e-45
+    data, block_scale = quant.quantize_mxfp8(w)
+    expected, expected_scale = ck.quantize_mxfp8(w, pad_32x=True)
+    rows = w.shape[0]
+    assert same_bits(data[:rows], expected[:rows]) and same_bits(block_scale, expected_scale)
+
+
+def test_weights_too_small_for_a_scale_become_zeros_not_nan():
+    zero, tiny = torch.zeros(32, 32), torch.zeros(32, 32)
+    tiny[0, 0] = 1e-40
+    layer, _ = make("mxfp8", 32, 32, mode="emulate", bias=False)
+    for w in (zero, tiny, tiny * 1e-5):
+        for method in ("rtn", "search"):
+            assert (quant.dequantize_nvfp4(*quant.quantize_nvfp4(w, method=method)) - w).abs().max() <= 1e-41
+        assert quant.dequantize_mxfp8(*quant.quantize_mxfp8(w, method="search")).abs().max() <= 1e-40
+        assert layer(w).eq(0).all()  # an activation; as a weight, "rtn" repeats comfy-kitchen's NaNs
+
+
+def test_nvfp4_agrees_with_torchao():
+    from torchao.prototype.mx_formats import nvfp4_tensor as nvfp4
+    w = example("gaussian", torch.float32)
+    data, block_scale, tensor_scale = quant.quantize_nvfp4(w)
+    theirs = nvfp4.NVFP4Tensor.to_nvfp4(w, per_tensor_scale=tensor_scale).dequantize(torch.float32)
+    ours = quant.dequantize_nvfp4(data, block_scale, tensor_scale)
+    # torchao multiplies by reciprocals, so a value on a rounding boundary may fall to the other side.
+    assert (ours - theirs).abs().gt(1e-6).float().mean() < 1e-3
+
+
+def test_the_worked_block_of_the_docstring():
+    w = torch.zeros(16, 16)
+    w[0] = torch.tensor([.0310, -.0120, .0042, 0, -.0475, .0205, .0071, -.0010,
+                         .0163, -.0259, .0388, .0095, -.0034, .0127, -.0198, .0060])
+    data, block_scale = ck.quantize_nvfp4(w, torch.tensor(0.0002))
+    row = " ".join(f"{byte:02X}" for byte in data[0].tolist())
+    printed = next(line for line in quant.__doc__.splitlines() if line.strip().startswith("bytes"))
+    assert row == " ".join(printed.split()[1:])
+    assert f"stored as byte {block_scale.view(torch.uint8)[0, 0].item()}" in quant.__doc__
+
+
+# Dequantise
+
+def test_every_e2m1_byte_and_e4m3_scale_dequantises_to_the_product():
+    data = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(8, 1)      # every byte, eight times
+    scale = torch.arange(0, 127, dtype=torch.uint8)
+    scale = F.pad(scale, (0, 1)).view(128, 1).repeat(1, 2).view(torch.float8_e4m3fn)
+    got = quant.dequantize_nvfp4(data, quant.swizzle(scale), torch.tensor(0.25))
+    signed = torch.cat([GRID, -GRID])
+    for r in range(128):
+        for c in range(16):
+            byte, s = int(data[r, c]), float(scale[r, c // 8]) * 0.25
+            assert got[r, 2 * c] == signed[byte >> 4] * s and got[r, 2 * c + 1] == signed[byte & 15] * s
+
+
+def test_every_e8m0_byte_dequantises_to_its_power_of_two():
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    got = quant.dequantize_mxfp8(torch.ones(256, 32).to(torch.float8_e4m3fn), quant.swizzle(bytes_))[:, 0]
+    assert got[1:255].tolist() == [2.0 ** (b - 127) for b in range(1, 255)]
+    assert got[0] == 0 and not got[255].isfinite()  # byte 0 as comfy-kitchen reads it; 255 is E8M0's NaN
+
+
+def test_every_e4m3_byte_dequantises_as_torch_casts_it():
+    data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(32, 8).repeat(1, 4)
+    got = quant.dequantize_mxfp8(data, quant.swizzle(torch.full((32, 1), 127, dtype=torch.uint8)))
+    torch.testing.assert_close(got, data.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dequantise_crops_and_casts_from_float32(dtype):
+    w = example("odd", torch.float32)
+    for dequantize, parts in ((quant.dequantize_nvfp4, quant.quantize_nvfp4(w)),
+                              (quant.dequantize_mxfp8, quant.quantize_mxfp8(w))):
+        got, full = dequantize(*parts, shape=w.shape, dtype=dtype), dequantize(*parts)
+        assert got.is_contiguous() and got.dtype == dtype
+        assert torch.equal(got, full[:133, :77].to(dtype))
+        assert full.shape in ((144, 80), (160, 96)) and full[133:].eq(0).all() and full[:, 77:].eq(0).all()
+
+
+def test_dequantise_refuses_parts_that_do_not_fit():
+    data, block_scale, tensor_scale = quant.quantize_nvfp4(torch.ones(32, 32))
+    with pytest.raises(ValueError, match="expected uint8"):
+        quant.dequantize_nvfp4(data.int(), block_scale, tensor_scale)
+    with pytest.raises(ValueError, match="another layer"):
+        quant.dequantize_nvfp4(data, block_scale, tensor_scale, shape=(33, 32))
+    with pytest.raises(ValueError, match="expected float8_e4m3fn"):
+        quant.dequantize_mxfp8(data, block_scale)
+    with pytest.raises(ValueError, match="not swizzled"):
+        quant.dequantize_nvfp4(data, block_scale[:64], tensor_scale)
+
+
+# Search
+
+@pytest.mark.parametrize("kind", ["gaussian", "small blocks", "adversarial"])
+def test_nvfp4_search_is_the_best_of_all_126_block_scales(kind):
+    g = torch.Generator().manual_seed(1)
+    w = torch.randn(256, 128, generator=g)
+    if kind == "small blocks":  # scales among E4M3's subnormals
+        w *= 10 ** (-5 * torch.rand(256, 128 // 16, generator=g)).repeat_interleave(16, -1)
+    elif kind == "adversarial":  # fifteen values on the grid of one scale, the largest outside it
+        w = GRID[torch.randint(0, 8, w.shape, generator=g)]
+        w *= torch.rand(256, 8, generator=g).repeat_interleave(16, -1)
+        w.view(256, 8, 16)[..., 0] *= 1 + torch.rand(256, 8, generator=g)
+    w[0, 0] = w.abs().max() * 2
+    data, block_scale, tensor_scale = quant.quantize_nvfp4(w, method="search")
+    got = error_per_block(w, quant.dequantize_nvfp4(data, block_scale, tensor_scale), 16)
+    blocks, middles = w.abs().unflatten(-1, (-1, 16)), (GRID[1:] + GRID[:-1]) / 2
+    best = torch.full(blocks.shape[:2], math.inf, dtype=torch.float64)
+    for s in E4M3.float() * tensor_scale:
+        rounded = GRID[torch.bucketize(blocks / s, middles)] * s
+        best = torch.minimum(best, (blocks - rounded).double().square().sum(-1))
+    assert (got <= best * (1 + 1e-6)).all()
+
+
+def test_mxfp8_search_is_the_best_of_the_exponents_around():
+    g = torch.Generator().manual_seed(2)
+    w = torch.randn(64, 256, generator=g) * 10 ** (-4 * torch.rand(64, 256, generator=g))
+    got = error_per_block(w, quant.dequantize_mxfp8(*quant.quantize_mxfp8(w, method="search")), 32)
+    blocks = w.unflatten(-1, (-1, 32))
+    best = torch.full(blocks.shape[:2], math.inf, dtype=torch.float64)
+    for byte in range(100, 140):
+        s = 2.0 ** (byte - 127)
+        rounded = (blocks / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s
+        best = torch.minimum(best, (blocks - rounded).double().square().sum(-1))
+    assert torch.equal(got, best)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_search_is_never_worse_than_rtn_in_any_block(kind, dtype):
+    w = example(kind, dtype)
+    for quantize, dequantize, block in ((quant.quantize_nvfp4, quant.dequantize_nvfp4, 16),
+                                        (quant.quantize_mxfp8, quant.dequantize_mxfp8, 32)):
+        rtn, search = quantize(w), quantize(w, method="search")
+        assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(rtn, search))
+        before, after = (error_per_block(w, dequantize(*p, shape=w.shape), block) for p in (rtn, search))
+        assert (after <= before.nan_to_num(math.inf)).all()
+        if kind == "gaussian" and block == 16:
+            assert after.sum() < 0.95 * before.sum()
+
+
+def test_small_chunks_do_not_change_a_bit(monkeypatch):
+    w = example("gaussian", torch.float32)
+    whole = [quant.quantize_nvfp4(w, method="search"), quant.quantize_mxfp8(w)]
+    monkeypatch.setattr(quant, "_row_chunks", lambda s, _: [slice(i, i + 7) for i in range(0, s[0], 7)])
+    for a, b in zip(whole, [quant.quantize_nvfp4(w, method="search"), quant.quantize_mxfp8(w)]):
+        assert all(same_bits(x, y) for x, y in zip(a, b))
+
+
+# Bad inputs
+
+@pytest.mark.parametrize("quantize", [quant.quantize_nvfp4, quant.quantize_mxfp8])
+@pytest.mark.parametrize("w, message", [
+    (torch.ones(16), r"got shape \(16,\), expected a non-empty \(M, K\)"),
+    (torch.ones(2, 16, 16), "expected a non-empty"),
+    (torch.ones(0, 16), "expected a non-empty"),
+    (torch.ones(16, 16, dtype=torch.int32), "got torch.int32, expected a float dtype"),
+    (torch.full((16, 16), math.nan), "got NaN or infinite"),
+    (torch.tensor([[1.0, -math.inf]]), "got NaN or infinite"),
+    (torch.tensor([[1e300]], dtype=torch.float64), "got NaN or infinite"),
+])
+def test_quantise_refuses_what_it_cannot_store(quantize, w, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(w)
+
+
+def test_quantise_refuses_unknown_methods_and_bad_scales():
+    for quantize in (quant.quantize_nvfp4, quant.quantize_mxfp8):
+        with pytest.raises(ValueError, match="got method 'best', expected 'rtn'"):
+            quantize(torch.ones(16, 16), method="best")
+    for bad in (0.0, -1.0, math.nan, math.inf, torch.ones(2)):
+        with pytest.raises(ValueError, match="expected one positive number"):
+            quant.quantize_nvfp4(torch.ones(16, 16), bad)
+
+
+# QuantLinear
+
+def stored(fmt, out_features=40, in_features=56, bias=True, seed=0, **marker):
+    """The tensors of a layer as a checkpoint holds them, written by comfy-kitchen; and their weight."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(out_features, in_features, generator=g) * 0.05
+    tensors = {"bias": torch.randn(out_features, generator=g)} if bias else {}
+    if fmt == "nvfp4":
+        scale = w.abs().max() / 2688
+        data, block_scale = ck.quantize_nvfp4(w, scale, pad_16x=True)
+        tensors |= {"weight": data, "weight_scale": block_scale, "weight_scale_2": scale}
+        w = ck.dequantize_nvfp4(data, scale, block_scale, torch.float32)
+    elif fmt == "mxfp8":
+        data, block_scale = ck.quantize_mxfp8(w, pad_32x=True)
+        tensors |= {"weight": data, "weight_scale": block_scale.view(torch.uint8)}
+        w = ck.dequantize_mxfp8(data, block_scale, torch.float32)
+    elif fmt == "float8_e4m3fn":
+        scale = w.abs().max() / 448
+        tensors |= {"weight": (w / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+        w = tensors["weight"].float() * scale
+    else:
+        tensors["weight"] = w
+    if fmt:
+        tensors["comfy_quant"] = quant.write_marker({"format": fmt, "orig_dtype": "torch.bfloat16", **marker})
+    return tensors, w[:out_features, :in_features]
+
+
+def make(fmt, out_features=40, in_features=56, mode=None, compute_dtype=None, extra=None, **kwargs):
+    tensors, w = stored(fmt, out_features, in_features, **kwargs)
+    layer = quant.QuantLinear.from_tensors("blocks.3.ffn.0", tensors | (extra or {}), in_features,
+                                           out_features, mode=mode, compute_dtype=compute_dtype)
+    return layer, w
+
+
+def through_nvfp4(x, scale):
+    data, block_scale = ck.quantize_nvfp4(x, scale, pad_16x=True)
+    return ck.dequantize_nvfp4(data, scale, block_scale, torch.float32)[:x.shape[0], :x.shape[1]]
+
+
+FORMATS = ["nvfp4", "mxfp8", "float8_e4m3fn", None]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_linear_dequantise_is_an_ordinary_linear_with_the_dequantised_weight(fmt):
+    layer, w = make(fmt)
+    x = torch.randn(2, 3, 56)
+    y = layer(x)
+    assert layer.mode == "dequantise" and layer.compute_dtype == torch.float32
+    assert y.shape == (2, 3, 40) and y.dtype == torch.float32
+    torch.testing.assert_close(y, F.linear(x, w, layer.bias), rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.dequantized(torch.float32), w)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_linear_returns_the_dtype_of_its_input(fmt, dtype):
+    layer, w = make(fmt, compute_dtype=torch.bfloat16, bias=False)
+    x = torch.randn(5, 56).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype and layer.bias is None
+    torch.testing.assert_close(y.float(), F.linear(x.float(), w), rtol=0.03, atol=0.03)
+
+
+def test_linear_emulation_is_the_product_of_the_quantised_operands():
+    for fmt, in_features in (("nvfp4", 5120), ("mxfp8", 1000), ("nvfp4", 88)):
+        layer, w = make(fmt, 48, in_features, mode="emulate")
+        x = torch.randn(37, in_features)
+        if fmt == "nvfp4":
+            a = through_nvfp4(x, x.abs().max() / 2688)
+        else:
+            a = ck.dequantize_mxfp8(*ck.quantize_mxfp8(x, pad_32x=True), torch.float32)
+        expected = a[:37, :in_features].double() @ w.double().T + layer.bias.double()
+        error = (layer(x).double() - expected).norm() / expected.norm()
+        assert error < 1e-6
+        assert (layer(x) - F.linear(x, w, layer.bias)).norm() / expected.norm() > 0.01  # x was rounded
+
+
+def test_linear_input_scale_is_the_activations_tensor_scale():
+    scale = torch.tensor(0.004)
+    layer, w = make("nvfp4", mode="emulate", extra={"input_scale": scale})
+    x = torch.randn(16, 56)
+    expected = F.linear(through_nvfp4(x, scale), w, layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(layer(x), make("nvfp4", mode="emulate")[0](x))
+
+
+def test_linear_without_input_scale_does_not_depend_on_the_activations_range():
+    layer, _ = make("nvfp4", mode="emulate", bias=False)
+    x = torch.randn(16, 56)
+    torch.testing.assert_close(layer(x * 2.0 ** -30) * 2.0 ** 30, layer(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["dequantise", "emulate"])
+def test_linear_multiplies_the_input_by_pre_quant_scale(mode):
+    smooth = torch.rand(56) + 0.5
+    layer, _ = make("nvfp4", mode=mode, extra={"pre_quant_scale": smooth})
+    plain, _ = make("nvfp4", mode=mode)
+    x = torch.randn(4, 56)
+    torch.testing.assert_close(layer(x), plain(x * smooth))
+    assert not torch.allclose(layer(x), plain(x))
+
+
+def test_linear_marked_full_precision_dequantises_in_every_mode():
+    for mode in quant.MODES:
+        layer, w = make("nvfp4", mode=mode, full_precision_matrix_mult=True)
+        x = torch.randn(4, 56)
+        assert layer.mode == "dequantise"
+        torch.testing.assert_close(layer(x), F.linear(x, w, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_reads_the_older_fp8_names():
+    tensors, w = stored("float8_e4m3fn")
+    del tensors["comfy_quant"]
+    tensors["scale_weight"] = tensors.pop("weight_scale")
+    tensors["scale_input"] = torch.tensor([1.0])
+    layer = quant.QuantLinear.from_tensors("shared", tensors, 56, 40)
+    assert layer.format == "float8_e4m3fn" and torch.equal(layer.dequantized(torch.float32), w)
+
+
+def test_linear_reads_scales_as_bytes_or_as_float8():
+    for fmt, dtype in (("nvfp4", torch.uint8), ("mxfp8", torch.float8_e8m0fnu)):
+        layer, w = make(fmt)
+        other, _ = make(fmt, extra={"weight_scale": layer.weight_scale.view(dtype)})
+        assert torch.equal(other.dequantized(torch.float32), w)
+
+
+def test_linear_adds_every_lora_branch_and_keeps_it_out_of_the_state_dict():
+    layer, w = make("nvfp4", extra={"pre_quant_scale": torch.full((56,), 2.0)})
+    keys, x = set(layer.state_dict()), torch.randn(3, 56)
+    base = layer(x)
+    branches = [(torch.randn(40, r), torch.randn(r, 56), scale) for r, scale in ((4, 0.5), (8, -2.0))]
+    for up, down, scale in branches:
+        layer.attach_lora(up, down, scale)
+    expected = base + sum(scale * x @ down.T @ up.T for up, down, scale in branches)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert set(layer.state_dict()) == keys and "2 LoRA" in repr(layer)
+    with pytest.raises(ValueError, match="or swapped"):
+        layer.attach_lora(torch.randn(4, 56), torch.randn(40, 4))
+
+
+def test_linear_keeps_the_given_tensors_and_their_names():
+    for fmt in FORMATS:
+        tensors, _ = stored(fmt)
+        layer = quant.QuantLinear.from_tensors("x", tensors, 56, 40)
+        kept = layer.state_dict()
+        assert set(kept) == set(tensors)
+        assert all(kept[key].data_ptr() == tensors[key].data_ptr() for key in tensors)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(),
+                                  lambda m: m.to("cpu", torch.bfloat16)])
+def test_linear_is_never_cast(cast):
+    for fmt in FORMATS:
+        layer, _ = make(fmt)
+        before = {key: value.clone() for key, value in layer.state_dict().items()}
+        after = cast(torch.nn.Sequential(layer))[0].state_dict()
+        assert {key: value.dtype for key, value in after.items()} == {k: v.dtype for k, v in before.items()}
+        assert all(same_bits(after[key], value) for key, value in before.items())
+
+
+def test_linear_moves_between_devices():
+    for fmt in FORMATS:
+        layer, _ = make(fmt)
+        before = {key: value.dtype for key, value in layer.state_dict().items()}
+        layer.to("meta", torch.float16)
+        assert all(value.is_meta and value.dtype == before[key] for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("rows", [1, 100, 128, 1950])
+@pytest.mark.parametrize("out_features, in_features", [(5120, 5120), (24, 5120), (40, 72), (130, 48), (5, 7)])
+def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_features):
+    """On the meta device torch checks dtypes, strides and the number of scales without a GPU."""
+    layer, _ = make(fmt, 24, 24, mode="tensor_cores")
+    def up(n, multiple):
+        return -(-n // multiple) * multiple
+
+    pad, block, per_byte = (16, 16, 2) if fmt == "nvfp4" else (32, 32, 1)
+    m, k = up(out_features, pad), up(in_features, pad)
+    layer.out_features, layer.in_features = out_features, in_features
+    layer.weight = torch.nn.Parameter(layer.weight.new_empty(m, k // per_byte), requires_grad=False)
+    layer.weight_scale = layer.weight_scale.new_empty(up(m, 128), up(k // block, 4))
+    layer.bias = None
+    layer.to("meta")
+    x = torch.empty(rows, in_features, device="meta", dtype=torch.bfloat16)
+    *operands, tensor_scale = quant.scaled_mm_operands(x, layer)
+    y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)
+    assert y.shape == (up(rows, 128), m) and (tensor_scale is None) == (fmt == "mxfp8")
+    assert layer(x).shape == (rows, out_features)
+    short = list(operands)
+    short[2] = short[2].flatten()[:-4]
+    with pytest.raises(RuntimeError):
+        torch._scaled_mm(*short, out_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("shape", [(3, 40, 56), (130, 24, 48), (1, 16, 7)])
+def test_tensor_core_operands_dequantise_to_the_emulated_product(fmt, shape, monkeypatch):
+    """forward by tensor cores, with _scaled_mm replaced by what its documentation says it computes."""
+    rows, out_features, in_features = shape
+
+    def reference_mm(a, b, scale_a, scale_b, out_dtype):
+        def operand(data, scale):
+            if fmt == "mxfp8":
+                assert scale.dtype == torch.float8_e8m0fnu
+                return ck.dequantize_mxfp8(data, scale, torch.float32)
+            return ck.dequantize_nvfp4(data.view(torch.uint8), torch.tensor(1.0), scale, torch.float32)
+        return operand(a, scale_a) @ operand(b.t(), scale_b).T  # in float32, not out_dtype
+
+    layer, _ = make(fmt, out_features, in_features, mode="tensor_cores",
+                    extra={"pre_quant_scale": torch.rand(in_features)})
+    x = torch.randn(rows, in_features)
+    monkeypatch.setattr(torch, "_scaled_mm", reference_mm)
+    got = layer(x)
+    layer.mode = "emulate"
+    torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_activation_scales_are_those_of_rtn():
+    x = torch.randn(128, 64)
+    layer, _ = make("nvfp4", in_features=64)
+    for got, expected in zip(quant.quantize_activation(x, layer), quant.quantize_nvfp4(x)):
+        assert same_bits(got.reshape(-1), expected.reshape(-1))
+    layer, _ = make("mxfp8", in_features=64)
+    for got, expected in zip(quant.quantize_activation(x, layer), quant.quantize_mxfp8(x)):
+        assert same_bits(got, expected)
+
+
+def test_linear_errors_name_the_tensor_what_was_found_and_what_was_expected():
+    def refuse(message, fmt, change, **kwargs):
+        tensors, _ = stored(fmt, 256, 256)
+        change(tensors)
+        with pytest.raises(ValueError, match=message):
+            quant.QuantLinear.from_tensors("blocks.3.ffn.0", tensors, 256, 256, **kwargs)
+
+    at = r"blocks\.3\.ffn\.0\."
+    refuse(at + r"weight_scale: got \(32, 16\), expected \(256, 16\): swizzled twice", "nvfp4",
+           lambda t: t.update(weight_scale=t["weight_scale"][:32]))
+    refuse(at + r"weight: got \(128, 128\), expected \(256, 128\)", "nvfp4",
+           lambda t: t.update(weight=t["weight"][:128]))
+    refuse(at + r"weight_scale: got torch.float32, expected torch.float8_e4m3fn or torch.uint8", "nvfp4",
+           lambda t: t.update(weight_scale=t["weight_scale"].float()))
+    refuse(at + r"weight_scale_2: got nothing", "nvfp4", lambda t: t.pop("weight_scale_2"))
+    refuse(at + r"weight_scale_2: got \(2,\), expected \(\)", "nvfp4",
+           lambda t: t.update(weight_scale_2=torch.ones(2)))
+    refuse(at + r"weight_scale_2: got a tensor, expected none, as the layer is MXFP8", "mxfp8",
+           lambda t: t.update(weight_scale_2=torch.ones(())))
+    refuse(at + r"wight: got a tensor, expected none", None, lambda t: t.update(wight=torch.ones(())))
+    refuse(at + r"weight: got torch.uint8, expected a float dtype", "nvfp4",
+           lambda t: [t.pop(k) for k in ("comfy_quant", "weight_scale", "weight_scale_2")])
+    refuse(at + r"bias: got \(255,\), expected \(256,\)", None, lambda t: t.update(bias=torch.ones(255)))
+    refuse(at + r"bias: got nothing", None, lambda t: t.pop("bias"), bias=True)
+    refuse(at + r"bias: got a tensor, expected none", None, lambda t: None, bias=False)
+    refuse(at + r"comfy_quant: got .*int3.*, expected a format out of nvfp4, mxfp8, float8_e4m3fn", "nvfp4",
+           lambda t: t.update(comfy_quant=quant.write_marker({"format": "int3"})))
+    refuse(at + r"comfy_quant: got no JSON", "nvfp4",
+           lambda t: t.update(comfy_quant=torch.tensor([1, 2], dtype=torch.uint8)))
+    refuse("got mode 'fast', expected one of tensor_cores", "nvfp4", lambda t: None, mode="fast")
+
+
+def test_marker_round_trip():
+    info = {"format": "nvfp4", "group_size": 16, "orig_shape": [512, 512]}
+    marker = quant.write_marker(info)
+    assert marker.dtype == torch.uint8 and quant.read_marker(marker) == info
+    assert bytes(quant.write_marker({"format": "nvfp4"}).tolist()) == b'{"format": "nvfp4"}'
+
+
+def test_the_default_mode_on_a_cpu_is_to_dequantise_in_float32():
+    assert quant.default_mode("cpu") == "dequantise" and quant.default_dtype("cpu") == torch.float32
+
+
+def test_describe_counts_layers_by_format():
+    wanted = ("nvfp4", "emulate"), ("nvfp4", "emulate"), ("mxfp8", None), (None, None)
+    layers = [make(fmt, mode=mode)[0] for fmt, mode in wanted]
+    line = quant.describe(torch.nn.Sequential(*layers))
+    assert line == "NVFP4 2 layers (emulate), MXFP8 1 layers (dequantise), float32 1 layers"
+    assert "56 -> 40, NVFP4, emulate" in repr(layers[0])
+
+
+# The file by itself, and its speed
+
+def test_quant_alone_in_an_empty_folder_works(tmp_path):
+    shutil.copy(Path(quant.__file__), tmp_path)
+    code = """
+import torch, quant
+w = torch.randn(40, 56)
+parts = quant.quantize_nvfp4(w)
+layer = quant.QuantLinear.from_tensors("l", dict(zip(("weight", "weight_scale", "weight_scale_2"), parts),
+    comfy_quant=quant.write_marker({"format": "nvfp4"})), 56, 40)
+assert torch.allclose(layer(torch.eye(56)), quant.dequantize_nvfp4(*parts, shape=w.shape).T)
+import os, sys
+assert os.path.dirname(os.path.realpath(quant.__file__)) == os.path.realpath(os.getcwd())
+assert not {"safetensors", "einops", "comfy_kitchen", "torchao", "wan_fp4"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nvfp4_is_three_times_as_fast_as_comfy_kitchen_to_quantise_and_twice_to_dequantise():
+    w = torch.randn(5120, 5120).mul_(0.02).bfloat16()
+    data, block_scale, scale = quant.quantize_nvfp4(w)
+
+    def ratio(theirs, ours, rounds):
+        seconds = {theirs: [], ours: []}
+        for _ in range(rounds):
+            for run in (theirs, ours, ours):  # alternating, so that a busy machine slows both
+                start = time.perf_counter()
+                run()
+                seconds[run].append(time.perf_counter() - start)
+        return statistics.median(seconds[theirs]) / statistics.median(seconds[ours])
+
+    assert ratio(lambda: ck.quantize_nvfp4(w, scale), lambda: quant.quantize_nvfp4(w), 3) >= 3
+    assert ratio(lambda: ck.dequantize_nvfp4(data, scale, block_scale, torch.float32),
+                 lambda: quant.dequantize_nvfp4(data, block_scale, scale), 7) >= 2
+
+
+# --------------------------------------------------------------------------------------------------
+# wan_fp4.py
+# --------------------------------------------------------------------------------------------------
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def random_weights(model, seed=0):
+    """Weights of ordinary size in every tensor, so that no zero or one hides a term of the network."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = p[0].numel() if p.dim() > 1 else 4
+            p.copy_(torch.randn(p.shape, generator=g) * fan ** -0.5 + (p.dim() == 1) * 0.5)
+    return model.eval()
+
+
+# DiT
+
+def to_official_dit(name):
+    """diffusers' name of a DiT tensor -> the official one."""
+    for theirs, ours in (("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+                         ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+                         ("condition_embedder.time_proj", "time_projection.1"),
+                         ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+                         ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+                         ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+                         ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+                         ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+                         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+                         ("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("to_out.0", "o"),
+                         ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+                         ("add_k_proj", "k_img"), ("add_v_proj", "v_img"),
+                         ("norm_added_k", "norm_k_img"), (".norm2.", ".norm3."), ("ffn.net.0.proj", "ffn.0"),
+                         ("ffn.net.2", "ffn.2"), ("proj_out", "head.head")):
+        name = name.replace(theirs, ours)
+    return name.replace("scale_shift_table", "modulation" if name.startswith("blocks") else "head.modulation")
+
+
+def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, text=24, image=40):
+    from diffusers import WanTransformer3DModel
+    theirs = WanTransformer3DModel(
+        num_attention_heads=heads, attention_head_dim=head_dim, in_channels=36, out_channels=16,
+        text_dim=text, freq_dim=256, ffn_dim=ffn, num_layers=layers, image_dim=image,
+        added_kv_proj_dim=heads * head_dim)
+    theirs = random_weights(theirs)
+    # Angles reach 1000 radians, where float32, diffusers' choice, is off by 6e-5; officially it is float64
+    theirs.condition_embedder.timesteps_proj.forward = lambda t: wan_fp4.sinusoid(t, 256)
+    return theirs
+
+
+def dit_file(theirs, path, prefix="", dtype=torch.float32, **metadata):
+    tensors = {prefix + to_official_dit(n): t.to(dtype).contiguous() for n, t in theirs.state_dict().items()}
+    save_file(tensors, path, {"head_dim": str(theirs.config.attention_head_dim), **metadata})
+    return path
+
+
+def dit_inputs(frames, height, width, length, text=24, image=40, batch=1):
+    g = torch.Generator().manual_seed(frames + height)
+    def r(*shape):
+        return torch.randn(batch, *shape, generator=g)
+    return dict(x=r(16, frames, height, width), t=torch.tensor([717.3, 24.4][:batch]), text=r(length, text),
+                image=r(257, image), y=r(20, frames, height, width))
+
+
+def padded(text):
+    return torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
+
+
+@pytest.mark.parametrize("frames, height, width, length, batch, size", [
+    (1, 4, 6, 5, 1, dict()),
+    (2, 6, 10, 512, 2, dict(heads=3, head_dim=16, ffn=80, layers=1)),
+    (4, 10, 6, 77, 1, dict(heads=1, head_dim=128, layers=3)),
+])
+def test_dit_equals_diffusers(frames, height, width, length, batch, size, tmp_path):
+    theirs = diffusers_dit(**size)
+    ours = wan_fp4.load_dit(dit_file(theirs, tmp_path / "dit.safetensors"))
+    i = dit_inputs(frames, height, width, length, batch=batch)
+    with torch.no_grad():
+        expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"]), i["image"]).sample
+        assert relative_error(ours(**i), expected) < 1e-5
+
+
+def test_dit_sinusoid_is_diffusers_timestep_embedding():
+    from diffusers.models.embeddings import Timesteps
+    t = torch.tensor([0.0, 0.5, 1.0, 3.0])
+    expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(t)
+    torch.testing.assert_close(wan_fp4.sinusoid(t, 256), expected, rtol=0, atol=1e-6)
+
+
+def test_dit_zeros_past_the_prompt_change_nothing(tmp_path):
+    ours = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
+    i = dit_inputs(2, 4, 4, 9)
+    with torch.no_grad():
+        short = ours(**i)
+        assert relative_error(ours(**i | {"text": padded(i["text"])}), short) < 1e-5
+
+
+def test_dit_refuses_odd_sizes_and_long_prompts(tmp_path):
+    ours = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
+    with pytest.raises(ValueError, match="H and W even"):
+        ours(**dit_inputs(1, 3, 4, 5))
+    with pytest.raises(ValueError, match="513 tokens, expected at most 512"):
+        ours(**dit_inputs(1, 4, 4, 513))
+
+
+# VAE
+
+def to_official_vae(name):
+    """diffusers' name of a VAE tensor -> the official one, for dim_mult of four levels and two blocks."""
+    for theirs, ours in (("quant_conv", "conv1"), ("post_conv1", "conv2"), ("conv_in", "conv1"),
+                         ("conv_out", "head.2"), ("norm_out", "head.0"),
+                         ("mid_block.attentions.0", "middle.1"),
+                         ("mid_block.resnets.0", "middle.0"), ("mid_block.resnets.1", "middle.2"),
+                         ("conv_shortcut", "shortcut"), (".norm1.", ".residual.0."),
+                         (".norm2.", ".residual.3.")):
+        name = name.replace(theirs, ours)
+    name = name.replace("post_quant_conv", "conv2")
+    parts = name.split(".")
+    if "down_blocks" in name:
+        name = name.replace("down_blocks", "downsamples")
+    if parts[1] == "up_blocks":
+        level, kind, index = int(parts[2]), parts[3], int(parts[4])
+        index = level * 4 + (3 if kind == "upsamplers" else index)
+        name = ".".join([parts[0], "upsamples", str(index), *parts[5:]])
+    if "middle" in name or "samples" in name:
+        name = name.replace("residual.conv1", "residual.2")
+        if "time_conv" not in name and "resample" not in name:
+            name = name.replace(".conv1.", ".residual.2.").replace(".conv2.", ".residual.6.")
+    return name
+
+
+def diffusers_vae(dims, blocks=2, base=8):
+    from diffusers import AutoencoderKLWan
+    return random_weights(AutoencoderKLWan(base_dim=base, z_dim=16, dim_mult=list(dims),
+                                           num_res_blocks=blocks))
+
+
+def vae_file(theirs, path):
+    save_file({to_official_vae(n): t.contiguous() for n, t in theirs.state_dict().items()}, path)
+    return path
+
+
+def vae_statistics(theirs):
+    return (torch.tensor(v)[None, :, None, None, None]
+            for v in (theirs.config.latents_mean, theirs.config.latents_std))
+
+
+@pytest.mark.parametrize("frames, height, width, dims", [
+    (1, 16, 24, (1, 2, 4, 4)), (5, 24, 16, (1, 2, 3, 4)), (13, 16, 16, (1, 2, 4, 4))])
+def test_vae_equals_diffusers(frames, height, width, dims, tmp_path):
+    theirs = diffusers_vae(dims)
+    ours = wan_fp4.load_vae(vae_file(theirs, tmp_path / "vae.safetensors"))
+    mean, std = vae_statistics(theirs)
+    video = torch.rand(1, 3, frames, height, width) * 2 - 1
+    with torch.no_grad():
+        latents = (theirs.encode(video).latent_dist.mode() - mean) / std
+        assert relative_error(ours.encode(video), latents) < 1e-4
+        expected = theirs.decode(latents * std + mean).sample
+        assert expected.abs().lt(1).any() and relative_error(ours.decode(latents), expected) < 1e-4
+
+
+def test_vae_does_not_depend_on_how_the_video_is_cut():
+    vae = random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), blocks=1)))
+    z = torch.randn(1, 16, 4, 2, 3)
+    with torch.no_grad():
+        cache = {}
+        whole = [vae.decoder(vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, 3)]
+        cache = {}
+        parts = [vae.decoder(vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, 1)]
+    assert relative_error(torch.cat(parts, 2), torch.cat(whole, 2)) < 1e-5
+
+
+def test_vae_refuses_other_frame_counts():
+    vae = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 8, 8, 8), blocks=1))
+    with pytest.raises(ValueError, match="got 4 frames of 16 x 16, expected 4k"):
+        vae.encode(torch.zeros(1, 3, 4, 16, 16))
+
+
+# UMT5
+
+def to_official_umt5(name):
+    for theirs, ours in (("encoder.block.", "blocks."),
+                         ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
+                         ("layer.0.SelfAttention", "attn"), ("layer.0.layer_norm", "norm1"),
+                         ("layer.1.layer_norm", "norm2"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+                         ("layer.1.DenseReluDense.wi_1", "ffn.fc1"),
+                         ("layer.1.DenseReluDense.wo", "ffn.fc2"), ("encoder.final_layer_norm", "norm"),
+                         ("shared.", "token_embedding.")):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def umt5_file(theirs, path):
+    tensors = {n: t.clone() for n, t in theirs.state_dict().items() if "embed_tokens" not in n}
+    save_file({to_official_umt5(n): t for n, t in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("length, heads, inner, layers", [(6, 4, 32, 2), (300, 2, 64, 1)])
+def test_umt5_equals_transformers(length, heads, inner, layers, tmp_path):
+    from transformers import UMT5Config, UMT5EncoderModel
+    theirs = random_weights(UMT5EncoderModel(UMT5Config(
+        vocab_size=50, d_model=48, d_kv=inner // heads, d_ff=56, num_layers=layers, num_heads=heads)))
+    ours = wan_fp4.load_umt5(umt5_file(theirs, tmp_path / "t5.safetensors"))
+    ids = torch.randint(2, 50, (2, length))
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, length // 2:] = 0
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        out = ours(ids, mask)
+    assert relative_error(out, expected) < 1e-5
+    assert out[1, length // 2:].eq(0).all()
+
+
+# CLIP
+
+def clip_file(theirs, path, **metadata):
+    tensors = {n.removeprefix("vision_model."): t for n, t in theirs.state_dict().items()}
+    dim = theirs.config.hidden_size
+    out = {"visual.cls_embedding": tensors.pop("embeddings.class_embedding").reshape(1, 1, dim),
+           "visual.pos_embedding": tensors.pop("embeddings.position_embedding.weight")[None],
+           "visual.head": torch.zeros(dim, 4), "textual.ignored": torch.zeros(1),
+           "log_scale": torch.zeros(())}
+    for n in list(tensors):
+        if ".q_proj." in n:
+            qkv = torch.cat([tensors.pop(n.replace("q_proj", x)) for x in ("q_proj", "k_proj", "v_proj")])
+            n = n.replace("encoder.layers", "transformer").replace("self_attn.q_proj", "attn.to_qkv")
+            out["visual." + n] = qkv
+    for n, t in tensors.items():
+        for theirs_name, ours in (("embeddings.patch_embedding", "patch_embedding"),
+                                  ("pre_layrnorm", "pre_norm"), ("post_layernorm", "post_norm"),
+                                  ("encoder.layers", "transformer"), ("self_attn.out_proj", "attn.proj"),
+                                  ("layer_norm", "norm"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2")):
+            n = n.replace(theirs_name, ours)
+        out["visual." + n] = t
+    save_file({n: t.contiguous() for n, t in out.items() if "position_ids" not in n}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("side, patch, head_dim", [(56, 14, 16), (64, 8, 32)])
+def test_clip_equals_transformers(side, patch, head_dim, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    theirs = random_weights(CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=64 // head_dim,
+        image_size=side, patch_size=patch, hidden_act="gelu")))
+    ours = wan_fp4.load_clip(clip_file(theirs, tmp_path / "clip.safetensors", head_dim=str(head_dim)))
+    pixels = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
+        assert relative_error(ours(pixels), expected) < 1e-5
+    assert ours.image_size == side
+
+
+# checkpoints
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+def test_load_dit_reads_quantised_files_with_any_prefix(prefix, tmp_path):
+    theirs = diffusers_dit()
+    path = dit_file(theirs, tmp_path / "dit.safetensors")
+    tensors, exact = {}, load_file(path)
+    for name, w in load_file(path).items():
+        layer, _, suffix = name.rpartition(".")
+        if suffix == "weight" and w.dim() == 2 and name.startswith("blocks."):
+            data, block_scale, tensor_scale = quant.quantize_nvfp4(w)
+            exact[name] = quant.dequantize_nvfp4(data, block_scale, tensor_scale, w.shape)
+            tensors |= {prefix + layer + ".weight": data, prefix + layer + ".weight_scale": block_scale,
+                        prefix + layer + ".weight_scale_2": tensor_scale,
+                        prefix + layer + ".comfy_quant": quant.write_marker({"format": "nvfp4"})}
+        else:
+            tensors[prefix + name] = w
+    save_file(tensors, tmp_path / "q.safetensors", {"head_dim": "32"})
+    save_file(exact, path, {"head_dim": "32"})
+    quantised, plain = wan_fp4.load_dit(tmp_path / "q.safetensors"), wan_fp4.load_dit(path)
+    assert quantised.blocks[0].ffn[0].format == "nvfp4" and plain.blocks[0].ffn[0].format is None
+    i = dit_inputs(1, 4, 4, 5)
+    with torch.no_grad():
+        assert relative_error(quantised(**i), plain(**i)) < 1e-5
+
+
+def change_dit(tmp_path, change):
+    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"head_dim": "32"})
+    return path
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda t: t.pop("blocks.1.ffn.2.weight"), "blocks.1.ffn.2.weight: got nothing, expected a tensor"),
+    (lambda t: t.pop("blocks.1.norm3.bias"), "blocks.1.norm3.bias: got nothing, expected shape .64,."),
+    (lambda t: t.pop("patch_embedding.weight"), "patch_embedding.weight: got nothing"),
+    (lambda t: t.update({"blocks.0.extra.weight": torch.zeros(2)}),
+     "blocks.0.extra.weight: got a tensor that no"),
+    (lambda t: t.update({"blocks.0.self_attn.q.weight": torch.zeros(64, 63)}),
+     r"blocks.0.self_attn.q.weight: got \(64, 63\), expected \(64, 64\)"),
+    (lambda t: t.update({"head.modulation": torch.zeros(1, 2, 63)}),
+     r"head.modulation: got shape \(1, 2, 63\), expected \(1, 2, 64\)"),
+    (lambda t: t.update({"blocks.0.ffn.0.comfy_quant": quant.write_marker({"format": "int3"})}),
+     "blocks.0.ffn.0.comfy_quant: got .*int3.*expected a format out of nvfp4, mxfp8"),
+])
+def test_load_dit_names_what_is_wrong(change, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        wan_fp4.load_dit(change_dit(tmp_path, change))
+
+
+def test_load_dit_names_a_wrong_head_width(tmp_path):
+    theirs = diffusers_dit()
+    path = dit_file(theirs, tmp_path / "dit.safetensors", head_dim="48")
+    with pytest.raises(ValueError, match="head width 48 does not divide the model's width 64"):
+        wan_fp4.load_dit(path)
+
+
+def test_loaders_refuse_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.safetensors: no such file"):
+        wan_fp4.load_dit(tmp_path / "none.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="broken.safetensors: not a safetensors file"):
+        wan_fp4.load_vae(tmp_path / "broken.safetensors")
+
+
+def test_load_dit_keeps_the_file_mapped(tmp_path):
+    """Loading adds far less memory than the file's size: Linears are views of the mapped file."""
+    cfg = wan_fp4.DiTConfig(dim=1024, ffn_dim=4096, layers=6, text_dim=64, image_dim=64)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in wan_fp4.WanDiT(cfg).named_parameters()}
+    path = tmp_path / "dit.safetensors"
+    save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, path)
+    code = f"""
+import torch, wan_fp4
+def private():
+    return sum(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
+with torch.device("meta"):
+    wan_fp4.WanDiT(wan_fp4.DiTConfig(layers=1))  # what torch imports for its first meta tensor is not ours
+before = private()
+model = wan_fp4.load_dit({str(path)!r})
+print(private() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert path.stat().st_size > 200e6 and float(done.stdout) < 40  # MB
+
+
+# --------------------------------------------------------------------------------------------------
+# sample.py
+# --------------------------------------------------------------------------------------------------
+
+# schedules and samplers
+
+GOLDEN = {  # shift, steps: from ComfyUI's formulas
+    ("normal", 5, 4): "1 .909707 .717318 .024414 0",
+    ("simple", 5, 4): "1 .9375 .833333 .625 0",
+    ("linear_quadratic", 5, 4): "1 .9875 .975 .725 0",
+    ("normal", 5, 8): "1 .967923 .926403 .870551 .791397 .670515 .463096 .024414 0",
+    ("simple", 5, 8): "1 .972222 .9375 .892857 .833333 .75 .625 .416667 0",
+    ("linear_quadratic", 5, 8): "1 .99375 .9875 .98125 .975 .909375 .725 .421875 0",
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_sigmas_are_the_golden_ones(case):
+    name, shift, steps = case
+    got = sample.sigmas(name, steps, shift)
+    assert got.dtype == torch.float32 and got.shape == (steps + 1,)
+    golden = torch.tensor([float(s) for s in GOLDEN[case].split()])
+    assert (got - golden).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
+def test_sigmas_by_comfyui_algorithm(shift, steps):
+    """ComfyUI's algorithm, on its own table of float32 sigmas, step by step."""
+    time_shift = lambda t: shift * t / (1 + (shift - 1) * t)
+    table = [time_shift(i / 1000) for i in range(1, 1001)]
+    simple = [table[-(1 + int(i * (1000 / steps)))] for i in range(steps)] + [0]
+    assert sample.sigmas("simple", steps, shift).tolist() == pytest.approx(simple, abs=1e-6)
+    times = np.linspace(1000 * table[-1], 1000 * table[0], steps)
+    normal = [time_shift(t / 1000) for t in times] + [0]
+    assert sample.sigmas("normal", steps, shift).tolist() == pytest.approx(normal, abs=1e-6)
+    got = sample.sigmas("linear_quadratic", steps, shift)
+    assert got[0] == 1 and got[-1] == 0 and (got.diff() < 0).all()
+
+
+def test_normal_sigmas_that_end_at_zero():
+    got = sample.sigmas("normal", 4, 0.05)  # sigma_min shifted twice is 2.5e-6: five points, no 0 after them
+    lowest = 0.05e-3 / (1 - 0.95e-3)
+    lowest = 0.05 * lowest / (1 - 0.95 * lowest)
+    assert got.shape == (5,) and got[-1].item() == pytest.approx(lowest, rel=1e-5)
+
+
+def test_simple_sigmas_are_diffusers_flow_match():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    theirs = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    theirs.set_timesteps(sigmas=[1 - i / 8 for i in range(8)])  # shifted there
+    assert torch.allclose(sample.sigmas("simple", 8, 5.0), theirs.sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [("cosine", 4, 5), ("normal", 0, 5), ("normal", 4, 0),
+                                 ("simple", 4, math.nan)])
+def test_bad_schedules_are_refused(bad):
+    with pytest.raises(ValueError, match="linear_quadratic" if bad[0] == "cosine" else "steps 0|shift"):
+        sample.sigmas(*bad)
+
+
+@pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_samplers_reach_a_single_point(sampler, scheduler):
+    """If all data is one point x0, v is (x - x0) / sigma, and every sampler must end at x0."""
+    x0, noise = torch.randn(2, 1, 16, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    levels = sample.sigmas(scheduler, 5, 5.0)
+    got = sample.sample_latents(lambda x, s: (x - x0) / s, noise, levels, sampler)
+    assert torch.allclose(got, x0, atol=1e-5)
+
+
+def test_euler_and_heun_follow_a_constant_velocity_exactly():
+    noise, v = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0)).double().float()
+    for sampler in ("euler", "heun"):
+        got = sample.sample_latents(lambda x, s: v, noise, sample.sigmas("simple", 6, 3.0), sampler)
+        assert torch.allclose(got, noise - v, atol=1e-6)
+
+
+def test_orders_of_convergence():
+    """Gaussian data of width w: v = x (s - (1-s) w^2) / (s^2 + (1-s)^2 w^2), and x shrinks from 1 to w.
+    Halving the step halves euler's error and quarters heun's."""
+    w = 0.5
+
+    def velocity(x, s):
+        return x * (s - (1 - s) * w * w) / (s * s + (1 - s) ** 2 * w * w)
+
+    def error(sampler, steps):
+        levels = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return abs(sample.sample_latents(velocity, torch.ones(1), levels, sampler).item() - w)
+
+    assert 1.8 < error("euler", 32) / error("euler", 64) < 2.2
+    assert error("heun", 8) / error("heun", 16) > 3 and error("heun", 16) < error("euler", 16) / 4
+
+
+def test_lcm_step_by_hand_and_its_seed():
+    noise, levels = torch.ones(1, 2), torch.tensor([1.0, 0.5, 0.0])
+    seen = []
+
+    def denoise(x, s):
+        seen.append((x.clone(), s))
+        return 0.1 * x
+
+    a, b, other = (sample.sample_latents(denoise, noise, levels, "lcm", torch.Generator().manual_seed(seed))
+                   for seed in (7, 7, 8))
+    fresh = torch.randn(1, 2, generator=torch.Generator().manual_seed(7))
+    x1 = 0.5 * (noise - 1.0 * 0.1 * noise) + 0.5 * fresh
+    assert torch.equal(seen[1][0], x1) and [s for _, s in seen[:2]] == [1.0, 0.5]
+    assert torch.allclose(a, x1 - 0.5 * 0.1 * x1)
+    assert torch.equal(a, b) and not torch.equal(a, other)
+
+
+def test_sampler_counts_its_forwards_and_shows_progress():
+    calls, shown = [], []
+    for sampler, expected in (("lcm", 4), ("euler", 4), ("heun", 7)):
+        calls.clear()
+        levels = sample.sigmas("normal", 4, 5)
+        sample.sample_latents(lambda x, s: calls.append(s) or x, torch.ones(1), levels, sampler,
+                              progress=lambda steps: (shown.append(s) or s for s in steps))
+        assert len(calls) == expected
+    assert len(shown) == 12
+    with pytest.raises(ValueError, match="lcm, euler, heun"):
+        sample.sample_latents(None, torch.ones(1), torch.tensor([1.0, 0.0]), "dpm")
+
+
+# the picture
+
+def picture(h=48, w=64, seed=0):
+    """A smooth random picture (h, w, 3) uint8."""
+    low = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(low).resize((w, h), Image.BICUBIC))
+
+
+def as_uint8(image):
+    return (image * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("ext, mode", [
+    *(("png", mode) for mode in ("RGB", "L", "P", "1", "RGBA", "LA", "I;16")),
+    ("webp", "RGB"), ("webp", "L"), ("webp", "RGBA"), ("jpg", "RGB"), ("jpg", "L")])
+def test_read_image_is_pillow(tmp_path, mode, ext):
+    image = Image.fromarray(picture())
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(picture(seed=1)[..., 0]))
+    elif mode == "I;16":
+        image = Image.fromarray(picture()[..., 0].astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    path = tmp_path / f"a%d.{ext}"  # a name that ffmpeg would take for a pattern
+    image.save(path, **{"webp": {"lossless": True, "exact": True}, "jpg": {"quality": 95}}.get(ext, {}))
+    got = sample.read_image(path)
+    assert got.dtype == torch.float32 and got.shape == (3, 48, 64) and got.is_contiguous()
+    if mode == "I;16":
+        expected = np.repeat(picture()[..., :1], 3, axis=2)
+    else:
+        rgba = Image.open(path).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        expected = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    difference = np.abs(as_uint8(got).astype(int) - expected)
+    most, mean = (25, 4) if ext == "jpg" else (1, 0.6)
+    assert difference.max() <= most and difference.mean() < mean
+
+
+@pytest.mark.parametrize("ext", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, ext, orientation):
+    exif = Image.Exif()
+    exif[0x010F] = "a maker"
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ext}"
+    Image.fromarray(picture()).save(path, exif=exif, quality=95, subsampling=0, lossless=True)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    got = as_uint8(sample.read_image(path))
+    assert got.shape == expected.shape and np.abs(got.astype(int) - expected).mean() < 3
+
+
+def test_exif_with_big_endian_or_broken_header():
+    table = (1).to_bytes(2, "big") + bytes.fromhex("0112 0003 00000001 0006 0000")
+    data = b"\xff\xd8\xff\xe1..Exif\0\0MM\0*" + (8).to_bytes(4, "big") + table
+    assert sample.exif_orientation(data) == 6
+    assert sample.exif_orientation(data[:-13]) == 1 and sample.exif_orientation(b"") == 1
+
+
+def test_fit_size():
+    assert sample.fit_size(832, 480, 480 * 832) == (832, 480)
+    assert sample.fit_size(480, 832, 480 * 832) == (480, 832)
+    assert sample.fit_size(1000, 1000, 480 * 832) == (624, 624)
+    assert sample.fit_size(4000, 3000, 9216) == (96, 80)
+    for width, height in ((1920, 1080), (3, 7), (10000, 1), (1, 10000), (451, 300), (16, 16)):
+        for area in (9216, 480 * 832):
+            w, h = sample.fit_size(width, height, area)
+            assert w % 16 == h % 16 == 0 and w >= 16 and h >= 16 and w * h <= area
+
+
+def test_resize():
+    image = torch.from_numpy(picture(60, 120).copy()).permute(2, 0, 1) / 255
+    for size, crop, box in (((48, 24), False, (0, 0, 120, 60)), ((24, 24), True, (30, 0, 90, 60)),
+                            ((48, 16), True, (0, 10, 120, 50)), ((160, 80), True, (0, 0, 120, 60))):
+        got = sample.resize(image, *size, crop=crop)
+        theirs = Image.fromarray(as_uint8(image)).resize(size, Image.BICUBIC, box=box)
+        assert got.shape == (3, size[1], size[0]) and 0 <= got.min() and got.max() <= 1
+        assert np.abs(as_uint8(got).astype(int) - np.asarray(theirs)).max() <= 2
+
+
+def test_clip_pixels_are_transformers():
+    from transformers import CLIPImageProcessorPil
+    image = torch.from_numpy(picture(90, 120).copy()).permute(2, 0, 1) / 255
+    theirs = CLIPImageProcessorPil(size={"height": 56, "width": 56}, do_center_crop=False)(
+        as_uint8(image), return_tensors="pt")["pixel_values"]
+    got = sample.clip_pixels(image, 56)
+    assert got.shape == theirs.shape == (1, 3, 56, 56) and (got - theirs).abs().max() < 0.03
+
+
+def test_image_condition_is_the_official_regrouping():
+    latents = torch.randn(2, 16, 4, 3, 5)
+    y = sample.image_condition(latents)
+    mask = torch.ones(1, 13, 3, 5)  # as in Wan's own image2video.py
+    mask[:, 1:] = 0
+    mask = torch.cat([mask[:, :1].repeat_interleave(4, dim=1), mask[:, 1:]], dim=1)
+    mask = mask.view(1, 4, 4, 3, 5).transpose(1, 2)
+    assert torch.equal(y[:, :4], mask.expand(2, -1, -1, -1, -1)) and torch.equal(y[:, 4:], latents)
+    video = sample.first_frame_video(torch.full((1, 3, 4, 6), 0.5), 13)
+    assert video.shape == (1, 3, 13, 4, 6) and (video[:, :, 0] == 0.5).all() and (video[:, :, 1:] == 0).all()
+
+
+# the prompt
+
+@pytest.fixture(scope="module")
+def spiece():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["pan left", "pan right", "zoom in", "zoom out", "rotate a photo"] * 20),
+        model_writer=model, vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=3, unk_id=2, bos_id=-1,
+        minloglevel=2)
+    return model.getvalue()
+
+
+def test_tokenizer(tmp_path, spiece):
+    weights = tmp_path / "t.safetensors"
+    save_file({"w": torch.zeros(1)}, weights)
+    with pytest.raises(ValueError, match="no tokenizer.*spiece.model"):
+        sample.load_tokenizer(weights)
+    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
+    (tmp_path / "google" / "umt5-xxl" / "spiece.model").write_bytes(spiece)
+    beside = sample.load_tokenizer(weights)
+    save_file({"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}, weights)
+    inside = sample.load_tokenizer(weights)
+    ids = sample.tokenize(inside, "  pan \n left\t")
+    assert ids.dtype == torch.int64 and ids.shape[0] == 1
+    assert ids.tolist() == [inside.encode("pan left") + [3]]  # </s> has the id that the model says
+    assert torch.equal(ids, sample.tokenize(beside, "pan left"))
+    assert sample.tokenize(inside, "").tolist() == [[3]]
+    long = sample.tokenize(inside, "zoom in " * 400)
+    assert long.shape == (1, 512) and long[0, -1] == 3
+
+
+# video files
+
+def clip(frames=9, h=48, w=64):
+    return torch.from_numpy(np.stack([np.roll(picture(h, w), 3 * i, axis=1) for i in range(frames)]))
+
+
+def write_video(path, video, **kw):
+    with sample.open_video(path, video.shape[2], video.shape[1], **kw) as write_frame:
+        for frame in video:
+            write_frame(frame)
+
+
+def psnr(a, b):
+    return 10 * math.log10(255 ** 2 / max(1e-9, np.mean((a.astype(float) - b.astype(float)) ** 2)))
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+        return frames, stream.average_rate, stream.codec_context, container.metadata
+
+
+def test_mp4(tmp_path):
+    video = clip()
+    write_video(tmp_path / "a.mp4", video, metadata={"title": "pan left", "comment": "seed 0"})
+    frames, rate, codec, metadata = decode(tmp_path / "a.mp4")
+    assert frames.shape == (9, 48, 64, 3) and rate == 16
+    assert codec.name == "h264" and codec.pix_fmt == "yuv420p" and codec.colorspace == 1
+    assert metadata["title"] == "pan left" and metadata["comment"] == "seed 0"
+    assert psnr(frames, video.numpy()) > 30 and os.listdir(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("ext", ["gif", "webp"])
+def test_gif_and_webp(tmp_path, ext):
+    video = clip()
+    write_video(tmp_path / f"a.{ext}", video)
+    image, milliseconds = Image.open(tmp_path / f"a.{ext}"), 0
+    assert image.n_frames == 9 and image.info["loop"] == 0
+    for i in range(9):
+        image.seek(i)
+        image.load()
+        milliseconds += image.info["duration"]
+        assert psnr(np.asarray(image.convert("RGB")), video[i].numpy()) > 26
+    assert abs(milliseconds - 9 * 62.5) < 10
+
+
+@pytest.mark.parametrize("name", ["out", "out.d/"])
+def test_folder_of_png(tmp_path, name):
+    video = clip(5)
+    write_video(f"{tmp_path}/{name}", video)
+    assert sorted(os.listdir(tmp_path / name)) == [f"000{i}.png" for i in range(5)]
+    for i in range(5):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name / f"000{i}.png")), video[i].numpy())
+    with pytest.raises(ValueError, match="has files in it"):
+        write_video(f"{tmp_path}/{name}", video)
+    (tmp_path / "empty").mkdir()
+    write_video(tmp_path / "empty", video)
+    assert len(os.listdir(tmp_path / "empty")) == 5 and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("after", [0, 3])
+def test_no_partial_video(tmp_path, name, error, after):
+    with pytest.raises(error, match="boom"):
+        with sample.open_video(tmp_path / name, 64, 48) as write_frame:
+            hidden, = os.listdir(tmp_path)  # opened before any frame
+            assert hidden.startswith(".")
+            for frame in clip(after or 1)[:after]:
+                write_frame(frame)
+            raise error("boom")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_run_keeps_the_old_video(tmp_path):
+    write_video(tmp_path / "a.mp4", clip(1))
+    old = (tmp_path / "a.mp4").read_bytes()
+    with pytest.raises(RuntimeError):
+        with sample.open_video(tmp_path / "a.mp4", 64, 48):
+            raise RuntimeError
+    assert (tmp_path / "a.mp4").read_bytes() == old
+    write_video(tmp_path / "a.mp4", clip(5))
+    assert (tmp_path / "a.mp4").read_bytes() != old
+
+
+def test_free_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.free_name("x/my photo.jpg", "Pan: 50% left/up*", 3) == "my-photo-Pan-50-left-up-seed3.mp4"
+    assert sample.free_name("图.jpg", "", 0) == "seed0.mp4"
+    assert len(sample.free_name("photo.jpg", "very " * 100, 0)) < 80
+    for expected in ("photo-seed0.mp4", "photo-seed0-1.mp4", "photo-seed0-2.mp4"):
+        assert sample.free_name("photo.jpg", "", 0) == expected
+        (tmp_path / expected).touch()
+
+
+# the pipeline, with networks that only record what they are given
+
+class Fakes:
+    """The VAE repeats averages of 8 x 8 pixels; the DiT's velocity leads to the latents of the picture."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.loaded, self.dit_calls, self.clip_pixels, self.prompts = [], [], [], None, []
+        for name in ("dit", "vae", "umt5", "clip"):
+            monkeypatch.setattr(wan_fp4, f"load_{name}", self.loader(name), raising=False)
+
+    def loader(self, name):
+        def load(path, device="cpu", dtype=None):
+            assert all(network() is None for network in self.loaded)  # one network in memory at a time
+            self.log.append(name)
+            module = torch.nn.Module()
+            self.loaded.append(weakref.ref(module))
+            module.forward = getattr(self, name, None)
+            module.encode, module.decode_chunks = self.encode, self.decode_chunks
+            module.image_size = 28
+            return module
+        return load
+
+    def umt5(self, ids, mask):
+        assert ids.shape == mask.shape and (mask == 1).all()
+        self.prompts.append(ids)
+        return ids[..., None].float().expand(-1, -1, 8)
+
+    def clip(self, pixels):
+        self.clip_pixels = pixels
+        return torch.ones(1, 5, 6)
+
+    def encode(self, video):
+        self.video = video
+        small = torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8))  # (1, 3, T, H, W)
+        return torch.cat([small] + [small[:, :1]] * 13, dim=1)
+
+    def decode_chunks(self, latents):
+        for i in range(latents.shape[2]):
+            piece = latents[:, :3, i:i + 1].repeat(1, 1, 4 if i else 1, 1, 1).clamp(-1, 1)
+            yield piece.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
+
+    def dit(self, x, t, text, image, y):
+        self.dit_calls.append((x.clone(), t, text, image, y))
+        return (x - y[:, 4:, :1]) / (t / 1000) + 0 * text.mean()
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    monkeypatch.setattr(sample.gc, "collect", lambda: None)  # slow; the fakes have no cycles
+    return Fakes(monkeypatch)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, spiece):
+    """A checkout with a demo (headers only), a photo, and nothing else; the current folder."""
+    (tmp_path / "demo").mkdir()
+    for name in ("vae", "clip"):
+        save_file({"w": torch.zeros(1)}, tmp_path / "demo" / f"{name}.safetensors")
+    save_file({"w": torch.zeros(1)}, tmp_path / "demo" / "dit.safetensors",
+              {"frames": "13", "area": "9216", "prompt": "zoom in"})
+    save_file({"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)},
+              tmp_path / "demo" / "umt5.safetensors")
+    Image.fromarray(picture(150, 200)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(sample, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_demo_run(place, fakes, capsys):
+    sample.main(["photo.png"])
+    out, err = capsys.readouterr()
+    assert "demo model" in err and "umt5_xxl_fp16.safetensors" in err
+    assert "photo-zoom-in-seed0.mp4: 96x80, 13 frames, seed 0" in out.splitlines()[-1]
+    for words in ("200x150 -> 13 frames of 96x80", "peak memory", "text ", "decode ", "'zoom in'"):
+        assert words in out
+    frames, rate, _, metadata = decode(place / "photo-zoom-in-seed0.mp4")
+    assert frames.shape == (13, 80, 96, 3) and rate == 16
+    assert metadata["title"] == "zoom in" and "seed 0" in metadata["comment"] and "lcm" in metadata["comment"]
+    still = np.asarray(Image.open("photo.png").resize((96, 80), Image.BICUBIC))
+    assert psnr(frames[0], still) > 20 and psnr(frames[-1], still) > 20  # the photo, in blocks of 8 x 8
+
+    assert fakes.log == ["umt5", "clip", "vae", "dit", "vae"]
+    assert fakes.clip_pixels.shape == (1, 3, 28, 28) and fakes.video.shape == (1, 3, 13, 80, 96)
+    assert (fakes.video[:, :, 1:] == 0).all() and fakes.video.min() >= -1 and fakes.video.min() < -0.2
+    assert len(fakes.dit_calls) == 4
+    for (x, t, text, image, y), sigma in zip(fakes.dit_calls, sample.sigmas("normal", 4, 5)):
+        assert x.shape == (1, 16, 4, 10, 12) and x.dtype == torch.float32
+        assert t.shape == (1,) and t.item() == pytest.approx(1000 * sigma.item())
+        assert text.shape == (1, fakes.prompts[0].shape[1], 8) and image.shape == (1, 5, 6)
+        assert y.shape == (1, 20, 4, 10, 12) and (y[:, :4, 0] == 1).all() and (y[:, :4, 1:] == 0).all()
+    assert all(network() is None for network in fakes.loaded)  # each was freed
+    noise = torch.randn(1, 16, 4, 10, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fakes.dit_calls[0][0], noise)
+    assert sorted(os.listdir(place)) == ["demo", "photo-zoom-in-seed0.mp4", "photo.png"]
+
+
+def test_same_seed_same_pixels(place, fakes):
+    fakes.dit = lambda x, t, text, image, y: 0.1 * x  # the noise remains visible
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        sample.main(["photo.png", "-o", name, "--seed", str(seed), "--frames", "5", "--steps", "2"])
+    a, b, c = ([(place / name / f"{i:04d}.png").read_bytes() for i in range(5)] for name in "abc")
+    assert a == b and a != c
+
+
+def test_size_and_guidance(place, fakes, capsys):
+    fakes.dit = lambda x, t, text, image, y: fakes.dit_calls.append(text) or x.sign() * text.mean()
+    files, _ = sample.find_files(dict.fromkeys(sample.NETWORKS))
+    video = sample.generate(sample.read_image("photo.png"), files, "pan left", 5, (64, 96), steps=1, cfg=3.0,
+                            negative="zoom", sampler="euler")
+    assert video.shape == (5, 96, 64, 3) and video.dtype == torch.uint8
+    positive, negative = (t.mean() for t in fakes.dit_calls)
+    noise = torch.randn(1, 16, 2, 12, 8, generator=torch.Generator().manual_seed(0))
+    expected = noise - noise.sign() * (negative + 3 * (positive - negative))
+    decoded = torch.cat([p for p in fakes.decode_chunks(expected)], dim=2)
+    assert torch.equal(video, ((decoded[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0))
+    sample.main(["photo.png", "-o", "a.gif", "--size", "70x90", "--frames", "1"])
+    assert "1 frames of 64x96" in capsys.readouterr().out  # the nearest multiples of 16
+
+
+def test_models_folder(place, fakes, capsys):
+    for flag, (folder, usual, tiny) in sample.NETWORKS.items():
+        (place / "models" / folder).mkdir(parents=True)
+        (place / "models" / folder / usual).write_bytes((place / "demo" / tiny).read_bytes())
+    files, demo = sample.find_files(dict.fromkeys(sample.NETWORKS))
+    assert not demo and files["vae"] == place / "models" / "vae" / "wan_2.1_vae.safetensors"
+    sample.main(["photo.png", "-o", "a.mp4"])
+    assert "demo" not in capsys.readouterr().err
+    other = place / "models" / "vae" / "other.pth"
+    other.touch()
+    with pytest.raises(ValueError, match=r"2 files: other.pth, wan_2.1_vae.safetensors: choose by --vae"):
+        sample.find_files(dict.fromkeys(sample.NETWORKS))
+    assert sample.find_files(dict.fromkeys(sample.NETWORKS) | {"vae": str(other)})[0]["vae"] == other
+
+
+BAD = {  # arguments: what the one line says
+    "photo.png --frames 80": "--frames 80: must be 4k+1; the nearest are 77 and 81",
+    "photo.png --frames 0": "the nearest are 1 and 5",
+    "photo.png --frames x": "--frames",
+    "photo.png --steps 0": "steps 0: expected 1 or more",
+    "photo.png --shift -1": "shift -1.0: expected a number above 0",
+    "photo.png --sampler dpm": "'lcm', 'euler', 'heun'",
+    "photo.png --scheduler karras": "'normal', 'simple', 'linear_quadratic'",
+    "photo.png --size 64": "WIDTHxHEIGHT",
+    "photo.png --size 0x64": "WIDTHxHEIGHT",
+    "photo.png --device toaster": "--device toaster: ",
+    "photo.png --seed -1": "--seed -1: ",
+    "missing.png": "missing.png: no such file",
+    "demo": "demo: no such file",
+    "text.png": "text.png: not an image that can be read",
+    "empty.png": "empty.png: not an image that can be read",
+    "film.mp4": "expected an image (png, jpg, webp)",
+    "photo.png -o a.avi": "extension '.avi': expected .mp4, .gif, .webp, or a folder",
+    "photo.png -o no/a.mp4": "no: no such folder",
+    "photo.png -o demo": "is a folder that has files in it",
+    "photo.png -o photo": None,  # a folder of png: fine
+    "photo.webp -o photo.webp": "is the picture itself",
+    "photo.png --models nowhere": "--models nowhere: no such folder",
+    "photo.png --models demo": "diffusion_models: no .safetensors or .pth file: put wan2.1",
+    "photo.png --dit gone.safetensors": "--dit gone.safetensors: no such file",
+    "photo.png --dit text.safetensors": "text.safetensors: not a safetensors file",
+    "photo.png --vae demo/vae.safetensors": "models/diffusion_models: no .safetensors",  # never the demo's
+    "": "image",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(place, fakes, capsys, arguments):
+    (place / "text.png").write_text("this is not an image\n" * 50)
+    (place / "text.safetensors").write_text("this is not a model\n" * 50)
+    (place / "empty.png").touch()
+    Image.fromarray(picture()).save("photo.webp")
+    write_video("film.mp4", clip(3))
+    before = sorted(os.listdir(place))
+    if BAD[arguments] is None:
+        return sample.main(arguments.split())
+    with pytest.raises(SystemExit) as stop:
+        sample.main(arguments.split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("sample.py: error: ") and err.count("\n") == 1 and BAD[arguments] in err
+    assert fakes.log == [] and sorted(os.listdir(place)) == before  # no network loaded, no file left
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_cuda_that_is_not_there(place, fakes, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["photo.png", "--device", "cuda"])
+    assert stop.value.code == 2 and "--device cuda: " in capsys.readouterr().err and fakes.log == []
+
+
+def test_interrupt(place, fakes, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    fakes.dit = interrupted
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["photo.png"])
+    assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    assert sorted(os.listdir(place)) == ["demo", "photo.png"]
+
+
+def test_a_broken_demo_is_an_error(place, fakes, capsys):
+    (place / "demo" / "clip.safetensors").unlink()
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["photo.png"])
+    assert stop.value.code == 2 and "clip.safetensors: no such file" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# convert.py
+# --------------------------------------------------------------------------------------------------
+
+WIDTH, HIDDEN = 64, 200  # HIDDEN is a multiple neither of 16 nor of 32
+LINEARS = {"self_attn.q": (WIDTH, WIDTH), "self_attn.k": (WIDTH, WIDTH), "cross_attn.k_img": (WIDTH, 48),
+           "ffn.0": (HIDDEN, WIDTH), "ffn.2": (WIDTH, HIDDEN)}
+
+
+def checkpoint(dtype=torch.bfloat16, prefix="", blocks=2, linears=LINEARS):
+    """A small Wan checkpoint: {name: tensor}, kept tensors partly in float32."""
+    g = torch.Generator().manual_seed(0)
+    t = {"patch_embedding.weight": (WIDTH, 36, 1, 2, 2), "text_embedding.0.weight": (WIDTH, 32),
+         "time_embedding.0.weight": (WIDTH, 256), "time_projection.1.weight": (6 * WIDTH, WIDTH),
+         "img_emb.proj.1.weight": (WIDTH, 32), "head.head.weight": (64, WIDTH), "head.head.bias": (64,)}
+    for n in range(blocks):
+        t |= {f"blocks.{n}.{layer}.weight": shape for layer, shape in linears.items()}
+        t |= {f"blocks.{n}.{layer}.bias": shape[:1] for layer, shape in linears.items()}
+        t |= {f"blocks.{n}.norm3.weight": (WIDTH,), f"blocks.{n}.self_attn.norm_q.weight": (WIDTH,)}
+    tensors = {prefix + name: (torch.randn(shape, generator=g) * 0.05).to(dtype) for name, shape in t.items()}
+    for n in range(blocks):
+        tensors[f"{prefix}blocks.{n}.modulation"] = torch.randn(1, 6, WIDTH, generator=g)
+    return tensors
+
+
+def write_checkpoint(path, tensors=None, **metadata):
+    save_file(checkpoint() if tensors is None else tensors, path, metadata or None)
+    return path
+
+
+def refused(capsys, *argv):
+    """The line on stderr with which convert refuses; what it left on the disk must be what was there."""
+    with pytest.raises(SystemExit) as stop:
+        convert.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("convert.py: ") and err.count("\n") == 1
+    return err
+
+
+# What is written
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_output_reads_back_as_the_source(tmp_path, prefix, dtype, capsys):
+    source = write_checkpoint(tmp_path / "m.safetensors", checkpoint(dtype, prefix), head_dim="16",
+                              prompt="ein Bär")
+    convert.main(["-i", source])
+    out, bare = load_file(tmp_path / "m-nvfp4.safetensors"), checkpoint(dtype)
+    original = {name.removeprefix(prefix): tensor for name, tensor in load_file(source).items()}
+    linears = {f"blocks.{n}.{layer}" for n in range(2) for layer in LINEARS}
+    for name in original:
+        layer = name.removesuffix(".weight")
+        if layer not in linears:
+            assert same_bits(out.pop(name), original[name])
+    for layer in linears:
+        w = bare[f"{layer}.weight"]
+        suffixes = "weight", "weight_scale", "weight_scale_2", "comfy_quant"
+        stored = {suffix: out.pop(f"{layer}.{suffix}") for suffix in suffixes}
+        linear = quant.QuantLinear.from_tensors(layer, stored, w.shape[1], w.shape[0])
+        assert linear.format == "nvfp4"
+        assert convert.snr(w, linear.dequantized(torch.float32)) > 21
+        theirs = ck.dequantize_nvfp4(stored["weight"], stored["weight_scale_2"], stored["weight_scale"],
+                                     torch.float32)[:w.shape[0], :w.shape[1]]
+        assert torch.equal(theirs, linear.dequantized(torch.float32))
+        best = quant.quantize_nvfp4(w, method="search")
+        assert all(same_bits(a, b) for a, b in zip(best, stored.values()))
+        info = {"format": "nvfp4", "group_size": 16, "orig_dtype": str(dtype), "orig_shape": list(w.shape)}
+        assert json.loads(bytes(stored["comfy_quant"].tolist())) == info
+    assert not out
+    with safe_open(tmp_path / "m-nvfp4.safetensors", "pt") as f:
+        metadata = f.metadata()
+    assert metadata["head_dim"] == "16" and metadata["prompt"] == "ein Bär"
+    assert metadata["quantization_command"] == f"convert.py -i {source}"
+    layers = json.loads(metadata["_quantization_metadata"])
+    assert layers["format_version"] == "1.0" and set(layers["layers"]) == linears
+    assert layers["layers"]["blocks.1.ffn.2"]["format"] == "nvfp4"
+
+
+def test_simple_is_what_comfy_kitchen_writes(tmp_path):
+    source, tensors = write_checkpoint(tmp_path / "m.safetensors"), checkpoint()
+    convert.main(["-i", source, "-o", tmp_path / "out.safetensors", "--simple"])
+    out = load_file(tmp_path / "out.safetensors")
+    for layer in LINEARS:
+        w = tensors[f"blocks.1.{layer}.weight"]
+        tensor_scale = w.abs().amax().float() / (448 * 6)
+        data, scale = ck.quantize_nvfp4(w, tensor_scale, pad_16x=True)
+        assert same_bits(out[f"blocks.1.{layer}.weight"], data)
+        assert same_bits(out[f"blocks.1.{layer}.weight_scale"], scale)
+        assert same_bits(out[f"blocks.1.{layer}.weight_scale_2"], tensor_scale)
+
+
+def test_tensors_are_aligned_and_the_header_is_whole(tmp_path):
+    convert.main(["-i", write_checkpoint(tmp_path / "m.safetensors")])
+    raw = (tmp_path / "m-nvfp4.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:8 + length])
+    entries.pop("__metadata__")
+    offsets = sorted(entry["data_offsets"] for entry in entries.values())
+    assert length % 8 == 0 and offsets[0][0] == 0 and offsets[-1][1] == len(raw) - 8 - length
+    assert all(end == begin for (_, end), (begin, _) in zip(offsets, offsets[1:]))
+    for entry in entries.values():
+        assert entry["data_offsets"][0] % convert.DTYPES[entry["dtype"]].itemsize == 0
+
+
+def test_shards_give_the_same_tensors_as_one_file(tmp_path):
+    tensors, shards = checkpoint(), tmp_path / "Wan2.1"
+    shards.mkdir()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, shards / file)
+    convert.main(["-i", write_checkpoint(tmp_path / "one.safetensors")])
+    expected = load_file(tmp_path / "one-nvfp4.safetensors")
+    convert.main(["-i", shards])
+    index = shards / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {n: file for file, part in files.items() for n in part}}))
+    convert.main(["-i", index])
+    for out in (tmp_path / "Wan2.1-nvfp4.safetensors", shards / "m-nvfp4.safetensors"):
+        got = load_file(out)
+        assert set(got) == set(expected) and all(same_bits(got[name], expected[name]) for name in got)
+
+
+def test_a_linked_model_gives_its_output_the_link_s_name(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "0123abcd")
+    (tmp_path / "Wan2.1.safetensors").symlink_to("0123abcd")
+    monkeypatch.chdir(tmp_path)
+    convert.main(["-i", "Wan2.1.safetensors"])
+    assert (tmp_path / "Wan2.1-nvfp4.safetensors").exists()
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8", "bf16"])
+def test_quantize_weight_gives_what_quant_linear_takes(fmt):
+    w = torch.randn(72, 200).bfloat16()
+    stored = convert.quantize_weight(w, fmt)
+    layer = quant.QuantLinear.from_tensors("x", stored, 200, 72)
+    assert layer.format == (None if fmt == "bf16" else fmt)
+    assert convert.snr(w, layer.dequantized(torch.float32)) > {"nvfp4": 21, "mxfp8": 30, "bf16": 999}[fmt]
+    with pytest.raises(ValueError, match="expected one of bf16, mxfp8, nvfp4"):
+        convert.quantize_weight(w, "fp4")
+
+
+# Memory and failures
+
+def test_memory_holds_one_weight_not_the_model(tmp_path):
+    """The peak of the process rises by less than a third of a 193 MB file over that of a small one."""
+    big = checkpoint(torch.float32, blocks=12, linears={"self_attn.q": (2048, 2048)})
+    program = ("import resource, sys, convert; convert.main(sys.argv[1:]); "
+               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+    peaks = []
+    for name, tensors in (("small", checkpoint()), ("big", big)):
+        file = write_checkpoint(tmp_path / name, tensors)
+        argv = [sys.executable, "-c", program, "-i", file, "-o", tmp_path / "out", "--simple"]
+        run = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        peaks.append(int(run.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < file.stat().st_size / 3
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch, failure):
+    source, out = write_checkpoint(tmp_path / "m.safetensors"), tmp_path / "out.safetensors"
+    out.write_text("old")
+    calls, quantize = [], convert.quantize_weight
+
+    def fails(w, *args, **kwargs):
+        calls.append(not w.is_meta)
+        if sum(calls) == 4:
+            raise failure
+        return quantize(w, *args, **kwargs)
+
+    monkeypatch.setattr(convert, "quantize_weight", fails)
+    with pytest.raises(type(failure)):
+        convert.main(["-i", source, "-o", out])
+    assert sum(calls) == 4 and out.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "out.safetensors"]
+
+
+def test_writing_refuses_what_the_header_does_not_say(tmp_path):
+    tensors = {"a": (torch.float32, (2,)), "b": (torch.uint8, (0,))}
+    empty = torch.ones(0, dtype=torch.uint8)
+    for name, tensor, error in [("a", torch.ones(3), "expected"), ("b", empty.float(), "expected"),
+                                ("b", empty, "1 tensors were never written, as a")]:
+        with pytest.raises(ValueError, match=error):
+            with convert.writing(tmp_path / "x", tensors, {}) as put:
+                put(name, tensor)
+        assert not list(tmp_path.iterdir())
+
+
+def test_too_little_disk_is_said_before_the_start(tmp_path, monkeypatch, capsys):
+    source = write_checkpoint(tmp_path / "m.safetensors")
+    usage = convert.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "of the disk are free" in refused(capsys, "-i", source)
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    convert.main(["-i", write_checkpoint(tmp_path / "m.safetensors"), "--dry-run"])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# Refusals
+
+def damaged(value):
+    tensors = checkpoint()
+    tensors["blocks.1.ffn.0.weight"][3, 5] = value
+    return tensors
+
+
+@pytest.mark.parametrize("tensors, error", [
+    (damaged(float("nan")), "blocks.1.ffn.0.weight has NaN or infinite values"),
+    (damaged(float("-inf")), "blocks.1.ffn.0.weight has NaN or infinite values"),
+    (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), torch.nan)}, "norm3.weight has NaN"),
+    ({"blocks.0.attn.q.weight": torch.ones(16, 16)}, "not a Wan model"),
+    ({"layer.weight": torch.ones(16, 16)}, "not a Wan model"),
+    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "already 8-bit"),
+    (checkpoint() | {"scaled_fp8": torch.ones(2)}, "already 8-bit"),
+    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).int()}, "is I32, expected BF16"),
+    (checkpoint() | {"blocks.0.ffn.0.comfy_quant": torch.ones(2)}, "already quantised"),
+    (checkpoint() | {"diffusion_model.head.head.bias": torch.ones(2)}, "head.head.bias is there twice"),
+])
+def test_sources_that_are_refused(tmp_path, capsys, tensors, error):
+    source = write_checkpoint(tmp_path / "m.safetensors", tensors)
+    assert error in refused(capsys, "-i", source)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_own_output_is_refused_as_a_source(tmp_path, capsys):
+    convert.main(["-i", write_checkpoint(tmp_path / "m.safetensors")])
+    assert "already quantised" in refused(capsys, "-i", tmp_path / "m-nvfp4.safetensors")
+
+
+def test_paths_that_are_refused(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "m.safetensors")
+    (tmp_path / "link").hardlink_to(source)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").write_bytes(source.read_bytes()[:-1])
+    (tmp_path / "index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
+    (tmp_path / "other.json").write_text("[]")
+    assert "different files" in refused(capsys, "-i", source, "-o", source)
+    assert "different files" in refused(capsys, "-i", source, "-o", tmp_path / "link")
+    assert "a folder" in refused(capsys, "-i", source, "-o", tmp_path)
+    assert "its folder is missing" in refused(capsys, "-i", source, "-o", tmp_path / "no" / "x")
+    assert "no such file or folder" in refused(capsys, "-i", tmp_path / "lost")
+    assert "no .safetensors" in refused(capsys, "-i", tmp_path / "empty")
+    assert "not a complete safetensors file" in refused(capsys, "-i", tmp_path / "damaged")
+    assert "is a shard missing" in refused(capsys, "-i", tmp_path / "index.json")
+    assert "no weight_map" in refused(capsys, "-i", tmp_path / "other.json")
+
+
+def test_the_report_names_types_and_sizes(tmp_path, capsys):
+    convert.main(["-i", write_checkpoint(tmp_path / "m.safetensors")])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ffn.0            NVFP4        2    21.") for line in lines)
+    assert "MiB -> " in lines[-1] and lines[-1].endswith("m-nvfp4.safetensors")
+
+
+# The plan
+
+RECIPE = (  # as the model card has it, verbatim
+    r'--nvfp4 --wan --comfy_quant --save-quant-metadata --custom-type mxfp8 --custom-layers "'
+    r'blocks\.(1|2|3)\.cross_attn\.k\.weight|blocks\.(6|8|9|10)\.cross_attn\.k\.weight|'
+    r'blocks\.(0|1|2|3)\.cross_attn\.v\.weight|blocks\.(6)\.cross_attn\.q\.weight|'
+    r'blocks\.(6|14)\.cross_attn\.o\.weight|blocks\.(0|1|2|3)\.cross_attn\.v_img\.weight|'
+    r'blocks\.(0)\.self_attn\.k\.weight|blocks\.(7|9|10|12|13|14)\.self_attn\.k\.weight|'
+    r'blocks\.(19)\.self_attn\.q\.weight|blocks\.(0|1|2|3)\.ffn\.0\.weight|'
+    r'blocks\.(36|37|38|39)\.ffn\.0\.weight" --exclude-layers "'
+    r'blocks\.(4|5|7)\.cross_attn\.k\.weight|blocks\.(0)\.cross_attn\.q\.weight|'
+    r'blocks\.(5|7|9|10|11|12|19|20)\.cross_attn\.o\.weight|blocks\.(8|11|33)\.self_attn\.k\.weight|'
+    r'blocks\.(38)\.self_attn\.k\.weight|blocks\.(14|16|17)\.self_attn\.q\.weight" '
+    r'--num-iter 6000 --top-p 0.35 --calib-samples 8192 '
+    r'--extract-lora --lora-rank 64 --lora-target "ffn\.(0|2)\.weight|self_attn\.(v|o)\.weight"')
+TABLE = {"cross_attn.k": (7.5, 17.5, 75), "cross_attn.q": (2.5, 2.5, 95), "cross_attn.v": (0, 10, 90),
+         "cross_attn.o": (20, 5, 75), "cross_attn.k_img": (0, 0, 100), "cross_attn.v_img": (0, 10, 90),
+         "self_attn.k": (10, 17.5, 72.5), "self_attn.q": (7.5, 2.5, 90), "self_attn.v": (0, 0, 100),
+         "self_attn.o": (0, 0, 100), "ffn.0": (0, 20, 80), "ffn.2": (0, 0, 100), "norms": (100, 0, 0),
+         "total": (36.0, 4.7, 59.3)}
+
+
+def wan_shapes(d=5120, f=13824, text=4096, image=1280, blocks=40):
+    """{name: shape} of the Wan2.1 I2V DiT, at the 14B's sizes by default."""
+    shapes = {"patch_embedding": (d, 36, 1, 2, 2), "text_embedding.0": (d, text), "text_embedding.2": (d, d),
+              "time_embedding.0": (d, 256), "time_embedding.2": (d, d), "time_projection.1": (6 * d, d),
+              "img_emb.proj.1": (image, image), "img_emb.proj.3": (d, image), "head.head": (64, d)}
+    for n in range(blocks):
+        attention = [f"self_attn.{x}" for x in "qkvo"]
+        attention += [f"cross_attn.{x}" for x in (*"qkvo", "k_img", "v_img")]
+        shapes |= {f"blocks.{n}.{layer}": (d, d) for layer in attention}
+        shapes |= {f"blocks.{n}.ffn.0": (f, d), f"blocks.{n}.ffn.2": (d, f)}
+    shapes = {f"{layer}.{suffix}": shape if suffix == "weight" else shape[:1]
+              for layer, shape in shapes.items() for suffix in ("weight", "bias")}
+    norms = ["norm3", "self_attn.norm_q", "self_attn.norm_k"]
+    norms += [f"cross_attn.{norm}" for norm in ("norm_q", "norm_k", "norm_k_img")]
+    for n in range(blocks):
+        shapes |= {f"blocks.{n}.{norm}.weight": (d,) for norm in norms}
+        shapes |= {f"blocks.{n}.norm3.bias": (d,), f"blocks.{n}.modulation": (1, 6, d)}
+    for i, size in ((0, image), (4, d)):
+        shapes |= {f"img_emb.proj.{i}.{suffix}": (size,) for suffix in ("weight", "bias")}
+    return shapes | {"head.modulation": (1, 2, d)}
+
+
+def table(lines):
+    rows = [line.split() for line in lines if not line.startswith("percent")]
+    return {row[0]: tuple(map(float, row[1:])) for row in rows if len(row) == 4}
+
+
+class Shapes(dict):
+    """A source of names and shapes without any data, all bf16."""
+    shapes = property(lambda self: self)
+    dtypes = property(lambda self: dict.fromkeys(self, torch.bfloat16))
+
+
+def recipe_flags():
+    args = convert._parser().parse_args(["-i", "x", *shlex.split(RECIPE)])
+    return args.base, args.custom_type, args.custom_layers, args.exclude_layers
+
+
+def test_the_recipe_gives_its_table_at_full_size():
+    shapes = wan_shapes()
+    assert sum(map(math.prod, shapes.values())) == 16_394_878_784
+    formats = convert.plan(shapes, *recipe_flags())
+    assert Counter(formats.values()) == {"nvfp4": 427, "mxfp8": 34, "bf16": 19}
+    assert table(convert.plan_report(shapes, formats)) == TABLE
+    size = convert.header(convert.layout(Shapes(shapes), formats), {})[2]
+    assert f"{size / 2 ** 30:.2f}" == "10.13"  # the model card says 9.76, which its own table does not give
+
+
+def test_custom_wins_over_exclude_and_may_name_the_embeddings():
+    shapes = wan_shapes(64, 96, 32, 48, blocks=2)
+    formats = convert.plan(shapes, "mxfp8", "nvfp4", r"ffn|text_embedding\.2|img_emb", r"blocks\.0\.")
+    assert formats["blocks.0.ffn.0.weight"] == formats["text_embedding.2.weight"] == "nvfp4"
+    assert formats["blocks.0.self_attn.q.weight"] == "bf16"
+    assert formats["blocks.1.self_attn.q.weight"] == "mxfp8"
+    assert "img_emb.proj.1.weight" in formats and "img_emb.proj.0.weight" not in formats
+    assert "text_embedding.0.weight" not in formats and "time_embedding.2.weight" not in formats
+
+
+@pytest.mark.parametrize("flags, error", [
+    (["--custom-type", "mxfp8", "--custom-layers", "blocks.(0"], "'blocks.(0': not a regular expression"),
+    (["--custom-type", "mxfp8", "--custom-layers", "time_embedding"], "matches no weight out of"),
+    (["--custom-type", "mxfp8", "--custom-layers", "norm"], "matches no weight out of"),
+    (["--exclude-layers", "*"], "--exclude-layers '*': not a regular expression"),
+    (["--exclude-layers", r"blocks\.99\."], "matches no weight out of"),
+    (["--custom-layers", "ffn"], "give both or neither"),
+    (["--custom-type", "mxfp8"], "give both or neither"),
+    (["--plan", "score", "--exclude-layers", "ffn"], "chooses the layers itself"),
+    (["--device", "abacus"], "--device abacus: "),
+])
+def test_flags_that_are_refused(tmp_path, capsys, flags, error):
+    assert error in refused(capsys, "-i", write_checkpoint(tmp_path / "m.safetensors"), *flags)
+
+
+@pytest.mark.parametrize("flags", [["--nvpf4"], ["--custom-type", "int8"], ["--nv"], ["--nvfp4", "--mxfp8"]])
+def test_unknown_flags_are_errors(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        convert.main(["-i", write_checkpoint(tmp_path / "m.safetensors"), *flags])
+    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_the_recipe_converts_a_narrow_model(tmp_path, capsys):
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: (torch.randn(shape, generator=g) * 0.05).bfloat16()
+               for name, shape in wan_shapes(32, 48, 32, 32).items()}
+    source, out = write_checkpoint(tmp_path / "m.safetensors", tensors), tmp_path / "out.safetensors"
+    convert.main(["-i", source, *shlex.split(RECIPE), "-o", out])
+    lines = capsys.readouterr().out.splitlines()
+    assert table(lines[:lines.index("")]) == TABLE
+    with safe_open(out, "pt") as f:
+        markers = [json.loads(bytes(f.get_tensor(n).tolist())) for n in f.keys() if n.endswith("comfy_quant")]
+        header = json.loads(f.metadata()["_quantization_metadata"])["layers"]
+        kept = f.get_tensor("blocks.38.self_attn.k.weight")
+        eight, eight_scale = (f.get_tensor(f"blocks.19.self_attn.q.{x}") for x in ("weight", "weight_scale"))
+    assert Counter(m["format"] for m in markers) == {"nvfp4": 427, "mxfp8": 34}
+    lora = load_file(tmp_path / "out_lora.safetensors")
+    assert len(lora) == 3 * 160 and lora["diffusion_model.blocks.7.ffn.2.lora_up.weight"].shape == (32, 32)
+    assert Counter(m["format"] for m in header.values()) == {"nvfp4": 427, "mxfp8": 34}
+    assert same_bits(kept, tensors["blocks.38.self_attn.k.weight"])
+    data, scale = quant.quantize_mxfp8(tensors["blocks.19.self_attn.q.weight"], method="search")
+    assert same_bits(eight, data) and same_bits(eight_scale, scale)
+
+
+def test_plan_recipe_and_its_flags_are_the_command_of_the_card():
+    shapes = wan_shapes()
+    base, kind, custom, exclude = recipe_flags()
+    assert (custom, exclude) == (convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
+    formats = convert.plan(shapes, base, kind, custom, exclude)
+    text = convert.flags(formats | {"text_embedding.0.weight": "mxfp8"})
+    args = convert._parser().parse_args(["-i", "x", *shlex.split(text)])
+    again = convert.plan(shapes, args.base, args.custom_type, args.custom_layers, args.exclude_layers)
+    assert again == formats | {"text_embedding.0.weight": "mxfp8"}
+    assert convert.flags({"blocks.0.ffn.0.weight": "nvfp4"}) == "--nvfp4"
+
+
+def test_sensitivity_by_known_distributions():
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(512, 1024, generator=g)
+    kurtosis, octaves, aspect = convert.sensitivity(w.bfloat16())
+    assert kurtosis < 0.02 and 2.1 < octaves < 2.6 and aspect == 1
+    assert convert.sensitivity(w) == pytest.approx(convert.sensitivity(w * 1e-3), abs=1e-4)
+    w = torch.randn(512, 512, generator=g).exp() * w[:, :512].sign()
+    assert convert.sensitivity(w)[0] > 3 and convert.sensitivity(w)[1] > 4
+    signs = w.sign()
+    assert convert.sensitivity(signs)[:2] == pytest.approx((0, 0), abs=1e-3)
+    assert convert.sensitivity(torch.zeros(16, 16)) == (0, 0, 0)
+
+
+def test_the_score_promotes_the_outliers_among_the_layers(tmp_path, capsys):
+    tensors = checkpoint(blocks=12, linears={"self_attn.q": (256, 128), "self_attn.k": (128, 128)})
+    tensors["blocks.3.self_attn.k.weight"][::16, 5] *= 8
+    tensors["blocks.7.self_attn.k.weight"][::16, 5] *= 60
+    source, out = write_checkpoint(tmp_path / "m.safetensors", tensors), tmp_path / "out.safetensors"
+    convert.main(["-i", source, "-o", out, "--plan", "score", "--print-flags"])
+    with safe_open(out, "pt") as f:
+        layers = json.loads(f.metadata()["_quantization_metadata"])["layers"]
+    assert "blocks.3.self_attn.k" not in layers and "blocks.7.self_attn.k" not in layers
+    assert layers["blocks.0.self_attn.q"]["format"] == layers["blocks.5.self_attn.k"]["format"] == "nvfp4"
+    assert sum(info["format"] == "mxfp8" for info in layers.values()) <= 2
+    assert r'--exclude-layers "blocks\.(3|7)\.self_attn\.k\.weight"' in capsys.readouterr().out
+
+
+def test_layers_all_alike_stay_in_nvfp4():
+    scores = convert.score({f"blocks.{n}.ffn.0.weight": (0.1, 2.5, 1.4) for n in range(8)})
+    assert set(convert.plan_by_score(scores).values()) == {"nvfp4"}
+
+
+# Rounding with a Hessian
+
+def correlated(width, rows=160):
+    """A weight, the second moment of inputs with a few strong directions, and more such inputs."""
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(width // 8, width, generator=g) / torch.arange(1, width // 8 + 1)[:, None] ** 0.5
+    channels = torch.exp(0.7 * torch.randn(width, generator=g))
+
+    def inputs(n):
+        noise = torch.randn(n, width, generator=g)
+        return (torch.randn(n, len(mix), generator=g) @ mix + 0.3 * noise) * channels
+
+    w = torch.randn(rows, width, generator=g) * 0.02
+    seen = inputs(4 * width)
+    return w.bfloat16(), seen.T @ seen, inputs(512)
+
+
+def output_snr(w, stored, x):
+    return convert.snr(x @ w.float().T, x @ convert.dequantize_weight(stored, w.shape).T)
+
+
+@pytest.mark.parametrize("fmt, gain", [("nvfp4", 9), ("mxfp8", 9)])
+@pytest.mark.parametrize("width", [256, 200])
+def test_a_hessian_lowers_the_error_of_outputs_not_seen(fmt, gain, width):
+    w, hessian, x = correlated(width)
+    rtn = output_snr(w, convert.quantize_weight(w, fmt, method="rtn"), x)
+    swept = [output_snr(w, convert.quantize_weight(w, fmt, hessian, num_iter=n), x) for n in (0, 1, 8)]
+    assert swept[0] > rtn + 3 and swept[2] > rtn + gain
+    assert swept == sorted(swept)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+def test_comfy_kitchen_reads_what_a_hessian_gives(fmt):
+    w, hessian, _ = correlated(200, rows=70)
+    stored = convert.quantize_weight(w, fmt, hessian)
+    scales = [stored[x] for x in ("weight_scale_2", "weight_scale") if x in stored]
+    theirs = getattr(ck, f"dequantize_{fmt}")(stored["weight"], *scales, torch.float32)
+    ours = convert.dequantize_weight(stored, w.shape)
+    assert torch.equal(theirs[:70, :200], ours) and not theirs[70:].any() and not theirs[:, 200:].any()
+    assert convert.snr(w, ours) > 10  # close to w itself too, not only through the Hessian
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+def test_without_correlation_a_hessian_is_the_search(fmt):
+    w = torch.randn(64, 256) * 0.02
+    searched = convert.snr(w, convert.dequantize_weight(convert.quantize_weight(w, fmt), w.shape))
+    for hessian in (torch.eye(256), torch.zeros(256, 256)):
+        stored = convert.quantize_weight(w, fmt, hessian)
+        assert abs(convert.snr(w, convert.dequantize_weight(stored, w.shape)) - searched) < 0.02
+
+
+def test_inputs_that_are_never_on_cost_nothing():
+    w, hessian, x = correlated(256)
+    hessian[:, 100:] = hessian[100:] = x[:, 100:] = 0
+    stored = convert.quantize_weight(w, "nvfp4", hessian)
+    assert output_snr(w, stored, x) > 30
+
+
+def test_zero_rows_and_blocks_stay_zero_with_a_hessian():
+    w, hessian, _ = correlated(256)
+    w[3], w[:, 64:96] = 0, 0
+    for fmt in ("nvfp4", "mxfp8"):
+        q = convert.dequantize_weight(convert.quantize_weight(w, fmt, hessian), w.shape)
+        assert q.isfinite().all() and not q[3].any()
+    stored = convert.quantize_weight(torch.zeros(32, 256), "nvfp4", hessian)
+    assert not convert.dequantize_weight(stored, (32, 256)).any()
+
+
+def test_a_hessian_that_does_not_fit_is_an_error():
+    w, hessian, _ = correlated(256)
+    hessian[3, 3] = math.nan
+    for bad in (hessian[:16, :16], hessian):
+        with pytest.raises(ValueError, match=r"expected \(256, 256\), all finite"):
+            convert.quantize_weight(w, "nvfp4", bad)
+    with pytest.raises(ValueError, match="NaN"):
+        convert.quantize_weight(torch.full((16, 256), math.nan), "mxfp8", torch.eye(256))
+
+
+# The LoRA of the errors
+
+def test_low_rank_is_the_best_there_is():
+    w, hessian, x = correlated(256)
+    error = w.float() - convert.dequantize_weight(convert.quantize_weight(w, "nvfp4"), w.shape)
+    up, down, share = convert.low_rank(error, 16)
+    s = torch.linalg.svdvals(error)
+    assert up.shape == (160, 16) and down.shape == (16, 256)
+    assert abs(share - s[:16].square().sum() / s.square().sum()) < 1e-5
+    left = (error - up @ down).square().sum() / error.square().sum()
+    assert abs(1 - left - share) < 1e-5
+    weighted = convert.low_rank(error, 16, hessian)
+    outputs = [(x @ (error - up @ down).T).square().sum() for up, down, _ in ((up, down, 0), weighted)]
+    assert outputs[1] < outputs[0] / 2 and weighted[2] > 3 * share
+    assert convert.low_rank(error[:8], 64)[0].shape == (8, 8)
+
+
+def test_low_rank_is_randomised_when_large_and_then_nearly_the_best():
+    error, state = torch.randn(600, 700), torch.random.get_rng_state()
+    up, down, share = convert.low_rank(error, 64)
+    s = torch.linalg.svdvals(error)
+    assert 0.98 < share / (s[:64].square().sum() / s.square().sum()) <= 1.0001
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip((up, down), convert.low_rank(error, 64)))
+
+
+def test_the_lora_file_corrects_the_layers_that_it_names(tmp_path, capsys):
+    source, out = write_checkpoint(tmp_path / "m.safetensors"), tmp_path / "out.safetensors"
+    flags = ["--extract-lora", "--lora-rank", "16", "--exclude-layers", r"blocks\.1\."]
+    convert.main(["-i", source, "-o", out, *flags])
+    lora, base = load_file(tmp_path / "out_lora.safetensors"), load_file(out)
+    target = re.compile(convert.RECIPE_TARGET)
+    layers = [f"blocks.0.{layer}" for layer in LINEARS if target.search(f"{layer}.weight")]
+    suffixes = "lora_up.weight", "lora_down.weight", "alpha"
+    assert layers and set(lora) == {f"diffusion_model.{x}.{suffix}" for x in layers for suffix in suffixes}
+    assert all(f"{layer.split('.', 2)[2]:17} " in capsys.readouterr().out for layer in layers[:1])
+    for layer in layers:
+        w = checkpoint()[f"{layer}.weight"]
+        stored = {name.rpartition(".")[2]: base[name] for name in base if name.startswith(f"{layer}.")}
+        stored["bias"] = torch.zeros(len(w))
+        linear = quant.QuantLinear.from_tensors(layer, stored, w.shape[1], w.shape[0])
+        x = torch.randn(32, w.shape[1])
+        alone = convert.snr(x @ w.float().T, linear(x))
+        up, down, alpha = (lora[f"diffusion_model.{layer}.{suffix}"] for suffix in suffixes)
+        linear.attach_lora(up, down, alpha.item() / len(down))
+        assert convert.snr(x @ w.float().T, linear(x)) > alone + 1.5
+
+
+def test_lora_flags_that_are_refused(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "m.safetensors")
+    flags = ["-i", source, "--extract-lora"]
+    assert "matches no weight" in refused(capsys, *flags, "--lora-target", "norm3")
+    assert "need --extract-lora" in refused(capsys, "-i", source, "--lora-target", "ffn")
+    assert "would overwrite" in refused(capsys, *flags, "--lora-output", source)
+    assert "would overwrite" in refused(capsys, *flags, "--lora-output", tmp_path / "m-nvfp4.safetensors")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+# --------------------------------------------------------------------------------------------------
+# The repository
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, others, code", [
+    ("wan_fp4", ["quant.py"],
+     "wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).decode(torch.zeros(1, 16, 2, 2, 2))"),
+    ("convert", ["quant.py"], "convert.quantize_weight(torch.randn(32, 32), 'nvfp4')"),
+    ("sample", ["quant.py", "wan_fp4.py"], "sample.sigmas('normal', 4, 5)"),
+])
+def test_a_file_works_where_only_its_imports_are(name, others, code, tmp_path):
+    for file in (f"{name}.py", *others):
+        shutil.copy(REPOSITORY / file, tmp_path)
+    for missing in ("numpy", "diffusers", "transformers"):  # what only the tests need
+        (tmp_path / f"{missing}.py").write_text("raise ModuleNotFoundError")
+    code = f"import torch, {name}; {code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

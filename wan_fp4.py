@@ -1,0 +1,822 @@
+"""Wan2.1 image-to-video: the four networks that turn a picture and a prompt into a video, and their files.
+
+    UMT5Encoder   token ids -> text features                 once per prompt
+    CLIPVision    the picture at 224 x 224 -> image tokens   once per picture
+    WanVAE        video <-> latents, 8 x 8 x 4 smaller       encodes the picture, decodes the result
+    WanDiT        noisy latents -> velocity                  once per sampling step; where the time goes
+
+Wan is a flow model: x_sigma = (1 - sigma) * x0 + sigma * noise, and the DiT predicts velocity = noise - x0
+from x_sigma and t = 1000 * sigma. The picture enters three times: its VAE latents beside the noisy ones,
+its CLIP tokens in cross-attention, and a mask that says which frames are given.
+
+Modules are named as the tensors of the official checkpoints, so a file's names are the map of this file. All
+sizes are read from the tensors' shapes: the 14B model, a test's and the demo's run the same code. The loaders
+at the end keep every Linear as the file stores it, NVFP4 or MXFP8 or plain (quant.QuantLinear); what is not
+a Linear is small. Sizes and conventions: the Wan2.1 report (arXiv 2503.20314) and its published checkpoints.
+
+Letters in the shapes: B batch; F frames, h w their height and width; T = 1 + (F - 1) / 4 latent frames, H W =
+h / 8, w / 8; N = T * H/2 * W/2 tokens; D width of a network, d of a head; L text tokens; C channels.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from quant import QuantLinear, default_dtype, default_mode, read_marker
+
+# ----------------------------------------------------------------------------------------------------
+# DiT: the diffusion transformer
+# ----------------------------------------------------------------------------------------------------
+
+TEXT_TOKENS = 512  # the DiT was trained with every prompt padded to this length, and without a mask
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    dim: int = 5120
+    ffn_dim: int = 13824
+    layers: int = 40
+    head_dim: int = 128
+    in_dim: int = 36  # 16 noisy latents, 4 mask, 16 latents of the picture
+    out_dim: int = 16
+    text_dim: int = 4096
+    image_dim: int = 1280
+    freq_dim: int = 256
+
+
+def sinusoid(t, dim):
+    """Times (B,) -> (B, dim): cosines, then sines, of t * 10000 ** (-i / (dim / 2)). In float64, as angles
+    reach 1000 radians."""
+    freqs = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angles = t.double()[:, None] * freqs  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()  # (B, dim)
+
+
+def rope_3d(frames, height, width, head_dim, device):
+    """The rotation of every token's pairs: (N, d/2) complex64, from float64 angles.
+
+    Of a head's c = d/2 pairs, the first c - 2 * (c // 3) turn with t, then c // 3 with h and c // 3 with w.
+    """
+    c = head_dim // 2
+    axes = []
+    for n, pairs in ((frames, c - 2 * (c // 3)), (height, c // 3), (width, c // 3)):
+        freqs = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
+        angles = torch.arange(n, dtype=torch.float64, device=device)[:, None] * freqs  # (n, pairs)
+        axes.append(torch.polar(torch.ones_like(angles), angles).to(torch.complex64))
+    t, h, w = axes
+    full = (frames, height, width, -1)
+    rope = torch.cat([t[:, None, None].expand(full), h[:, None].expand(full), w.expand(full)], -1)
+    return rope.flatten(0, 2)  # (N, d/2)
+
+
+def rotate(x, rope):
+    """Turn the interleaved pairs of x (B, heads, N, d) by rope (N, d/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, N, d/2)
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)  # (B, heads, N, d)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6).to(x.dtype)
+
+
+def layer_norm(x):
+    """LayerNorm without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def split_heads(x, head_dim):
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, N, D) -> (B, heads, N, d)
+
+
+def join_heads(x):
+    return x.transpose(1, 2).flatten(2)  # (B, heads, N, d) -> (B, N, D)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim, head_dim):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)  # over all heads at once
+
+    def forward(self, x, rope):
+        q = rotate(split_heads(self.norm_q(self.q(x)), self.head_dim), rope)  # (B, heads, N, d)
+        k = rotate(split_heads(self.norm_k(self.k(x)), self.head_dim), rope)
+        v = split_heads(self.v(x), self.head_dim)
+        return self.o(join_heads(F.scaled_dot_product_attention(q, k, v)))  # (B, N, D)
+
+
+class CrossAttention(nn.Module):
+    """One query, two attentions, added: to the text's tokens and to the picture's."""
+
+    def __init__(self, dim, head_dim):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_q, self.norm_k, self.norm_k_img = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
+
+    def forward(self, x, text, text_bias, image):
+        q = split_heads(self.norm_q(self.q(x)), self.head_dim)  # (B, heads, N, d)
+        k = split_heads(self.norm_k(self.k(text)), self.head_dim)  # (B, heads, L + 1, d)
+        v = split_heads(self.v(text), self.head_dim)
+        k_img = split_heads(self.norm_k_img(self.k_img(image)), self.head_dim)  # (B, heads, 257, d)
+        v_img = split_heads(self.v_img(image), self.head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=text_bias)
+        y = y + F.scaled_dot_product_attention(q, k_img, v_img)
+        return self.o(join_heads(y))  # (B, N, D)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward on a float32 residual stream x (B, N, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
+        self.self_attn = SelfAttention(cfg.dim, cfg.head_dim)
+        self.norm3 = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.cross_attn = CrossAttention(cfg.dim, cfg.head_dim)
+        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"),
+                                 nn.Linear(cfg.ffn_dim, cfg.dim))
+
+    def forward(self, x, e0, rope, text, text_bias, image):
+        six = (self.modulation + e0).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = six  # each (B, 1, D)
+        dtype = text.dtype  # what the Linears compute in
+        y = self.self_attn(torch.addcmul(shift1, layer_norm(x), 1 + scale1).to(dtype), rope)
+        x = torch.addcmul(x, gate1, y.float())
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, text_bias, image)
+        y = self.ffn(torch.addcmul(shift2, layer_norm(x), 1 + scale2).to(dtype))
+        return torch.addcmul(x, gate2, y.float())
+
+
+class Head(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim ** 0.5)
+        self.head = nn.Linear(cfg.dim, 4 * cfg.out_dim)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)  # each (B, 1, D)
+        return self.head(torch.addcmul(shift, layer_norm(x), 1 + scale))  # (B, N, 4 * 16)
+
+
+class ImageEmbedding(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(cfg.image_dim), nn.Linear(cfg.image_dim, cfg.image_dim),
+                                  nn.GELU(), nn.Linear(cfg.image_dim, cfg.dim), nn.LayerNorm(cfg.dim))
+
+    def forward(self, image):
+        return self.proj(image)  # (B, 257, image width) -> (B, 257, D)
+
+
+class WanDiT(nn.Module):
+    """Predicts the velocity noise - x0 of noisy latents."""
+
+    def __init__(self, cfg=DiTConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32  # what attention and the blocks' Linears compute in; the loader sets it
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, (1, 2, 2), (1, 2, 2))
+        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"),
+                                            nn.Linear(cfg.dim, cfg.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
+                                            nn.Linear(cfg.dim, cfg.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.img_emb = ImageEmbedding(cfg)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.head = Head(cfg)
+
+    def embed_text(self, text):
+        """(B, L, text width), L <= 512 -> (B, L + 1, D) and an attention bias (1, 1, 1, L + 1).
+
+        The model saw every prompt padded with zeros to 512 tokens. The padding's tokens are all alike, so one
+        of them stands for the 512 - L: adding log(512 - L) to its logit counts it that often in the softmax.
+        """
+        b, length, width = text.shape
+        if length > TEXT_TOKENS:
+            raise ValueError(f"text: got {length} tokens, expected at most {TEXT_TOKENS}: shorten the prompt")
+        padding = text.new_zeros(b, 1, width, dtype=self.dtype)
+        text = torch.cat([text.to(self.dtype), padding], 1)  # (B, L + 1, width)
+        bias = torch.zeros(1, 1, 1, length + 1, dtype=self.dtype, device=text.device)
+        bias[..., -1] = math.log(TEXT_TOKENS - length) if length < TEXT_TOKENS else -math.inf
+        return self.text_embedding(text), bias
+
+    def forward(self, x, t, text, image, y):
+        """x (B, 16, T, H, W) noisy latents; t (B,) = 1000 * sigma; text (B, L, text width), not padded, or
+        zeros past the prompt's end; image (B, 257, image width) from CLIPVision; y (B, 20, T, H, W) mask and
+        latents of the picture -> velocity (B, 16, T, H, W), float32.
+
+        Raises ValueError for odd H or W, a y of another size than x, and L > 512.
+        """
+        b, _, frames, height, width = x.shape
+        if height % 2 or width % 2 or y.shape[2:] != x.shape[2:]:
+            raise ValueError(f"WanDiT: got x {tuple(x.shape)} and y {tuple(y.shape)}, expected the same "
+                             f"T, H, W with H and W even: make the picture's sides multiples of 16 pixels")
+        x = self.patch_embedding(torch.cat([x.float(), y.float()], dim=1))  # (B, D, T, H/2, W/2)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        rope = rope_3d(frames, height // 2, width // 2, self.cfg.head_dim, x.device)  # (N, d/2)
+        e = self.time_embedding(sinusoid(t, self.cfg.freq_dim))  # (B, D)
+        e0 = self.time_projection(e).unflatten(1, (6, -1))  # (B, 6, D)
+        text, text_bias = self.embed_text(text)  # (B, L + 1, D)
+        image = self.img_emb(image.float()).to(self.dtype)  # (B, 257, D)
+        for block in self.blocks:
+            x = block(x, e0, rope, text, text_bias, image)  # (B, N, D)
+        x = self.head(x, e)  # (B, N, 64)
+        return rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=frames, h=height // 2, p=2, q=2)
+
+
+# ----------------------------------------------------------------------------------------------------
+# VAE: causal 3-D convolutions, 8x smaller in space, 4x in time
+# ----------------------------------------------------------------------------------------------------
+#
+# Frame 0 is compressed alone, then every four frames become one latent frame, so T = 1 + (F - 1) / 4. All
+# temporal convolutions look only backwards. The video therefore runs through in chunks, each layer keeping
+# the last frames of its input for the next chunk: memory does not grow with length, and the result is the
+# same however the video is cut. The state is one dict, `cache`, from layer to its last input frames.
+
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    dims: tuple = (96, 192, 384, 384)  # channels of each level, full resolution first
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    temporal: tuple = (False, True, True)  # which of the steps down also halve time
+    z: int = 16  # latent channels
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution over (B, C, t, h, w) that sees, in time, only the present and the past."""
+
+    def __init__(self, c_in, c_out, kernel):
+        super().__init__(c_in, c_out, kernel)
+        self.space = kernel[1] // 2  # spatial padding, the same on all sides
+
+    def forward(self, x, cache):
+        if self.kernel_size[0] == 1:
+            return super().forward(x)
+        if self not in cache and x.shape[2] == 1:
+            # The very first frame's past is zeros, so only the last temporal tap counts: a third of the work
+            cache[self] = x
+            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.space)[:, :, None]
+        past = cache.get(self)
+        if past is not None:
+            x = torch.cat([past, x], dim=2)  # (B, C, p + t, h, w)
+        cache[self] = x[:, :, -2:]
+        missing = 2 - (0 if past is None else past.shape[2])  # frames of past that are zeros
+        s = self.space
+        return super().forward(F.pad(x, (s, s, s, s, missing, 0)) if missing or s else x)
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over the channels of (B, C, ...): x / ||x|| * sqrt(C) * gamma."""
+
+    def __init__(self, dim, ndim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * ndim))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * (self.gamma.shape[0] ** 0.5 * self.gamma)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        k = (3, 3, 3)
+        self.residual = nn.Sequential(ChannelNorm(c_in, 3), nn.SiLU(), CausalConv3d(c_in, c_out, k),
+                                      ChannelNorm(c_out, 3), nn.SiLU(), nn.Identity(),  # where dropout was
+                                      CausalConv3d(c_out, c_out, k))
+        self.shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
+
+    def forward(self, x, cache):
+        skip = x if self.shortcut is None else self.shortcut(x, cache)
+        return run_layers(self.residual, x, cache) + skip
+
+
+class FrameAttention(nn.Module):
+    """Single-head self-attention among the pixels of each frame."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = ChannelNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        b, _, t, h, w = x.shape
+        y = self.to_qkv(self.norm(rearrange(x, "b c t h w -> (b t) c h w")))  # (Bt, 3C, h, w)
+        q, k, v = rearrange(y, "n (three c) h w -> three n 1 (h w) c", three=3)
+        y = F.scaled_dot_product_attention(q, k, v)  # (Bt, 1, hw, C)
+        y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=h))
+        return x + rearrange(y, "(b t) c h w -> b c t h w", b=b)
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and with time_conv also time, except for the first frame."""
+
+    def __init__(self, dim, temporal):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x, cache):
+        b = x.shape[0]
+        x = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))  # (Bt, C, h/2, w/2)
+        x = rearrange(x, "(b t) c h w -> b c t h w", b=b)
+        if self.time_conv is None:
+            return x
+        past = cache.get(self)
+        cache[self] = x[:, :, -1:]
+        return x if past is None else self.time_conv(torch.cat([past, x], dim=2))  # (B, C, t/2, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    """Double height and width, and with time_conv also time, except for the first frame."""
+
+    def __init__(self, dim, temporal):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"),
+                                      nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x, cache):
+        if self.time_conv is not None:
+            if self in cache:  # the past of time_conv begins with the second latent frame
+                x = self.time_conv(x, cache)  # (B, 2C, t, h, w)
+                x = rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2)
+            cache[self] = True
+        b = x.shape[0]
+        x = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))  # (Bt, C/2, 2h, 2w)
+        return rearrange(x, "(b t) c h w -> b c t h w", b=b)
+
+
+def run_layers(layers, x, cache):
+    """Apply layers in order; those with a memory of earlier frames get the cache too."""
+    remember = CausalConv3d, ResidualBlock, Downsample, Upsample
+    for layer in layers:
+        x = layer(x, cache) if isinstance(layer, remember) else layer(x)
+    return x
+
+
+def middle_layers(dim):
+    return nn.Sequential(ResidualBlock(dim, dim), FrameAttention(dim), ResidualBlock(dim, dim))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        c, layers = cfg.dims[0], []
+        self.conv1 = CausalConv3d(3, c, (3, 3, 3))
+        for level, dim in enumerate(cfg.dims):
+            for _ in range(cfg.blocks):
+                layers.append(ResidualBlock(c, dim))
+                c = dim
+            if level < len(cfg.temporal):
+                layers.append(Downsample(c, cfg.temporal[level]))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = middle_layers(c)
+        self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(), CausalConv3d(c, 2 * cfg.z, (3, 3, 3)))
+
+    def forward(self, x, cache):
+        x = self.conv1(x, cache)  # (B, C, t, h, w)
+        x = run_layers(self.downsamples, x, cache)  # (B, C', t/4, h/8, w/8)
+        x = run_layers(self.middle, x, cache)
+        return run_layers(self.head, x, cache)  # (B, 2z, t/4, h/8, w/8)
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        c, layers = cfg.dims[-1], []
+        self.conv1 = CausalConv3d(cfg.z, c, (3, 3, 3))
+        self.middle = middle_layers(c)
+        for level, dim in reversed(list(enumerate(cfg.dims))):
+            for _ in range(cfg.blocks + 1):
+                layers.append(ResidualBlock(c, dim))
+                c = dim
+            if level > 0:
+                layers.append(Upsample(c, cfg.temporal[level - 1]))
+                c //= 2
+        self.upsamples = nn.Sequential(*layers)
+        self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(), CausalConv3d(c, 3, (3, 3, 3)))
+
+    def forward(self, x, cache):
+        x = self.conv1(x, cache)  # (B, C', t, h, w)
+        x = run_layers(self.middle, x, cache)
+        x = run_layers(self.upsamples, x, cache)  # (B, C, 4t, 8h, 8w)
+        return run_layers(self.head, x, cache)  # (B, 3, 4t, 8h, 8w)
+
+
+class WanVAE(nn.Module):
+    """Between videos (B, 3, F, h, w) in [-1, 1] and normalised latents (B, 16, T, H, W)."""
+
+    def __init__(self, cfg=VAEConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32  # what it computes in; the loader sets it
+        self.encoder = Encoder(cfg)
+        self.conv1 = CausalConv3d(2 * cfg.z, 2 * cfg.z, (1, 1, 1))
+        self.conv2 = CausalConv3d(cfg.z, cfg.z, (1, 1, 1))
+        self.decoder = Decoder(cfg)
+
+    def encode(self, video):
+        """(B, 3, F, h, w) in [-1, 1], F = 4k + 1, h and w multiples of 8 -> normalised latents
+        (B, 16, T, H, W) in float32, the mean of the posterior. Raises ValueError for other sizes."""
+        _, _, frames, h, w = video.shape
+        if frames % 4 != 1 or h % 8 or w % 8:
+            raise ValueError(f"WanVAE.encode: got {frames} frames of {h} x {w}, expected 4k + 1 frames with "
+                             f"both sides multiples of 8")
+        cache = {}
+        latents = [self.conv1(self.encoder(x.to(self.dtype), cache), cache) for x in chunks(video, 4)]
+        mean, std = latent_statistics(video.device, self.cfg.z)
+        return (torch.cat(latents, dim=2)[:, :self.cfg.z].float() - mean) / std  # the rest is log-variance
+
+    def decode_chunks(self, latents):
+        """The decoded video in pieces: (B, 3, 1, h, w) for the first latent frame, then (B, 3, 4, h, w)."""
+        mean, std = latent_statistics(latents.device, self.cfg.z)
+        cache = {}
+        for z in chunks((latents * std + mean).to(self.dtype), 1):
+            yield self.decoder(self.conv2(z, cache), cache).float().clamp(-1, 1)
+
+    def decode(self, latents):
+        """Normalised latents (B, 16, T, H, W) -> video (B, 3, F, h, w) in [-1, 1], float32."""
+        return torch.cat(list(self.decode_chunks(latents)), dim=2)
+
+
+def latent_statistics(device, z):
+    """Mean and standard deviation of each latent channel, each (1, z, 1, 1, 1)."""
+    return torch.tensor([LATENT_MEAN, LATENT_STD], device=device)[:, None, :z, None, None, None]
+
+
+def chunks(x, size):
+    """Cut (B, C, t, h, w) in time: the first frame alone, then pieces of `size` frames."""
+    return [x[:, :, :1], *(x[:, :, 1:].split(size, dim=2) if x.shape[2] > 1 else ())]
+
+
+# ----------------------------------------------------------------------------------------------------
+# UMT5: the text encoder
+# ----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class UMT5Config:
+    vocab: int = 256384
+    dim: int = 4096
+    ffn_dim: int = 10240
+    layers: int = 24
+    heads: int = 64
+    inner: int = 4096  # heads * head width
+    buckets: int = 32
+
+
+def relative_buckets(length, buckets, device):
+    """(L, L) bucket of each key's distance from each query: half for keys ahead; in each half, half for exact
+    distances, the rest in logarithmic steps up to 128. Source: T5 (arXiv 1910.10683)."""
+    position = torch.arange(length, device=device)
+    distance = position[None, :] - position[:, None]  # (L, L)
+    half = buckets // 2
+    exact = half // 2
+    far = (distance.abs().clamp(min=1).float() / exact).log() / math.log(128 / exact) * (half - exact)
+    far = (exact + far.long()).clamp(max=half - 1)
+    return (distance > 0) * half + torch.where(distance.abs() < exact, distance.abs(), far)
+
+
+class T5Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_dim = cfg.inner // cfg.heads
+        self.q, self.k, self.v = (nn.Linear(cfg.dim, cfg.inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(cfg.inner, cfg.dim, bias=False)
+
+    def forward(self, x, bias):
+        q, k, v = (split_heads(f(x), self.head_dim) for f in (self.q, self.k, self.v))  # (B, heads, L, d)
+        # T5 does not divide by sqrt(d): its initialisation already did
+        return self.o(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)))
+
+
+class T5FeedForward(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim, bias=False), nn.GELU("tanh"))
+        self.fc1 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.fc2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class RelativePosition(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.embedding = nn.Embedding(cfg.buckets, cfg.heads)
+
+    def forward(self, buckets):
+        return self.embedding(buckets).permute(2, 0, 1)  # (L, L) -> (heads, L, L)
+
+
+class T5Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.dim)
+        self.attn = T5Attention(cfg)
+        self.norm2 = RMSNorm(cfg.dim)
+        self.ffn = T5FeedForward(cfg)
+        self.pos_embedding = RelativePosition(cfg)  # UMT5 has one in every block, T5 only in the first
+
+    def forward(self, x, buckets, mask):
+        bias = self.pos_embedding(buckets) + mask  # (B, heads, L, L)
+        x = x + self.attn(self.norm1(x), bias.to(x.dtype))
+        return x + self.ffn(self.norm2(x))
+
+
+class UMT5Encoder(nn.Module):
+    def __init__(self, cfg=UMT5Config()):
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32
+        self.token_embedding = nn.Embedding(cfg.vocab, cfg.dim)
+        self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.layers))
+        self.norm = RMSNorm(cfg.dim)
+
+    def forward(self, ids, mask):
+        """Token ids (B, L) and their mask (B, L), 1 for the prompt and 0 for padding -> features (B, L, D),
+        zeros where the mask is 0."""
+        x = self.token_embedding(ids).to(self.dtype)  # (B, L, D)
+        buckets = relative_buckets(ids.shape[1], self.cfg.buckets, ids.device)  # (L, L)
+        hide = torch.zeros(mask.shape, device=ids.device).masked_fill(mask == 0, -math.inf)  # (B, L)
+        hide = hide[:, None, None]  # (B, 1, 1, L): the same for every head and query
+        for block in self.blocks:
+            x = block(x, buckets, hide)
+        return self.norm(x) * (mask != 0)[..., None]
+
+
+# ----------------------------------------------------------------------------------------------------
+# CLIP: the image tower
+# ----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    dim: int = 1280
+    ffn_dim: int = 5120
+    layers: int = 31  # of the 32 in the file: the DiT is fed by the last but one
+    head_dim: int = 80
+    patch: int = 14
+    tokens: int = 257  # CLS and 16 x 16 patches
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.to_qkv = nn.Linear(cfg.dim, 3 * cfg.dim)
+        self.proj = nn.Linear(cfg.dim, cfg.dim)
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # each (B, 257, D)
+        q, k, v = (split_heads(y, self.head_dim) for y in (q, k, v))  # each (B, heads, 257, d)
+        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class CLIPBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.dim)
+        self.attn = CLIPAttention(cfg)
+        self.norm2 = nn.LayerNorm(cfg.dim)
+        self.mlp = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(), nn.Linear(cfg.ffn_dim, cfg.dim))
+
+    def forward(self, x, dtype):
+        x = x + self.attn(self.norm1(x).to(dtype))
+        return x + self.mlp(self.norm2(x).to(dtype))
+
+
+class CLIPVision(nn.Module):
+    def __init__(self, cfg=CLIPConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32
+        self.image_size = cfg.patch * math.isqrt(cfg.tokens - 1)  # 224 pixels a side
+        self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch, bias=False)
+        self.cls_embedding = nn.Parameter(torch.zeros(1, 1, cfg.dim))
+        self.pos_embedding = nn.Parameter(torch.randn(1, cfg.tokens, cfg.dim) * 0.02)
+        self.pre_norm = nn.LayerNorm(cfg.dim)
+        self.transformer = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.layers))
+
+    def forward(self, pixels):
+        """Normalised pixels (B, 3, 224, 224) -> tokens (B, 257, D) of the last block but one, not normed."""
+        x = self.patch_embedding(pixels.float()).flatten(2).transpose(1, 2)  # (B, 256, D)
+        x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x], dim=1)  # (B, 257, D)
+        x = self.pre_norm(x + self.pos_embedding)
+        for block in self.transformer:
+            x = block(x, self.dtype)
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------
+
+def read_header(path):
+    """A safetensors file's metadata {str: str} and {tensor name: (dtype name, shape)}, without its tensors.
+
+    Raises FileNotFoundError, and ValueError for a file that is no safetensors."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            stored = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            return file.metadata() or {}, stored
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}): is the download complete?") from None
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors or .pth file by bare name, memory-mapped, and the header's metadata."""
+    if Path(path).suffix == ".pth":
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        tensors, metadata = torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
+    else:
+        metadata, _ = read_header(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    bare = {}
+    for name, tensor in tensors.items():
+        for prefix in ("model.diffusion_model.", "diffusion_model.", "visual."):
+            name = name.removeprefix(prefix)
+        bare[name] = tensor
+    return bare, metadata
+
+
+def count(tensors, prefix):
+    """How many numbered modules there are under a prefix: "blocks." -> 40."""
+    return 1 + max((int(n[len(prefix):].split(".")[0]) for n in tensors if n.startswith(prefix)), default=-1)
+
+
+def columns(tensors, layer):
+    """The input width of a Linear, quantised or not."""
+    weight, marker = tensors[layer + ".weight"], tensors.get(layer + ".comfy_quant")
+    shape = read_marker(marker, layer).get("orig_shape") if marker is not None else None
+    return shape[1] if shape else weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
+def fill(model, tensors, path, device, dtype, float32=()):
+    """Give a model on the meta device its tensors, each moved to `device` once; return it in eval mode.
+
+    Every Linear becomes a QuantLinear over the tensors as stored, computing in `dtype`, as convolutions do;
+    in float32 where the name begins as one in `float32`. Norms, positions and modulations become float32.
+    Raises ValueError for tensors missing, left over or of a wrong shape.
+    """
+    groups = {}
+    for name, tensor in tensors.items():
+        layer, _, suffix = name.rpartition(".")
+        groups.setdefault(layer, {})[suffix] = tensor
+    for name, module in list(model.named_modules()):
+        stored = groups.pop(name, {})
+        compute = torch.float32 if name.startswith(tuple(float32)) else dtype
+        if isinstance(module, nn.Linear):
+            moved = {suffix: t if suffix == "comfy_quant" else t.to(device) for suffix, t in stored.items()}
+            try:
+                layer = QuantLinear.from_tensors(name, moved, module.in_features, module.out_features,
+                                                 bias=module.bias is not None, compute_dtype=compute,
+                                                 mode=default_mode(device))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            model.set_submodule(name, layer)
+            continue
+        for suffix, parameter in list(module.named_parameters(recurse=False)):
+            where = f"{path}: {name}.{suffix}".replace(": .", ": ")
+            if suffix not in stored:
+                raise ValueError(f"{where}: got nothing, expected shape {tuple(parameter.shape)}: "
+                                 f"is the file complete, and of this kind of network?")
+            tensor = stored.pop(suffix)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{where}: got shape {tuple(tensor.shape)}, expected "
+                                 f"{tuple(parameter.shape)}: is it from a model of another size?")
+            if isinstance(module, nn.Embedding):
+                compute = tensor.dtype  # a table of a gigabyte, of which a prompt needs a few rows
+            elif not isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                compute = torch.float32
+            module.register_parameter(suffix, nn.Parameter(tensor.to(device, compute), requires_grad=False))
+        if stored:
+            groups[name] = stored
+    left = sorted(f"{layer}.{suffix}".lstrip(".") for layer, stored in groups.items() for suffix in stored)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ValueError(f"{path}: {left[0]}{more}: got a tensor that no layer takes, expected none: is the "
+                         f"file of this kind of network?")
+    model.dtype = dtype
+    return model.eval()
+
+
+def build(network, config, path):
+    """The network on the meta device, where it takes no memory. Raises ValueError if a tensor is missing from
+    which config() reads a size."""
+    try:
+        with torch.device("meta"):
+            return network(config())
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]}: got nothing, expected a tensor: is this a "
+                         f"{network.__name__} checkpoint under the official names?") from None
+
+
+def head_width(dim, metadata, usual, path):
+    """The head width: the header's head_dim, else the usual one."""
+    head_dim = int(metadata.get("head_dim", usual))
+    if dim % head_dim:
+        raise ValueError(f"{path}: head width {head_dim} does not divide the model's width {dim}: give the "
+                         f"right one as head_dim in the file's header metadata")
+    return head_dim
+
+
+def load_dit(path, device="cpu", dtype=None):
+    """The diffusion transformer of a plain or quantised checkpoint, in eval mode.
+
+    Linears stay as stored and memory-mapped. dtype is what they compute in: by default float32 on a CPU,
+    bfloat16 elsewhere. Raises FileNotFoundError, and ValueError for tensors that are missing, left over, of a
+    wrong shape or an unknown format.
+    """
+    tensors, metadata = read_tensors(path)
+
+    def config():
+        dim, in_dim = tensors["patch_embedding.weight"].shape[:2]
+        return DiTConfig(dim=dim, ffn_dim=len(tensors["blocks.0.ffn.0.bias"]),
+                         layers=count(tensors, "blocks."),
+                         head_dim=head_width(dim, metadata, 128, path), in_dim=in_dim,
+                         out_dim=len(tensors["head.head.bias"]) // 4,
+                         text_dim=columns(tensors, "text_embedding.0"),
+                         image_dim=len(tensors["img_emb.proj.0.weight"]),
+                         freq_dim=tensors["time_embedding.0.weight"].shape[1])
+
+    return fill(build(WanDiT, config, path), tensors, path, device, dtype or default_dtype(device),
+                float32=("patch_embedding", "time_", "img_emb", "head"))
+
+
+def load_vae(path, device="cpu", dtype=None):
+    """The video autoencoder, in eval mode. dtype as for load_dit; raises the same errors."""
+    tensors, _ = read_tensors(path)
+
+    def config():
+        dims, temporal, blocks, c = [], [], 0, 0
+        for i in range(count(tensors, "encoder.downsamples.")):
+            layer = f"encoder.downsamples.{i}."
+            if layer + "resample.1.weight" in tensors:
+                temporal.append(layer + "time_conv.weight" in tensors)
+                dims.append(c)
+            else:
+                c = len(tensors[layer + "residual.6.bias"])
+                blocks += not dims
+        return VAEConfig(dims=(*dims, c), blocks=blocks, temporal=tuple(temporal),
+                         z=len(tensors["conv2.bias"]))
+
+    return fill(build(WanVAE, config, path), tensors, path, device, dtype or default_dtype(device))
+
+
+def load_umt5(path, device="cpu", dtype=None):
+    """The text encoder, in eval mode. dtype as for load_dit; raises the same errors."""
+    tensors, _ = read_tensors(path)
+    tensors = {n: t for n, t in tensors.items() if n not in ("spiece_model", "scaled_fp8")}  # no weights
+
+    def config():
+        (vocab, dim), (buckets, heads) = (tensors[n].shape for n in (
+            "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"))
+        return UMT5Config(vocab=vocab, dim=dim, ffn_dim=len(tensors["blocks.0.ffn.fc1.weight"]),
+                          layers=count(tensors, "blocks."), heads=heads,
+                          inner=len(tensors["blocks.0.attn.q.weight"]), buckets=buckets)
+
+    return fill(build(UMT5Encoder, config, path), tensors, path, device, dtype or default_dtype(device))
+
+
+def load_clip(path, device="cpu", dtype=None):
+    """The image tower, in eval mode, without its last block, which Wan does not use. dtype as for load_dit;
+    raises the same errors."""
+    tensors, metadata = read_tensors(path)
+    last = count(tensors, "transformer.") - 1
+    unused = (f"transformer.{last}.", "post_norm.", "head", "textual.", "log_scale")
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(unused)}
+
+    def config():
+        dim, _, patch, _ = tensors["patch_embedding.weight"].shape
+        return CLIPConfig(dim=dim, ffn_dim=len(tensors["transformer.0.mlp.0.bias"]), layers=last,
+                          head_dim=head_width(dim, metadata, 80, path), patch=patch,
+                          tokens=tensors["pos_embedding"].shape[1])
+
+    return fill(build(CLIPVision, config, path), tensors, path, device, dtype or default_dtype(device),
+                float32=("patch_embedding",))
