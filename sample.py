@@ -172,7 +172,7 @@ def read_image(path):
 
 
 def frame_to_pixels(frame):
-    """An av frame -> (h, w, 4) uint8, red green blue alpha. av's own way needs numpy, which nothing else does."""
+    """An av frame -> (h, w, 4) uint8, red green blue alpha. (av's own way would need numpy.)"""
     plane = frame.reformat(format="rgba").planes[0]  # rows of line_size bytes, the last ones unused
     rows = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(plane.height, plane.line_size)
     return rows[:, :4 * plane.width].reshape(plane.height, plane.width, 4)  # (h, w, 4)
@@ -212,13 +212,16 @@ def exif_orientation(data):
 def fit_size(width, height, area):
     """The size (width, height) of the video for a picture of this size.
 
-    As in Wan's own pipeline: the rectangle of `area` pixels with the picture's aspect ratio, both sides
-    rounded down to multiples of 16 (8 of the VAE, 2 of the DiT's patches). So its area is at most `area`.
+    Among the sizes next to the rectangle of `area` pixels with the picture's aspect ratio, both sides
+    multiples of 16 (8 of the VAE, 2 of the DiT's patches) and no larger than `area`: the nearest in aspect.
     """
-    w = max(math.isqrt(area * width // height) // 16 * 16, 16)
-    h = max(math.isqrt(area * height // width) // 16 * 16, 16)
-    # where 16 was more than the side of a very long picture, the other one gives way
-    return min(w, max(area // h // 16 * 16, 16)), min(h, max(area // w // 16 * 16, 16))
+    ideal = math.isqrt(area * width // height), math.isqrt(area * height // width)
+    near = [[max(side // 16 * 16 + more, 16) for more in (0, 16)] for side in ideal]
+    sizes = [(w, h) for w in near[0] for h in near[1] if w * h <= area]
+    if not sizes:  # 16 was more than the side of a very long picture: the other one gives way
+        w, h = near[0][0], near[1][0]
+        sizes = [(area // 256 * 16, 16) if h == 16 else (16, area // 256 * 16)]
+    return min(sizes, key=lambda s: (abs(math.log(s[0] * height / (s[1] * width))), -s[0] * s[1]))
 
 
 def resize(image, width, height, crop=False):

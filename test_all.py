@@ -1204,7 +1204,7 @@ def test_fit_size():
     assert sample.fit_size(832, 480, 480 * 832) == (832, 480)
     assert sample.fit_size(480, 832, 480 * 832) == (480, 832)
     assert sample.fit_size(1000, 1000, 480 * 832) == (624, 624)
-    assert sample.fit_size(4000, 3000, 9216) == (96, 80)
+    assert sample.fit_size(4000, 3000, 9216) == (112, 80)  # 1.4 is nearer to 4 / 3 than 96 x 80
     for width, height in ((1920, 1080), (3, 7), (10000, 1), (1, 10000), (451, 300), (16, 16)):
         for area in (9216, 480 * 832):
             w, h = sample.fit_size(width, height, area)
@@ -1441,26 +1441,26 @@ def test_demo_run(place, fakes, capsys):
     sample.main(["photo.png"])
     out, err = capsys.readouterr()
     assert "demo model" in err and "umt5_xxl_fp16.safetensors" in err
-    assert "photo-zoom-in-seed0.mp4: 96x80, 13 frames, seed 0" in out.splitlines()[-1]
-    for words in ("200x150 -> 13 frames of 96x80", "peak memory", "text ", "decode ", "'zoom in'"):
+    assert "photo-zoom-in-seed0.mp4: 112x80, 13 frames, seed 0" in out.splitlines()[-1]
+    for words in ("200x150 -> 13 frames of 112x80", "peak memory", "text ", "decode ", "'zoom in'"):
         assert words in out
     frames, rate, _, metadata = decode(place / "photo-zoom-in-seed0.mp4")
-    assert frames.shape == (13, 80, 96, 3) and rate == 16
+    assert frames.shape == (13, 80, 112, 3) and rate == 16
     assert metadata["title"] == "zoom in" and "seed 0" in metadata["comment"] and "lcm" in metadata["comment"]
-    still = np.asarray(Image.open("photo.png").resize((96, 80), Image.BICUBIC))
+    still = np.asarray(Image.open("photo.png").resize((112, 80), Image.BICUBIC))
     assert psnr(frames[0], still) > 20 and psnr(frames[-1], still) > 20  # the photo, in blocks of 8 x 8
 
     assert fakes.log == ["umt5", "clip", "vae", "dit", "vae"]
-    assert fakes.clip_pixels.shape == (1, 3, 28, 28) and fakes.video.shape == (1, 3, 13, 80, 96)
+    assert fakes.clip_pixels.shape == (1, 3, 28, 28) and fakes.video.shape == (1, 3, 13, 80, 112)
     assert (fakes.video[:, :, 1:] == 0).all() and fakes.video.min() >= -1 and fakes.video.min() < -0.2
     assert len(fakes.dit_calls) == 4
     for (x, t, text, image, y), sigma in zip(fakes.dit_calls, sample.sigmas("normal", 4, 5)):
-        assert x.shape == (1, 16, 4, 10, 12) and x.dtype == torch.float32
+        assert x.shape == (1, 16, 4, 10, 14) and x.dtype == torch.float32
         assert t.shape == (1,) and t.item() == pytest.approx(1000 * sigma.item())
         assert text.shape == (1, fakes.prompts[0].shape[1], 8) and image.shape == (1, 5, 6)
-        assert y.shape == (1, 20, 4, 10, 12) and (y[:, :4, 0] == 1).all() and (y[:, :4, 1:] == 0).all()
+        assert y.shape == (1, 20, 4, 10, 14) and (y[:, :4, 0] == 1).all() and (y[:, :4, 1:] == 0).all()
     assert all(network() is None for network in fakes.loaded)  # each was freed
-    noise = torch.randn(1, 16, 4, 10, 12, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 16, 4, 10, 14, generator=torch.Generator().manual_seed(0))
     assert torch.equal(fakes.dit_calls[0][0], noise)
     assert sorted(os.listdir(place)) == ["demo", "photo-zoom-in-seed0.mp4", "photo.png"]
 
@@ -2153,3 +2153,39 @@ def test_a_file_works_where_only_its_imports_are(name, others, code, tmp_path):
     code = f"import torch, {name}; {code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_demo_is_under_12_mb():
+    sizes = {file.name: file.stat().st_size for file in (REPOSITORY / "demo").iterdir() if file.is_file()}
+    assert {"dit.safetensors", "photo.jpg"} <= set(sizes) and sum(sizes.values()) < 12e6
+
+
+def test_demo_dit_is_nvfp4():
+    dit = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors")
+    assert quant.describe(dit.blocks) == f"NVFP4 {12 * len(dit.blocks)} layers (dequantise)"
+
+
+def test_demo_video_is_nearer_to_the_move_asked_for_than_the_picture_repeated():
+    """On a photo that the training has not seen, with the true move cut from the larger photo."""
+    sys.path.insert(0, str(REPOSITORY / "demo"))
+    import train
+    photo = train.load_photo("chelsea")
+    files, demo = sample.find_files(dict.fromkeys(sample.NETWORKS), None)
+    assert demo
+    for move in ("pan left", "zoom in"):
+        truth = train.render(photo, move, train.FRAMES, 96, 96, (245, 140, 200))  # (3, F, h, w) in [0, 1]
+        video = sample.generate(truth[:, 0], files, move, train.FRAMES, area=train.AREA)  # (F, h, w, 3)
+        result = video.permute(3, 0, 1, 2).float() / 255
+        error, still = ((x - truth).square().mean() for x in (result, truth[:, :1]))
+        assert error < still, (move, error, still)
+
+
+def test_demo_command_makes_a_video(tmp_path, capsys):
+    photo = REPOSITORY / "demo" / "photo.jpg"
+    sample.main([str(photo), "--prompt", "pan left", "-o", str(tmp_path / "out.mp4")])
+    out, err = capsys.readouterr()
+    assert "this is the demo model" in err and "seed 0" in out.splitlines()[-1]
+    with av.open(str(tmp_path / "out.mp4")) as video:
+        stream = video.streams.video[0]
+        assert stream.average_rate == 16 and len(list(video.decode(stream))) == 13
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
