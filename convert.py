@@ -31,8 +31,12 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import safetensors
 import torch

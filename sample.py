@@ -31,11 +31,15 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+
+if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import av
 import torch
