@@ -509,10 +509,11 @@ def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4,
 # The command line
 # ----------------------------------------------------------------------------------------------------
 
-# by flag: the folder and the file in ComfyUI's layout, and the demo's file
+# by flag: the folder as in ComfyUI, the file, and the demo's file
 NETWORKS = {"dit": ("diffusion_models", "wan2.1_i2v_480p_14B_bf16.safetensors", "dit.safetensors"),
-            "text-encoder": ("text_encoders", "umt5_xxl_fp16.safetensors", "umt5.safetensors"),
-            "clip": ("clip_vision", "clip_vision_h.safetensors", "clip.safetensors"),
+            "text-encoder": ("text_encoders", "models_t5_umt5-xxl-enc-bf16.pth", "umt5.safetensors"),
+            "clip": ("clip_vision", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+                     "clip.safetensors"),
             "vae": ("vae", "wan_2.1_vae.safetensors", "vae.safetensors")}
 
 
@@ -604,8 +605,8 @@ def run(args):
     with open_video(output, width, height, about) as write:
         if demo:
             real = ", ".join("/".join(("models", *NETWORKS[flag][:2])) for flag in NETWORKS)
-            print("sample.py: this is the demo model, tiny and embedded. For the real one put ComfyUI's "
-                  f"repackaged Wan 2.1 files here: {real}", file=sys.stderr)
+            print("sample.py: this is the demo model, tiny and embedded. For the real one put Wan 2.1's "
+                  f"files, under their official tensor names, here: {real}", file=sys.stderr)
         print(f"{args.image}: {image.shape[2]}x{image.shape[1]} -> {frames} frames of {width}x{height}\n"
               f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
         video = generate(image, files, prompt, frames, args.size, area, args.steps, args.shift, args.sampler,

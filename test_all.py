@@ -1440,7 +1440,7 @@ def place(tmp_path, monkeypatch, spiece):
 def test_demo_run(place, fakes, capsys):
     sample.main(["photo.png"])
     out, err = capsys.readouterr()
-    assert "demo model" in err and "umt5_xxl_fp16.safetensors" in err
+    assert "demo model" in err and "models_t5_umt5-xxl-enc-bf16.pth" in err
     assert "photo-zoom-in-seed0.mp4: 112x80, 13 frames, seed 0" in out.splitlines()[-1]
     for words in ("200x150 -> 13 frames of 112x80", "peak memory", "text ", "decode ", "'zoom in'"):
         assert words in out
