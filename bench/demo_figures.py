@@ -28,6 +28,6 @@ tokenizer = sample.load_tokenizer(demo / "umt5.safetensors")
 with torch.inference_mode():
     figures = train.evaluate(nets, tokenizer, wan_fp4.load_vae(demo / "vae.safetensors"), "cpu")
 ours, still, bound, right = figures
-print(f"{args.dit}{' (emulated)' if args.emulate else ''}\n"
+print(f"{Path(args.dit).name}{' (emulated)' if args.emulate else ''}\n"
       f"video {ours:.2f} dB, first frame repeated {still:.2f} dB, the truth through the VAE {bound:.2f} dB, "
       f"the move nearest to the video is the right one: {right:.0%}")

@@ -20,6 +20,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -463,10 +464,9 @@ def hear_the_prompt(dit):
 
 def encode_prompts(umt5, tokenizer, prompts):
     """Prompts -> features (B, L, D), padded with zeros to the longest."""
-    ids = [tokenizer.encode(p) + [tokenizer.eos_id()] for p in prompts]
-    longest = max(map(len, ids))
-    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids])
-    ids = torch.tensor([i + [tokenizer.pad_id()] * (longest - len(i)) for i in ids])
+    ids = [sample.tokenize(tokenizer, prompt)[0] for prompt in prompts]
+    mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)  # (B, L)
+    ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_id())  # (B, L)
     device = next(umt5.parameters()).device
     return umt5(ids.to(device), mask.to(device))
 
