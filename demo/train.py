@@ -14,6 +14,7 @@ import math
 import random
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece
@@ -169,6 +170,14 @@ class Trainer:
                         "average": self.average, "step": self.step}, str(self.path) + ".part")
             Path(str(self.path) + ".part").replace(self.path)
 
+    @contextmanager
+    def averaged(self):
+        """The modules hold the average of the weights while this lasts."""
+        now = {k: v.clone() for k, v in self.modules.state_dict().items()}
+        self.modules.load_state_dict(self.average)
+        yield
+        self.modules.load_state_dict(now)
+
     def say(self, text):
         rate = (time.time() - self.start) / max(self.step - self.first, 1)
         print(f"step {self.step}/{self.steps}  {text}  {rate:.2f} s/step", flush=True)
@@ -297,11 +306,8 @@ def train_vae(args):
         out, kl = vae_forward(vae, clips)
         run.update(vae_loss(out, clips) + 1e-3 * kl)
         if run.step % 50 == 0:
-            now = {k: v.clone() for k, v in vae.state_dict().items()}
-            vae.load_state_dict(run.average)
-            with torch.no_grad():
+            with run.averaged(), torch.no_grad():
                 back = vae.decode(vae.encode(held))
-            vae.load_state_dict(now)
             run.say(f"train {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}  "
                     f"held-out {psnr(back, held):.2f} dB")
 
@@ -551,10 +557,8 @@ def train_dit(args):
         if run.step % 50 == 0:
             run.say(f"loss {loss.item():.4f}")
         if run.step % 500 == 0 or run.step == run.steps:
-            now = {k: v.clone() for k, v in nets.state_dict().items()}
-            nets.load_state_dict(run.average)
-            ours, still, bound, right = evaluate(nets, tokenizer, vae, args.device)
-            nets.load_state_dict(now)
+            with run.averaged():
+                ours, still, bound, right = evaluate(nets, tokenizer, vae, args.device)
             run.say(f"held-out {ours:.2f} dB, first frame repeated {still:.2f}, VAE alone {bound:.2f}; "
                     f"right move {right:.0%}")
 
