@@ -183,7 +183,7 @@ class Trainer:
         print(f"step {self.step}/{self.steps}  {text}  {rate:.2f} s/step", flush=True)
 
 
-VAE = wan_fp4.VAEConfig(dims=(16, 32, 48, 64), blocks=1)
+VAE = wan_fp4.VAEConfig(dims=(16, 32, 64, 80), blocks=1)
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def vae_forward(vae, clips):
 
 def vae_loss(out, clips):
     error = out - clips
-    return error.abs().mean() + 2 * error.square().mean()
+    return error.abs().mean() + 10 * error.square().mean()
 
 
 def fit_linear_decoder(vae, photos, rng, device, steps=600):
@@ -293,7 +293,7 @@ def train_vae(args):
         images = torch.stack([random_clip(photos, "still", 1, 64, 64, rng)[:, 0] for _ in range(1500)])
         pca_start(vae, images)
         fit_linear_decoder(vae, photos, rng, args.device)
-    run = Trainer(vae, path, args.steps or 2000, 6e-4, args.seed, args.device)
+    run = Trainer(vae, path, args.steps or 8000, 8e-4, args.seed, args.device)
     window = 240, 160, 200
     held = [render(load_photo(n), m, 9, 64, 64, window) * 2 - 1 for n in HELD_OUT for m in MOVES[::2]]
     held = torch.stack(held).to(args.device)
@@ -304,8 +304,8 @@ def train_vae(args):
                  for _ in range(batch)]
         clips = torch.stack(clips).to(args.device)  # (B, 3, F, h, w)
         out, kl = vae_forward(vae, clips)
-        run.update(vae_loss(out, clips) + 1e-3 * kl)
-        if run.step % 50 == 0:
+        run.update(vae_loss(out, clips) + 2e-4 * kl)
+        if run.step % 100 == 0:
             with run.averaged(), torch.no_grad():
                 back = vae.decode(vae.encode(held))
             run.say(f"train {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}  "
