@@ -4,16 +4,18 @@
 
 How it goes, and in which order to read this file:
 
-  Source    the checkpoint: its names (without prefix), shapes and dtypes, and one tensor at a time.
-  plan      which weight gets which format: NVFP4 (4.5 bits a weight), MXFP8 (8.25), or "bf16", which means:
-            kept as the source has it. From regexes on the names, or from a score of each weight.
-  round     one weight to the stored tensors of its format: to nearest, with searched block scales, or, given
-            the second moment of the layer's inputs, so that the layer's outputs come out best.
-  LoRA      low-rank factors of what rounding lost, for a second file.
-  write     a safetensors file begins with a header of all names, shapes and offsets. All of them follow from
-            the source's shapes and the plan, so the header goes first and then tensor after tensor, each to
-            its place: memory holds one weight, whatever the size of the model. The file has a temporary
-            name until it is complete.
+  Source     the checkpoint: its names (without prefix), shapes and dtypes, and one tensor at a time.
+  plan       which weight gets which format: NVFP4 (4.5 bits a weight), MXFP8 (8.25), or "bf16", which means:
+             kept as the source has it. From regexes on the names, from a score of each weight, or from the
+             error that each format would cause, under a size.
+  round      one weight to the stored tensors of its format: to nearest, with searched block scales, or, given
+             the second moment of the layer's inputs, so that the layer's outputs come out best.
+  LoRA       low-rank factors of what rounding lost, for a second file.
+  calibrate  what every layer is fed: the pipeline runs on pictures, one block of the model after another.
+  write      a safetensors file begins with a header of all names, shapes and offsets. All of them follow from
+             the source's shapes and the plan, so the header goes first and then tensor after tensor, each to
+             its place: memory holds a few weights, whatever the size of the model. The file has a temporary
+             name until it is complete, and an interrupted run can go on from there.
 
 What is written for a quantised layer L, in quant.py's layout: L.weight, L.weight_scale, for NVFP4
 L.weight_scale_2, and the marker L.comfy_quant, which ComfyUI reads. Older tools read the same in the header,
@@ -23,6 +25,7 @@ under _quantization_metadata: both are always there. The header also keeps the s
 import argparse
 import ctypes
 import functools
+import hashlib
 import json
 import math
 import os
@@ -32,7 +35,11 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
@@ -51,6 +58,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
 BLOCK = {"mxfp8": quant.MXFP8_BLOCK, "nvfp4": quant.NVFP4_BLOCK}
+
+
+DIFFUSERS = re.compile(r"attn[12]\.|ffn\.net\.|norm2\.|condition_embedder\.|scale_shift_table|proj_out\.")
 
 
 class Refusal(Exception):
@@ -92,7 +102,7 @@ def _open(file):
 
 
 class Source:
-    """A checkpoint's tensors under their bare names: shapes, dtypes, metadata; tensor(name) reads one.
+    """A checkpoint's tensors by their official names, bare: shapes, dtypes, metadata; tensor(name) reads one.
 
     Raises Refusal if path is not a plain Wan DiT in safetensors.
     """
@@ -109,11 +119,15 @@ class Source:
                 for stored in f.keys():
                     self._add(f, file, stored)
         if not any(re.match(r"blocks\.\d+\.self_attn\.", name) for name in self.shapes):
-            raise Refusal(f"{path}: not a Wan model under its official names: no blocks.N.self_attn")
+            raise Refusal(f"{path}: not a Wan DiT: it has neither blocks.N.self_attn nor diffusers' "
+                          f"blocks.N.attn1, but for example {min(self.shapes, default='nothing')}")
         self.bytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
 
     def _add(self, f, file, stored):
-        name = re.sub(r"^(model\.)?diffusion_model\.", "", stored)
+        name = re.sub(r"^((model\.)?diffusion_model|transformer)\.", "", stored)
+        if DIFFUSERS.search(name):
+            from wan_fp4 import official_dit_name  # the table of names is with the networks
+            name = official_dit_name(name)
         if name in self.shapes:
             raise Refusal(f"{file}: {name} is there twice, here as {stored}: are two models in one place?")
         tensor = f.get_slice(stored)
@@ -137,7 +151,8 @@ class Source:
         file, stored = self._where[name]
         with _open(file) as f:
             tensor = f.get_tensor(stored)
-        if tensor.is_floating_point() and tensor.numel() and not tensor.abs().amax().isfinite():
+        if (tensor.is_floating_point() and tensor.numel()
+                and not torch.stack(tensor.aminmax()).isfinite().all()):
             raise Refusal(f"{file}: {stored} has NaN or infinite values: is the file damaged?")
         return tensor
 
@@ -237,6 +252,67 @@ def plan_by_score(scores):
         distance = (value - high) / max(high - low, 1.0)  # 1: the same, in units of the score
         return "bf16" if distance > 3 else "mxfp8" if distance > 1.5 else "nvfp4"
     return {name: choose(value) for name, value in scores.items()}
+
+
+def stored_bytes(shape, dtype):
+    """What a weight takes in each format: {format: bytes}."""
+    return {fmt: sum(math.prod(s) * d.itemsize for d, s in _stored_layout(fmt, shape, dtype).values())
+            for fmt in FORMATS}
+
+
+def plan_by_error(errors, sizes, budget):
+    """errors and sizes {name: {format: number}} -> {name: format} of least total error in `budget` bytes.
+
+    All weights begin in their smallest format. A weight's next step is the one that saves most error per
+    byte, and its steps save less and less: they follow the lower convex hull of error over bytes, and no
+    format off the hull is best at any price of a byte. Taking the steps of all weights in that order, while
+    they fit, is optimal but for the last bytes. Raises ValueError if even the smallest formats do not fit.
+    """
+    formats = {name: min(size, key=size.get) for name, size in sizes.items()}
+    left = budget - sum(sizes[name][fmt] for name, fmt in formats.items())
+    if left < 0:
+        raise ValueError(f"plan_by_error: got {budget} bytes, too few: {budget - left} are the least")
+    steps = []
+    for name, size in sizes.items():
+        at, error = formats[name], errors[name]
+        while True:
+            saved = {fmt: (error[at] - error[fmt]) / (size[fmt] - size[at])
+                     for fmt in size if size[fmt] > size[at] and error[fmt] < error[at]}
+            if not saved:
+                break
+            best = max(saved, key=saved.get)
+            steps.append((saved[best], name, best, size[best] - size[at]))
+            at = best
+    stuck = set()  # a weight whose next step does not fit may not jump over it
+    for _, name, fmt, extra in sorted(steps, reverse=True):
+        if extra > left or name in stuck:
+            stuck.add(name)
+        else:
+            formats[name], left = fmt, left - extra
+    return formats
+
+
+def weight_errors(w):
+    """{format: relative squared error of the weight itself}, on 256 of its rows, rounded to nearest."""
+    w = w[::-(-len(w) // 256)].float()  # (256, K)
+    return {fmt: 0.0 if fmt == "bf16" else 10 ** (-snr(w, dequantize_weight(
+        quantize_weight(w, fmt, method="rtn"), w.shape)) / 10) for fmt in FORMATS}
+
+
+def output_errors(w, x):
+    """{format: relative squared error of the layer's outputs} for inputs x (R, K), both sides quantised."""
+    y, errors = x @ w.float().T, {"bf16": 0.0}  # (R, M)
+    for fmt in ("mxfp8", "nvfp4"):
+        layer = quant.QuantLinear.from_tensors("weight", quantize_weight(w, fmt), w.shape[1], w.shape[0],
+                                               mode="emulate")
+        errors[fmt] = 10 ** (-snr(y, layer(x)) / 10)
+    return errors
+
+
+def rank_correlation(a, b):
+    """Spearman's, of two sequences of numbers."""
+    ranks = [torch.tensor(list(values)).argsort().argsort().double() for values in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 def flags(formats):
@@ -424,15 +500,19 @@ def dequantize_weight(stored, shape):
     return layer.dequantized(torch.float32)
 
 
-def snr(w, approximation):
-    """Signal to noise in dB; infinite without noise."""
-    signal, noise = _energy(w), _energy(w - approximation)
-    return 10 * math.log10(signal / noise) if noise else math.inf
+def snr(w, approximation, hessian=None):
+    """Signal to noise in dB, infinite without noise; with a Hessian that of the layer's outputs."""
+    signal = noise = 0.0
+    for rows in torch.arange(len(w)).split(512):  # a few rows at a time: no second copy of w in float32
+        x, y = w[rows[0]:rows[-1] + 1].float(), approximation[rows[0]:rows[-1] + 1]
+        signal, noise = signal + _energy(x, hessian), noise + _energy(x - y, hessian)
+    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 
 
-def _energy(x):
-    """The sum of squares: float32 within a row, which is fast, float64 over the rows, which is exact."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).double().square().sum().item()
+def _energy(x, hessian):
+    """tr(x H x^T): float32 within a row, which is fast, float64 over the rows, which is exact."""
+    squares = x.square() if hessian is None else (x @ hessian).mul_(x)
+    return squares.sum(1).double().sum().item()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -443,16 +523,21 @@ def _energy(x):
 # again, and rounding takes it away. Rounding errors are nearly white, so rank 64 of 5120 holds some 4 % of
 # their energy. With a Hessian the energy is that of the output's error, which sits in far fewer directions.
 
+#
+# Mode "absorb" goes further: the best rank r of the weight itself is taken out before rounding, so what is
+# rounded is smaller, and so is its error (SVDQuant, Li et al. 2024, arXiv:2411.05007). The factors are then
+# those of W - Q: what was taken out and part of what rounding lost. Without them the file is useless.
+
 RECIPE_TARGET = r"ffn\.(0|2)\.weight|self_attn\.(v|o)\.weight"
 
 
 @torch.no_grad()
-def low_rank(error, rank, hessian=None):
+def low_rank(error, rank, hessian=None, seed=0):
     """error = W - Q (M, K) -> up (M, r), down (r, K), share: of the energy of `error` that up @ down holds.
 
     r = min(rank, M, K). With a Hessian H = C C^T of the inputs the energy is |error C|^2 = tr(E H E^T), and
     the best rank r comes from the SVD of error C, C taken out again after. The SVD is exact for small
-    matrices and else randomised (Halko et al. 2011, arXiv:0909.4061), with the same seed each time.
+    matrices and else randomised: Halko et al. 2011, arXiv:0909.4061, algorithm 4.4.
     """
     error, rank, root = error.float(), min(rank, *error.shape), None
     if hessian is not None:
@@ -462,14 +547,16 @@ def low_rank(error, rank, hessian=None):
     scaled = error if root is None else error @ root
     if min(error.shape) <= max(512, rank + 16):
         u, s, v = torch.linalg.svd(scaled, full_matrices=False)
-        v = v.T
     else:
-        with torch.random.fork_rng([error.device] if error.is_cuda else []):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(scaled, rank + 16, niter=6)
-    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+        generator = torch.Generator().manual_seed(seed)  # its own: threads share the global one
+        start = torch.randn(scaled.shape[1], rank + 16, generator=generator).to(scaled)  # (K, r + 16)
+        basis = torch.linalg.qr(scaled @ start).Q  # (M, r + 16)
+        for _ in range(6):
+            basis = torch.linalg.qr(scaled @ torch.linalg.qr(scaled.T @ basis).Q).Q
+        u, s, v = torch.linalg.svd(basis.T @ scaled, full_matrices=False)
+        u = basis @ u
+    u, s, down = u[:, :rank], s[:rank], v[:rank]  # (M, r), (r,), (r, K)
     share = (s.double().square().sum() / scaled.double().square().sum().clamp(min=1e-300)).item()
-    down = v.T  # (r, K)
     if root is not None:
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
     balance = s.sqrt()  # half the size on each side, for the sake of their dtype
@@ -489,6 +576,160 @@ def lora_layout(shapes, names, rank):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Calibrate: what every layer is fed
+# ----------------------------------------------------------------------------------------------------
+#
+# The pipeline runs on pictures, with the recipe's four steps, on the model as the source has it: that gives
+# the DiT's inputs at the four timesteps. Then the DiT runs on all of them at once, one block at a time: look
+# at what each layer of the block is fed, round the block, and feed the next with what the rounded one makes.
+# So each block knows the errors of those before it. In memory are one block and the tokens of all inputs.
+
+HEADROOM = 1.5  # a fixed activation scale this much above what was seen costs 0.01 dB; clipping costs more
+
+
+class Inputs:
+    """What one layer was fed: second moment (K, K), largest magnitude, and some rows (R, K) as they were."""
+
+    def __init__(self, samples, forwards, steps):
+        self.share, self.forwards, self.steps = -(-samples // forwards), forwards, steps
+        self.moment, self.amax, self.count, self.rows = 0, 0.0, 0, []
+
+    def add(self, x):
+        self.amax = max(self.amax, x.abs().amax().item())
+        x = x[::-(-len(x) // self.share)].float()
+        self.moment, self.count = self.moment + x.T @ x, self.count + len(x)
+        self.rows.append(x[::-(-len(x) * self.forwards // 512)])
+
+    def hessian(self):
+        """The second moment, shrunk towards a multiple of the identity by as much as so few inputs ask for:
+        oracle approximating shrinkage, Chen et al. 2010, arXiv:0907.4698. A prompt has a dozen tokens, and
+        the weight must not forget all others. Every timestep's inputs resemble the others': they count once.
+        """
+        h, k, n = self.moment / self.count, len(self.moment), self.count / self.steps
+        trace, square = h.diagonal().double().sum().item(), h.double().square().sum().item()
+        spread = (n + 1) * (square - trace ** 2 / k)
+        rho = min(1.0, (square + trace ** 2) / spread) if spread > 0 else 1.0
+        h = h * (1 - rho)
+        h.diagonal().add_(rho * trace / k)
+        return h
+
+
+class Calibration:
+    """The pipeline on pictures; stages() walks through the DiT.
+
+    files: the networks' paths as sample.find_files gives them. Raises what the loaders raise, and Refusal if
+    the encoders do not fit the model.
+    """
+
+    def __init__(self, source, images, files, samples, seed, device):
+        import sample
+        import wan_fp4
+        self.source, self.samples, self.device = source, samples, torch.device(device)
+        first = {name: source.tensor(name) for name in source.shapes
+                 if not name.startswith("blocks.") or name.startswith("blocks.0.")}
+        self.dit = wan_fp4.dit_from_tensors(first, source.metadata, source.path, self.device)
+        self.layers = wan_fp4.count(source.shapes, "blocks.")
+        area, frames = (int(source.metadata.get(key, usual)) for key, usual in
+                        (("area", sample.AREA), ("frames", sample.FRAMES)))
+        self.steps, self.inputs = sample.sigmas("normal", 4, 5.0)[:-1].tolist(), []
+        for path in images:
+            image, caption = sample.read_image(path), Path(path).with_suffix(".txt")
+            prompt = caption.read_text() if caption.exists() else source.metadata.get("prompt", "")
+            text = sample.encode_text(files["text-encoder"], [prompt.strip()], self.device)[0]
+            tokens = sample.encode_picture(files["clip"], image, self.device)
+            small = sample.resize(image, *sample.fit_size(image.shape[2], image.shape[1], area))
+            y = sample.encode_first_frame(files["vae"], small, frames, self.device)
+            cfg = self.dit.cfg
+            if (text.shape[2], tokens.shape[2]) != (cfg.text_dim, cfg.image_dim):
+                raise Refusal(f"--calib: {files['text-encoder']} and {files['clip']} give features of width "
+                              f"{text.shape[2]} and {tokens.shape[2]}, but the model takes {cfg.text_dim} "
+                              f"and {cfg.image_dim}: give the folder of its own encoders with --models")
+            self._follow(sample, text, tokens, y, seed)
+
+    def _follow(self, sample, text, tokens, y, seed):
+        """Sample one video and keep the DiT's inputs at every step."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((1, 16, *y.shape[2:]), generator=generator).to(self.device)
+        progress = tqdm(total=len(self.steps) * self.layers, desc="sampling", unit="block", disable=None)
+
+        def denoise(x, sigma):
+            self.inputs.append((x, torch.full((1,), 1000 * sigma, device=self.device), text, tokens, y))
+            h, e, context = self.dit.prepare(*self.inputs[-1])
+            for i in range(self.layers):
+                h = self.block(i)(h, *context)
+                progress.update()
+            return self.dit.finish(h, e, x.shape[2:])
+
+        with progress:
+            sample.sample_latents(denoise, noise, [*self.steps, 0.0], generator=generator)
+
+    def block(self, i):
+        """Block i as the source has it, read anew: none stays in memory."""
+        import wan_fp4
+        prefix = f"blocks.{i}."
+        tensors = {name.removeprefix(prefix): self.source.tensor(name)
+                   for name in self.source.shapes if name.startswith(prefix)}
+        with torch.device("meta"):
+            block = wan_fp4.Block(self.dit.cfg)
+        return wan_fp4.fill(block, tensors, self.source.path, self.device, self.dit.dtype)
+
+    @contextmanager
+    def _observing(self, module, prefix):
+        """Gives {weight name: Inputs}, filled by every forward of the module's Linears."""
+        seen, hooks, last = {}, [], (None, None)
+
+        def observe(name, x):
+            nonlocal last
+            if x is last[0]:  # q, k and v are fed the same tensor: one second moment for all
+                seen[name] = last[1]
+                return
+            if name not in seen:
+                seen[name] = Inputs(self.samples, len(self.inputs), len(self.steps))
+            seen[name].add(x.flatten(0, -2))
+            last = x, seen[name]
+
+        for name, layer in module.named_modules():
+            full = f"{prefix}{name}.weight"
+            if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(full)):
+                hooks.append(layer.register_forward_pre_hook(lambda _, x, full=full: observe(full, x[0])))
+        yield seen
+        for hook in hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def stages(self):
+        """Yields {weight name: Inputs} for the embeddings and then for block after block. What replace() was
+        given for these names, until the next is asked for, runs from there on."""
+        self.module, self.prefix, self.replaced = self.dit, "", False
+        with self._observing(self.dit, "") as seen:
+            states = [self.dit.prepare(*inputs) for inputs in self.inputs]
+        yield seen
+        if self.replaced:
+            states = [self.dit.prepare(*inputs) for inputs in self.inputs]
+        tokens, contexts = [state[0] for state in states], [state[2] for state in states]
+        for i in range(self.layers):
+            block = self.module = self.block(i)
+            self.prefix, self.replaced = f"blocks.{i}.", False
+            with self._observing(block, self.prefix) as seen:
+                after = [block(x, *context) for x, context in zip(tokens, contexts)]
+            yield seen
+            if self.replaced:
+                after = [block(x, *context) for x, context in zip(tokens, contexts)]
+            tokens = after
+
+    def replace(self, layer, stored):
+        """From here on a layer of this stage runs with these stored tensors."""
+        name = layer.removeprefix(self.prefix)
+        old = self.module.get_submodule(name)
+        tensors = stored | ({"bias": old.bias} if old.bias is not None else {})
+        new = quant.QuantLinear.from_tensors(
+            layer, {suffix: tensor.to(self.device) for suffix, tensor in tensors.items()}, old.in_features,
+            old.out_features, compute_dtype=self.dit.dtype, mode="dequantise")
+        self.module.set_submodule(name, new)
+        self.replaced = True
+
+
+# ----------------------------------------------------------------------------------------------------
 # Write: a safetensors file as a stream
 # ----------------------------------------------------------------------------------------------------
 
@@ -498,15 +739,23 @@ def _stored_layout(fmt, shape, dtype):
     return {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()}
 
 
-def layout(source, formats):
-    """What the converted file will hold: {name: (dtype, shape)}."""
+def layout(source, formats, static=()):
+    """What the converted file will hold: {name: (dtype, shape)}; static: weights that get an input_scale."""
     tensors = {}
     for name, shape in source.shapes.items():
         layer, dot, suffix = name.rpartition(".")
         stored = _stored_layout(formats.get(name, "bf16"), shape, source.dtypes[name])
         for new, tensor in stored.items():
             tensors[layer + dot + (suffix if new == "weight" else new)] = tensor
-    return tensors
+    return tensors | {f"{name.removesuffix('.weight')}.input_scale": (torch.float32, ()) for name in static}
+
+
+def metadata(source, formats, made):
+    """The converted file's header entries: the source's own, how it was made, and all markers once more."""
+    markers = {name.removesuffix(".weight"): marker(fmt, source.shapes[name], source.dtypes[name])
+               for name, fmt in formats.items() if fmt != "bf16"}
+    layers = json.dumps({"format_version": "1.0", "layers": markers})
+    return source.metadata | made | {"_quantization_metadata": layers}
 
 
 def header(tensors, metadata):
@@ -527,103 +776,276 @@ def header(tensors, metadata):
     return start, {name: len(start) + offset for name, offset in offsets.items()}, len(start) + end
 
 
-@contextmanager
-def writing(path, tensors, metadata):
-    """Gives write(name, tensor), to be called once for each of the tensors {name: (dtype, shape)}.
+def _bytes(tensor):
+    """A CPU tensor's bytes where they lie: torch has no buffer interface of its own."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
-    The file gets its name when all are written, and leaves nothing behind if that never happens.
-    """
-    start, offsets, size = header(tensors, metadata)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise Refusal(f"{path}: needs {_gib(size)}, but only {_gib(free)} of the disk are free")
-    missing = set(tensors)
-    part = path.with_name(path.name + ".part")
 
-    def write(name, tensor):
+class Output:
+    """A safetensors file of the tensors {name: (dtype, shape)}, written in any order to path.part."""
+
+    def __init__(self, path, tensors, metadata):
+        self.path, self.tensors, self.part = path, tensors, path.with_name(path.name + ".part")
+        self.start, self.offsets, self.size = header(tensors, metadata)
+        self.missing, self.file = set(tensors), None
+
+    def open(self, resume):
+        self.file = open(self.part, "r+b" if resume else "w+b", buffering=0)
+        self.file.write(self.start)
+        self.file.truncate(self.size)
+
+    def write(self, name, tensor):
+        """Write a tensor; returns its checksum."""
         tensor = tensor.cpu().contiguous()
-        expected, got = tensors[name], (tensor.dtype, tuple(tensor.shape))
+        expected, got = self.tensors[name], (tensor.dtype, tuple(tensor.shape))
         if got != expected:
             raise ValueError(f"{name}: got {got}, expected {expected} from the header")
-        file.seek(offsets[name])
-        if tensor.numel():  # its bytes where they lie: torch has no buffer interface of its own
-            file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-        missing.remove(name)
+        self.missing.remove(name)
+        if not tensor.numel():
+            return 0
+        data, done = _bytes(tensor), 0
+        self.file.seek(self.offsets[name])
+        while done < len(data):
+            done += self.file.write(data[done:])  # at most 2 GiB a call
+        return zlib.crc32(data)
 
-    try:
-        with open(part, "wb") as file:
-            file.write(start)
-            yield write
-            if missing:
-                raise ValueError(f"{path}: {len(missing)} tensors were never written, as {min(missing)}")
-            file.truncate(size)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name with old bytes
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    def read(self, name):
+        """A tensor that was written; returns it and its checksum."""
+        dtype, shape = self.tensors[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        if not tensor.numel():
+            return tensor, 0
+        self.file.seek(self.offsets[name])
+        self.file.readinto(_bytes(tensor))
+        return tensor, zlib.crc32(_bytes(tensor))
+
+    def close(self):
+        if self.missing:
+            raise ValueError(f"{self.path}: {len(self.missing)} tensors were never written, "
+                             f"as {min(self.missing)}")
+        os.fsync(self.file.fileno())  # or a power cut could leave the new name with old bytes
+        self.file.close()
+        os.replace(self.part, self.path)
 
 
-def convert(source, formats, out, method="search", made=None, lora=None, device="cpu"):
-    """Writes `source` to the file `out` in the planned formats; `made`: header entries on how.
+class Journal:
+    """What an interrupted run has finished: a line of JSON for each weight, beside the unfinished files.
 
-    lora  (file, names of the weights, rank): writes also a LoRA of the errors of these weights
-
-    Returns {name: dB}, the signal-to-noise ratios of the quantised weights, and {name: share}, the part of
-    the error's energy that the LoRA holds.
+    The first line identifies the run: source, plan and command must be the same to go on. A line holds the
+    checksums of its tensors, so that what a crash kept from the disk is done again.
     """
-    made = made or {}
-    markers = {name.removesuffix(".weight"): marker(fmt, source.shapes[name], source.dtypes[name])
-               for name, fmt in formats.items() if fmt != "bf16"}
-    metadata = source.metadata | made | {
-        "_quantization_metadata": json.dumps({"format_version": "1.0", "layers": markers})}
-    lora_file, targets, rank = lora or (None, (), 0)
-    quality, shares = {}, {}
-    with ExitStack() as stack:
-        if lora:
-            write_lora = stack.enter_context(
-                writing(lora_file, lora_layout(source.shapes, targets, rank), made | {"base": out.name}))
-        write = stack.enter_context(writing(out, layout(source, formats), metadata))
-        progress = stack.enter_context(_progress(source.bytes))
-        for name in source.shapes:
-            tensor, fmt, layer = source.tensor(name), formats.get(name, "bf16"), name.removesuffix(".weight")
-            if fmt == "bf16":
-                write(name, tensor)
-            else:
-                w = tensor.to(device)
-                stored = quantize_weight(w, fmt, method=method)
-                for suffix, part in stored.items():
-                    write(f"{layer}.{suffix}", part)
-                approximation = dequantize_weight(stored, w.shape)
-                quality[name] = snr(w, approximation)
-                if name in targets:
-                    up, down, shares[name] = low_rank(w.float() - approximation, rank)
-                    write_lora(f"diffusion_model.{layer}.lora_up.weight", up.bfloat16())
-                    write_lora(f"diffusion_model.{layer}.lora_down.weight", down.bfloat16())
-                    write_lora(f"diffusion_model.{layer}.alpha", torch.tensor(float(len(down))))
-            progress.update(tensor.nbytes)
-    return quality, shares
+
+    def __init__(self, outputs, resume):
+        self.outputs = outputs
+        self.path = outputs[0].path.with_name(outputs[0].path.name + ".journal")
+        identity = hashlib.sha256(b"".join(output.start for output in outputs)).hexdigest()
+        lines = []
+        if resume:
+            if not all(path.exists() for path in (self.path, *(output.part for output in outputs))):
+                raise Refusal(f"--resume: nothing to go on from: {self.path} or its .part file is missing")
+            first, *lines = self.path.read_text().splitlines()
+            if first != identity:
+                raise Refusal(f"--resume: {self.path} is of another run: the source, the plan or the command "
+                              f"differs. Start again without --resume")
+        need = sum(output.size - (output.part.stat().st_blocks * 512 if output.part.exists() else 0)
+                   for output in outputs)
+        free = shutil.disk_usage(self.path.parent).free
+        if need > free:
+            raise Refusal(f"{outputs[0].path}: needs {_gib(need)} more, "
+                          f"but only {_gib(free)} of the disk are free")
+        for output in outputs:
+            output.open(resume)
+        self.done, kept = {}, []  # {weight: quality}
+        for line in lines:
+            try:
+                name, quality, written = json.loads(line)
+            except ValueError:  # the last line, cut short
+                break
+            if all(outputs[i].read(tensor)[1] == crc for i, tensor, crc in written):
+                self.done[name] = quality
+                kept.append(line)
+                for i, tensor, _ in written:
+                    outputs[i].missing.remove(tensor)
+        self.file = open(self.path, "w")
+        print(identity, *kept, sep="\n", file=self.file, flush=True)
+
+    def write(self, name, quality, parts):
+        """Write a weight's tensors, one dict of them for each output, and note it as done."""
+        written = [(i, tensor, self.outputs[i].write(tensor, value))
+                   for i, part in enumerate(parts) for tensor, value in part.items()]
+        print(json.dumps([name, quality, written]), file=self.file, flush=True)
+
+    def discard(self):
+        for path in (self.path, *(output.part for output in self.outputs)):
+            path.unlink(missing_ok=True)
+
+    def close(self):
+        """All is done: give the files their names."""
+        for output in reversed(self.outputs):
+            output.close()
+        self.file.close()
+        self.path.unlink()
+
+
+def in_order(pool, work, items, ahead):
+    """work(item) for each item, in order, by the pool's threads, which run at most `ahead` items ahead."""
+    futures = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(work, item))
+            if len(futures) > ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@contextmanager
+def workers(device):
+    """Threads that each take a weight, and their number. On a CPU they share out torch's own threads."""
+    threads = torch.get_num_threads()
+    count = min(4, threads) if torch.device(device).type == "cpu" else 2
+    torch.set_num_threads(max(1, threads // count))  # one weight on one core: no waiting for each other
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool, count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How convert rounds, and for which weights it makes a LoRA."""
+    method: str = "search"
+    num_iter: int = NUM_ITER
+    targets: frozenset = frozenset()
+    rank: int = 64
+    lora_mode: str = "correct"  # or "absorb"
+    static: bool = False  # write input_scale
+    seed: int = 0
+
+
+def _round(source, name, fmt, how, seen, device):
+    """One tensor of the source -> the tensors of the converted file and of the LoRA, by full name; and, if it
+    is quantised, {measure: dB}. `seen`: its Inputs, or None."""
+    tensor, layer = source.tensor(name), name.removesuffix(".weight")
+    if fmt == "bf16":
+        return {name: tensor}, {}, {}
+    w, lora = tensor.to(device), {}
+    hessian = None if seen is None else seen.hessian().to(device)
+    base, rank = w, how.rank if name in how.targets else 0
+    if rank and how.lora_mode == "absorb":
+        up, down, _ = low_rank(w, rank, hessian, how.seed)
+        base = w.float() - up @ down
+    stored = quantize_weight(base, fmt, None if how.method == "rtn" else hessian, how.method, how.num_iter)
+    stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, tensor.dtype))
+    approximation = dequantize_weight(stored, w.shape)
+    measures = {"weight": None} | ({"output": seen.moment.to(device)} if seen is not None else {})
+    quality = {key: snr(w, approximation, h) for key, h in measures.items()}
+    if rank:
+        up, down, quality["share"] = low_rank(w.float() - approximation, rank, hessian, how.seed)
+        up, down = up.bfloat16(), down.bfloat16()
+        approximation += up.float() @ down.float()
+        quality |= {f"{key} with LoRA": snr(w, approximation, h) for key, h in measures.items()}
+        prefix = f"diffusion_model.{layer}"
+        lora = {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down,
+                f"{prefix}.alpha": torch.tensor(float(len(down)))}
+    if how.static and fmt == "nvfp4":
+        stored["input_scale"] = torch.tensor(seen.amax * HEADROOM / (quant.E4M3_MAX * quant.E2M1_MAX))
+    return {f"{layer}.{suffix}": part for suffix, part in stored.items()}, lora, quality
+
+
+def convert(source, formats, out, how=Settings(), made=None, lora_file=None, calibration=None, device="cpu",
+            resume=False):
+    """Writes `source` to the file `out` in the planned formats, and the LoRA of how.targets to lora_file.
+
+    made         header entries on how
+    calibration  a Calibration: rounding then minimises the error of the layers' outputs
+    resume       go on from what an interrupted run left; the files come out the same, byte for byte
+
+    Returns {name: quality}, for each quantised weight its signal-to-noise ratios in dB and, with a LoRA, the
+    share of the error's energy that it holds. Whatever interrupts it, the files do not get their names.
+    """
+    made, about = made or {}, {**(made or {}), "base": out.name}
+    if lora_file and how.lora_mode == "absorb":  # our loader refuses the one without the other
+        about["lora_id"] = lora_file.name
+        made = made | {"needs_lora": lora_file.name}
+    static = [name for name, fmt in formats.items() if how.static and fmt == "nvfp4"]
+    outputs = [Output(out, layout(source, formats, static), metadata(source, formats, made))]
+    if lora_file:
+        outputs.append(Output(lora_file, lora_layout(source.shapes, how.targets, how.rank), about))
+
+    groups = {}  # the embeddings and so on, then block after block
+    for name in source.shapes:
+        match = re.match(r"blocks\.(\d+)\.", name)
+        groups.setdefault(int(match[1]) if match else -1, []).append(name)
+    groups = [groups.get(i, []) for i in range(-1, max(groups) + 1)]
+    stages = calibration.stages() if calibration else [{}]
+    if not calibration:
+        groups = [sum(groups, [])]
+
+    journal, quality = Journal(outputs, resume), {}
+    try:
+        with workers(device) as (pool, ahead), _progress(source) as progress:
+            for names, seen in zip(groups, stages):
+                def work(name):
+                    return None if name in journal.done else _round(
+                        source, name, formats.get(name, "bf16"), how, seen.get(name), device)
+
+                for name, result in zip(names, in_order(pool, work, names, ahead)):
+                    fmt, layer = formats.get(name, "bf16"), name.removesuffix(".weight")
+                    if result:
+                        tensors, lora, quality[name] = result
+                        journal.write(name, quality[name], [tensors, lora][:len(outputs)])
+                    else:
+                        quality[name] = journal.done[name]
+                    if calibration and fmt != "bf16":
+                        written = _stored_layout(fmt, source.shapes[name], source.dtypes[name])
+                        calibration.replace(layer, {suffix: outputs[0].read(f"{layer}.{suffix}")[0]
+                                                    for suffix in written})
+                    progress(name)
+        journal.close()
+    except Refusal:
+        journal.discard()
+        raise
+    return {name: measures for name, measures in quality.items() if measures}
 
 
 # ----------------------------------------------------------------------------------------------------
 # Report
 # ----------------------------------------------------------------------------------------------------
 
-def _progress(total):
-    return tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None)  # None: a terminal
+@contextmanager
+def _progress(source):
+    """A bar over the source's bytes, with the number of layers and the time left; done(name) moves it on."""
+    count, layers = 0, sum(BLOCK_WEIGHT.fullmatch(name) is not None for name in source.shapes)
+    with tqdm(total=source.bytes, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
+        def done(name):
+            nonlocal count
+            count += BLOCK_WEIGHT.fullmatch(name) is not None
+            bar.set_postfix_str(f"{count}/{layers} layers", refresh=False)
+            bar.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
+        yield done
 
 
 def _gib(size):
     return f"{size / 2 ** 30:.2f} GiB" if size >= 2 ** 28 else f"{size / 2 ** 20:.2f} MiB"
 
 
+def _kind(name):
+    """blocks.3.ffn.0.weight -> ffn.0"""
+    match = BLOCK_WEIGHT.fullmatch(name)
+    return match[2] if match else name
+
+
 def plan_report(shapes, formats):
     """Lines: percent of the blocks per format and type of layer; norms count as bf16, in the total too."""
     counts = {}
     for name in shapes:
-        if match := BLOCK_WEIGHT.fullmatch(name):
-            kind = match[2] if name in formats else "norms"
+        if BLOCK_WEIGHT.fullmatch(name):
+            kind = _kind(name) if name in formats else "norms"
             counts.setdefault(kind, dict.fromkeys(FORMATS, 0))[formats.get(name, "bf16")] += 1
     counts["total"] = {fmt: sum(row[fmt] for row in counts.values()) for fmt in FORMATS}
     yield f"{'percent of layers':17}" + "".join(f"{FORMATS[fmt]:>8}" for fmt in FORMATS)
@@ -633,29 +1055,83 @@ def plan_report(shapes, formats):
     yield from sorted(extra)
 
 
+COLOURS = {"nvfp4": (70, 160, 90), "mxfp8": (230, 170, 50), "bf16": (200, 75, 75)}
+LETTERS = {"nvfp4": "4", "mxfp8": "8", "bf16": "b"}
+
+
+def _grid(formats):
+    """{type of layer: {block: format}}, and the number of blocks."""
+    rows = {}
+    for name, fmt in formats.items():
+        if match := BLOCK_WEIGHT.fullmatch(name):
+            rows.setdefault(match[2], {})[int(match[1])] = fmt
+    return dict(sorted(rows.items())), 1 + max(max(row) for row in rows.values())
+
+
+def plan_map(formats, colour):
+    """Lines: a row for each type of layer, a character for each block."""
+    def cell(fmt):
+        r, g, b = COLOURS[fmt]
+        return f"\033[48;2;{r};{g};{b}m{LETTERS[fmt]}\033[0m" if colour else LETTERS[fmt]
+    rows, blocks = _grid(formats)
+    for kind, row in rows.items():
+        yield f"{kind:17} " + "".join(cell(row[i]) if i in row else " " for i in range(blocks))
+    yield f"{'block 0 and on':17} " + ", ".join(f"{cell(fmt)} {FORMATS[fmt]}" for fmt in LETTERS)
+
+
+def plan_svg(formats):
+    """The same as an SVG picture."""
+    rows, blocks = _grid(formats)
+    left, size, top = 130, 14, 24
+    width, height = left + blocks * size + 10, top + len(rows) * size + 30
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+             f'font-family="sans-serif" font-size="11">']
+    lines += [f'<text x="{left + i * size}" y="{top - 8}">{i}</text>' for i in range(0, blocks, 5)]
+    for y, (kind, row) in enumerate(rows.items()):
+        lines.append(f'<text x="4" y="{top + y * size + 11}">{kind}</text>')
+        lines += [f'<rect x="{left + i * size}" y="{top + y * size}" width="{size - 1}" height="{size - 1}" '
+                  f'fill="rgb{COLOURS[fmt]}"><title>blocks.{i}.{kind}: {FORMATS[fmt]}</title></rect>'
+                  for i, fmt in row.items()]
+    for i, fmt in enumerate(COLOURS):
+        lines.append(f'<rect x="{left + i * 80}" y="{height - 22}" width="12" height="12" '
+                     f'fill="rgb{COLOURS[fmt]}"/><text x="{left + i * 80 + 17}" y="{height - 12}">'
+                     f'{FORMATS[fmt]}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
 def quality_report(quality, formats):
-    """Lines: per type of layer and format the mean and the worst weight SNR."""
+    """Lines: mean and worst SNR per type of layer and format, per format, and the worst layers. With
+    calibration it is the SNR of the outputs, for the inputs that were seen."""
+    key = "output" if any("output" in measures for measures in quality.values()) else "weight"
     groups = {}
-    for name, decibel in quality.items():
-        match = BLOCK_WEIGHT.fullmatch(name)
-        groups.setdefault((match[2] if match else name, formats[name]), []).append((decibel, name))
-    yield "weight SNR               layers  mean dB  worst dB"
-    for (kind, fmt), values in sorted(groups.items()):
-        mean, (worst, name) = sum(decibel for decibel, _ in values) / len(values), min(values)
-        yield f"{kind:16} {FORMATS[fmt]:7} {len(values):6} {mean:8.2f} {worst:9.2f}  {name}"
+    for name, measures in quality.items():
+        if key in measures:
+            for kind in (_kind(name), "all"):
+                groups.setdefault((kind, formats[name]), []).append(measures[key])
+    yield f"{key} SNR               layers  mean dB  worst dB"
+    for (kind, fmt), values in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
+        yield f"{kind:16} {FORMATS[fmt]:7} {len(values):6} {_mean(values):8.2f} {min(values):9.2f}"
+    worst = sorted((measures[key], name) for name, measures in quality.items() if key in measures)[:5]
+    yield "worst: " + ", ".join(f"{name} {value:.2f}" for value, name in worst)
 
 
-def lora_report(shares, quality):
-    """Lines: per type of layer the share of the error's energy, and the weight SNR without and with it."""
+def lora_report(quality):
+    """Lines: per type of layer the share of the error's energy in the LoRA, the SNR without and with it."""
+    key = "output" if any("output" in measures for measures in quality.values()) else "weight"
     groups = {}
-    for name, share in shares.items():
-        match = BLOCK_WEIGHT.fullmatch(name)
-        groups.setdefault(match[2] if match else name, []).append((share, quality[name]))
-    yield "LoRA              layers  % of error  mean dB alone  with it"
-    for kind, values in sorted(groups.items()):
-        share, alone = (sum(column) / len(values) for column in zip(*values))
-        both = sum(db - 10 * math.log10(max(1 - share, 1e-12)) for share, db in values) / len(values)
-        yield f"{kind:17} {len(values):6} {100 * share:11.1f} {alone:14.2f} {both:8.2f}"
+    for name, m in quality.items():
+        if "share" in m and key in m:
+            for kind in (_kind(name), "all"):
+                groups.setdefault(kind, []).append((100 * m["share"], m[key], m[key + " with LoRA"]))
+    yield f"LoRA              layers  % of error  {key} SNR dB  with it    gain"
+    for kind, rows in sorted(groups.items(), key=lambda item: (item[0] == "all", item[0])):
+        share, alone, both = map(_mean, zip(*rows))
+        yield f"{kind:17} {len(rows):6} {share:11.1f} {alone:14.2f} {both:8.2f} {both - alone:7.2f}"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -669,6 +1145,15 @@ def _positive(text):
     return number
 
 
+def _size(text):
+    match = re.fullmatch(r"([\d.]+)\s*([KMG]?)(i?)B?", text, re.IGNORECASE)
+    try:
+        number, unit = float(match[1]), " KMG".index(match[2].upper() or " ")
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 9.76GiB or 500MB") from None
+    return int(number * (1024 if match[3] else 1000) ** unit)
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
@@ -676,30 +1161,53 @@ def _parser():
         epilog="Flags as in convert_to_quant. A regex may match any part of a name: blocks.0.ffn.2.weight")
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, metavar="MODEL",
-        help="a safetensors file, a shard index .json, or a folder of shards")
+        help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names")
     add("-o", "--output", type=Path, metavar="OUT", help="default: MODEL-nvfp4.safetensors beside the input")
-    base = parser.add_mutually_exclusive_group()
+    plan = parser.add_argument_group("which format for which layer (default: --plan score)")
+    base = plan.add_mutually_exclusive_group()
     for fmt in ("nvfp4", "mxfp8"):
-        base.add_argument(f"--{fmt}", action="store_const", dest="base", const=fmt, default="nvfp4",
-                          help=f"{FORMATS[fmt]} for every layer that no regex names; the default is NVFP4")
-    add("--custom-layers", metavar="REGEX", help="layers that take --custom-type; wins over --exclude-layers")
-    add("--custom-type", choices=FORMATS, help="format of --custom-layers")
-    add("--exclude-layers", metavar="REGEX", help="layers that stay as they are")
-    add("--plan", choices=("score", "recipe"), help="score: by kurtosis, dynamic range and aspect ratio of "
-        "each weight; recipe: the published one for the 14B")
-    add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
-    add("--simple", action="store_true", help="round to nearest, without a search of block scales")
-    add("--extract-lora", action="store_true", help="write a LoRA of the errors, to run beside the layers")
-    add("--lora-rank", type=_positive, default=64, metavar="R", help="its rank (%(default)s)")
-    add("--lora-target", metavar="REGEX", default=RECIPE_TARGET, help="its layers (%(default)s)")
-    add("--lora-output", type=Path, metavar="FILE", help="default: OUT with _lora before .safetensors")
+        base.add_argument(f"--{fmt}", action="store_const", dest="base", const=fmt,
+                          help=f"{FORMATS[fmt]} for every layer that no regex names")
+    plan.add_argument("--custom-layers", metavar="REGEX",
+                      help="layers that take --custom-type; wins over --exclude-layers")
+    plan.add_argument("--custom-type", choices=FORMATS, help="format of --custom-layers")
+    plan.add_argument("--exclude-layers", metavar="REGEX", help="layers that stay as they are")
+    plan.add_argument("--plan", choices=("score", "recipe", "measured"), help="score: by kurtosis, dynamic "
+        "range and aspect ratio of each weight; recipe: the published one for the 14B; measured: by each "
+        "layer's output error, needs --calib and is then the default")
+    plan.add_argument("--size", type=_size, metavar="9.76GiB", help="the plan of least error in this size: "
+        "of the outputs with --calib, else of the weights. Without it --plan measured takes the score plan's")
+    plan.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
+    plan.add_argument("--print-flags", action="store_true", help="print it as flags for convert_to_quant")
+    plan.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    rounding = parser.add_argument_group("rounding")
+    rounding.add_argument("--simple", action="store_true", help="to nearest, without searching block scales")
+    rounding.add_argument("--calib", nargs="+", type=Path, metavar="IMAGE", help="run the pipeline on these "
+        "pictures and round each layer for what it is fed. A prompt is read from IMAGE's name with .txt")
+    rounding.add_argument("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in "
+        "sample.py (models/ beside this script, or the demo's)")
+    rounding.add_argument("--calib-samples", type=_positive, default=8192, metavar="N",
+                          help="at most so many inputs of each layer (%(default)s)")
+    rounding.add_argument("--num-iter", type=_positive, default=NUM_ITER, metavar="N", help="with --calib, "
+        "at most so many sweeps over a weight; it stops when nothing changes any more (%(default)s)")
+    rounding.add_argument("--static-input-scale", action="store_true", help="with --calib: fix the tensor "
+        "scales of the activations in the file; by default they are taken from each activation")
+    lora = parser.add_argument_group("error-correction LoRA")
+    lora.add_argument("--extract-lora", action="store_true", help="write it, to run beside the layers")
+    lora.add_argument("--lora-rank", type=_positive, default=64, metavar="R", help="its rank (%(default)s)")
+    lora.add_argument("--lora-target", metavar="REGEX", default=RECIPE_TARGET,
+                      help="its layers (%(default)s)")
+    lora.add_argument("--lora-mode", choices=("correct", "absorb"), default="correct", help="correct: what "
+        "rounding lost. absorb: a part of the weight too, which is not rounded then; needs the LoRA always")
+    lora.add_argument("--lora-output", type=Path, metavar="FILE",
+                      help="default: OUT with _lora before .safetensors")
     add("--device", default="cpu", metavar="D", help="where to round: cpu, cuda, cuda:1 (%(default)s)")
-    add("--dry-run", action="store_true", help="stop after the plan")
+    add("--seed", type=int, default=0, help="of the calibration videos' noise and the LoRA (%(default)s)")
+    add("--resume", action="store_true", help="go on from where the same command was interrupted")
     for flag, why in (("--wan", "Wan is what this converts"), ("--comfy_quant", "the format it writes"),
                       ("--save-quant-metadata", "always in the header")):
         add(flag, action="store_true", help=f"accepted and always on: {why}")
-    for flag, kind in (("--num-iter", _positive), ("--top-p", float), ("--calib-samples", _positive)):
-        add(flag, type=kind, metavar="N", help="accepted: without calibration every scale is tried anyway")
+    add("--top-p", type=float, metavar="P", help="accepted")
     return parser
 
 
@@ -717,63 +1225,143 @@ def _check_output(out, others):
             raise Refusal(f"{out}: would overwrite {other}: output and input must be different files")
 
 
-def _run(args, command):
-    begin = time.monotonic()
-    source, out = Source(args.input), _output(args)
-    _check_output(out, source.files)
+def _check_flags(args):
+    """What argparse cannot see: flags that need or exclude one another."""
+    regexes = args.base or args.custom_layers or args.exclude_layers
     if bool(args.custom_layers) != bool(args.custom_type):
         raise Refusal("--custom-layers and --custom-type: give both or neither")
-    if args.plan and (args.custom_layers or args.exclude_layers):
-        raise Refusal(f"--plan {args.plan}: chooses the layers itself, without --custom- or --exclude-layers")
-    formats = plan(source.shapes, args.base, args.custom_type, args.custom_layers, args.exclude_layers)
-    if args.plan == "recipe":
-        formats = plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT)
-    elif args.plan == "score":
-        names = tqdm(formats, desc="analysing", disable=None)
-        formats = plan_by_score(score({name: sensitivity(source.tensor(name)) for name in names}))
+    if regexes and (args.plan or args.size):
+        raise Refusal(f"--{'plan' if args.plan else 'size'}: chooses every layer's format itself, without "
+                      f"--nvfp4, --mxfp8, --custom-layers or --exclude-layers")
+    if args.size and args.plan in ("score", "recipe"):
+        raise Refusal(f"--size: --plan {args.plan} knows no size: leave it out, or --plan measured")
+    if not args.calib and (args.plan == "measured" or args.static_input_scale or args.models):
+        raise Refusal("--plan measured, --static-input-scale and --models: need --calib IMAGE...")
+    if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET
+                                  or args.lora_mode != "correct"):
+        raise Refusal("--lora-target, --lora-mode and --lora-output: need --extract-lora")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise Refusal(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    lora = None
-    if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET):
-        raise Refusal("--lora-target and --lora-output: need --extract-lora")
-    if args.extract_lora:
-        rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
-        lora = (args.lora_output or out.with_name(f"{out.stem}_lora.safetensors"),
-                matching(args.lora_target, rounded, "--lora-target"), args.lora_rank)
-        _check_output(lora[0], [*source.files, out])
 
-    print("\n".join(plan_report(source.shapes, formats)))
-    print(f"{_gib(source.bytes)} -> {_gib(header(layout(source, formats), {})[2])}")
-    if lora:
-        print(f"LoRA of rank {args.lora_rank} for {len(lora[1])} layers: "
-              f"{_gib(header(lora_layout(source.shapes, *lora[1:]), {})[2])}")
-    if args.print_flags:
-        print(flags(formats))
-    if args.dry_run:
-        return
+
+def _calibration(args, source):
+    import sample
+    named = dict.fromkeys(sample.NETWORKS)
+    if args.models or (sample.HERE / "models").is_dir():
+        named["dit"] = source.files[0]  # the one that is converted; or else the demo's others
+    files, _ = sample.find_files(named, args.models)
+    for image in args.calib:
+        sample.read_image(image)  # a wrong one is said before the first network is loaded
+    return Calibration(source, args.calib, files, args.calib_samples, args.seed, args.device)
+
+
+def _analyse(source, names):
+    """{name: score} in one streaming pass."""
+    with workers("cpu") as (pool, ahead):
+        done = in_order(pool, lambda name: sensitivity(source.tensor(name)), names, ahead)
+        return score(dict(zip(names, tqdm(done, total=len(names), desc="analysing", disable=None))))
+
+
+def _choose(args, source, calibration, made):
+    """The plan that the flags ask for, and lines to print about it."""
+    if args.base or args.custom_layers or args.exclude_layers:
+        return plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
+                    args.exclude_layers), []
+    if args.plan == "recipe":
+        return plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT), []
+    blocks = list(plan(source.shapes))
+    scores = _analyse(source, blocks)
+    by_score = plan_by_score(scores)
+    if args.plan == "score" or not (args.size or calibration):
+        return by_score, []
+
+    names = [name for name, shape in source.shapes.items() if len(shape) == 2
+             and (name in scores or OPTIONAL.fullmatch(name))]
+    errors = {}
+    if calibration:
+        with tqdm(total=len(names), desc="measuring", disable=None) as progress:
+            for seen in calibration.stages():
+                for name, inputs in seen.items():
+                    rows = torch.cat(inputs.rows)[:512]
+                    errors[name] = output_errors(source.tensor(name).to(rows.device), rows)
+                    progress.update()
+    else:
+        with workers("cpu") as (pool, ahead):
+            done = in_order(pool, lambda name: weight_errors(source.tensor(name)), names, ahead)
+            errors = dict(zip(names, tqdm(done, total=len(names), desc="measuring", disable=None)))
+    sizes = {name: stored_bytes(source.shapes[name], source.dtypes[name]) for name in names}
+    size = args.size or _file_size(source, by_score, made)
+    smallest = _file_size(source, dict.fromkeys(names, "nvfp4"), made)
+    if size < smallest:
+        raise Refusal(f"--size {_gib(size)}: even the smallest formats make it {_gib(smallest)}")
+    rest = smallest - sum(sizes[name]["nvfp4"] for name in names)
+    formats = plan_by_error(errors, sizes, size - rest)
+    what = "outputs" if calibration else "weights"
+    total, other = (sum(errors[name][f.get(name, "bf16")] for name in names) for f in (formats, by_score))
+    return formats, [
+        f"rank correlation of the score with NVFP4's error in the {what}: "
+        f"{rank_correlation([scores[n] for n in blocks], [errors[n]['nvfp4'] for n in blocks]):.2f}",
+        f"relative errors of the {what}, added up: {total:.4f} in {_gib(_file_size(source, formats, made))}; "
+        f"by the score's plan {other:.4f} in {_gib(_file_size(source, by_score, made))}"]
+
+
+def _file_size(source, formats, made):
+    return header(layout(source, formats), metadata(source, formats, made))[2]
+
+
+def _run(args, command):
+    begin = time.monotonic()
+    source, out = Source(args.input), _output(args)
+    _check_output(out, source.files)
+    _check_flags(args)
+    calibration = _calibration(args, source) if args.calib else None
     made = {"quantization_command": command,
             "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
-    method = "rtn" if args.simple else "search"
-    quality, shares = convert(source, formats, out, method, made, lora, args.device)
+    formats, notes = _choose(args, source, calibration, made)
+    lora_file, targets = None, frozenset()
+    if args.extract_lora:
+        lora_file = args.lora_output or out.with_name(f"{out.stem}_lora.safetensors")
+        rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
+        targets = frozenset(matching(args.lora_target, rounded, "--lora-target"))
+        _check_output(lora_file, [*source.files, out])
+
+    lines = *plan_report(source.shapes, formats), "", *plan_map(formats, sys.stdout.isatty()), "", *notes
+    print(*lines, sep="\n")
+    print(f"{_gib(source.bytes)} -> {_gib(_file_size(source, formats, made))}")
+    if lora_file:
+        size = header(lora_layout(source.shapes, targets, args.lora_rank), {})[2]
+        print(f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {_gib(size)}")
+    if args.print_flags:
+        print(flags(formats))
+    if args.plot:
+        args.plot.write_text(plan_svg(formats))
+    if args.dry_run:
+        return
+    how = Settings("rtn" if args.simple else "search", args.num_iter, targets, args.lora_rank, args.lora_mode,
+                   args.static_input_scale, args.seed)
+    quality = convert(source, formats, out, how, made, lora_file, calibration, args.device, args.resume)
     print("", *quality_report(quality, formats), sep="\n")
-    if lora:
-        print("", *lora_report(shares, quality), f"{_gib(lora[0].stat().st_size)}: {lora[0]}", sep="\n")
-    print(f"\n{_gib(source.bytes)} -> {_gib(out.stat().st_size)} in {time.monotonic() - begin:.1f} s: {out}")
+    if lora_file:
+        print("", *lora_report(quality), f"{_gib(lora_file.stat().st_size)}: {lora_file}", sep="\n")
+    print(f"\n{command}\n{_gib(source.bytes)} -> {_gib(out.stat().st_size)} in "
+          f"{time.monotonic() - begin:.1f} s: {out}")
 
 
 def main(argv=None):
     """The command line: argv without the program's name, by default this process's own.
 
-    Raises SystemExit(2) after one line on stderr for what it refuses.
+    Raises SystemExit(2) after one line on stderr for what it refuses, SystemExit(130) after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        _run(args, shlex.join(["convert.py", *argv]))
-    except (Refusal, OSError) as error:
+        _run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nconvert.py: interrupted; the same command with --resume goes on\n")
+    except (Refusal, OSError, ValueError) as error:
         parser.exit(2, f"convert.py: {error}\n")
 
 

@@ -176,10 +176,15 @@ def read_image(path):
 
 
 def frame_to_pixels(frame):
-    """An av frame -> (h, w, 4) uint8, red green blue alpha. (av's own way would need numpy.)"""
-    plane = frame.reformat(format="rgba").planes[0]  # rows of line_size bytes, the last ones unused
-    rows = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(plane.height, plane.line_size)
-    return rows[:, :4 * plane.width].reshape(plane.height, plane.width, 4)  # (h, w, 4)
+    """An av frame -> (h, w, 4) uint8, red green blue alpha. (av's own way would need numpy.)
+
+    By planes: to packed rgb, FFmpeg's fast path leaves the last columns of a jpg of odd width unwritten."""
+    frame, planes = frame.reformat(format="gbrap"), []
+    for plane in frame.planes:  # green, blue, red, alpha, each with rows of line_size bytes
+        rows = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(plane.height, plane.line_size)
+        planes.append(rows[:, :plane.width])
+    green, blue, red, alpha = planes
+    return torch.stack((red, green, blue, alpha), 2)  # (h, w, 4)
 
 
 def pixels_to_frame(pixels):
@@ -450,10 +455,10 @@ def encode_first_frame(path, image, frames, device):
     return image_condition(vae.encode(first_frame_video(image[None].to(device) * 2 - 1, frames)))
 
 
-def sample_video(path, y, text, image, levels, sampler, cfg, seed, device):
+def sample_video(path, y, text, image, levels, sampler, cfg, seed, device, loras=()):
     """Conditions -> latents (1, 16, T, H, W). text: features of the prompt, and of the negative."""
-    dit = wan_fp4.load_dit(path, device)
-    print(f"{Path(path).name}: {describe(dit)}")
+    dit = wan_fp4.load_dit(path, device, loras=loras)
+    print(f"{Path(path).name}: {describe(dit)}", *dit.loras, sep="\n")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)  # (1, 16, T, H, W)
 
@@ -480,13 +485,13 @@ def decode_video(path, latents, device):
 
 @torch.inference_mode()
 def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0, sampler="lcm",
-             scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None):
+             scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None, loras=()):
     """A video from a picture: (F, h, w, 3) uint8 on the CPU.
 
     image: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS. size: (width, height) in
     multiples of 16, to whose aspect ratio the picture is cropped; by default what fit_size gives for `area`,
     to which it is stretched a little, as in Wan's own pipeline. seconds: a dict that gets each stage's time.
-    Raises ValueError for bad settings, and what the loaders raise.
+    loras: (file, strength) pairs. Raises ValueError for bad settings, and what the loaders raise.
     """
     check_frames(frames)
     levels = sigmas(scheduler, steps, shift)
@@ -500,7 +505,8 @@ def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4,
         first = resize(image, width, height, crop=size is not None)  # (3, height, width)
         y = encode_first_frame(files["vae"], first, frames, device)
     with stage("sample", seconds, device):
-        latents = sample_video(files["dit"], y, text, tokens, levels, sampler, cfg, seed, device)
+        latents = sample_video(files["dit"], y, text, tokens, levels, sampler, cfg, seed, device,
+                               loras)
     with stage("decode", seconds, device):
         return decode_video(files["vae"], latents, device)
 
@@ -556,6 +562,21 @@ def parse_size(text):
     return tuple(max(16, (int(side) + 8) // 16 * 16) for side in match.groups())
 
 
+def parse_lora(text):
+    """"a.safetensors:0.8" -> (path, strength). Names may have colons: only a number after the last is one."""
+    path, _, number = text.rpartition(":")
+    try:
+        strength = float(number) if path else math.nan
+    except ValueError:
+        strength = math.nan
+    path, strength = (Path(text), 1.0) if math.isnan(strength) else (Path(path), strength)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path}: no such file")
+    if math.isinf(strength):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite strength, such as 0.8")
+    return path, strength
+
+
 def check_device(name):
     """Raises ValueError for a device that torch does not know or cannot use here."""
     try:
@@ -600,7 +621,8 @@ def run(args):
     recipe = (f"seed {args.seed}, {args.steps} steps, sampler {args.sampler}, scheduler {args.scheduler}, "
               f"shift {args.shift:g}, cfg {args.cfg:g}")
     negative = f"negative: {args.negative}; " if args.cfg != 1 else ""
-    about = {"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {files['dit'].name}"}
+    used = "".join(f", {path.name} at {strength:g}" for path, strength in args.lora)
+    about = {"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {files['dit'].name}{used}"}
     seconds, start = {}, time.perf_counter()
     with open_video(output, width, height, about) as write:
         if demo:
@@ -610,7 +632,7 @@ def run(args):
         print(f"{args.image}: {image.shape[2]}x{image.shape[1]} -> {frames} frames of {width}x{height}\n"
               f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
         video = generate(image, files, prompt, frames, args.size, area, args.steps, args.shift, args.sampler,
-                         args.scheduler, args.cfg, args.negative, args.seed, device, seconds)
+                         args.scheduler, args.cfg, args.negative, args.seed, device, seconds, args.lora)
         with stage("write", seconds, device):
             for frame in video:
                 write(frame)
@@ -633,6 +655,8 @@ def main(argv=None):
         "(default: models/ beside this script; without it, the embedded demo model)")
     for flag in NETWORKS:
         add(f"--{flag}", metavar="FILE", help="instead of the one in the models folder")
+    add("--lora", type=parse_lora, action="append", default=[], metavar="FILE[:STRENGTH]",
+        help="added to the DiT, beside its layers; may be given several times")
     add("--frames", type=int, help=f"4k+1, at {FPS} a second (default: the model's own, or {FRAMES})")
     add("--size", type=parse_size, metavar="WxH", help="rounded to multiples of 16; the picture is cropped "
         "to it (default: the picture's shape, with the model's own pixel area, or 480 x 832)")

@@ -4,9 +4,11 @@ Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transfo
 mathematics. Nothing here needs a GPU.
 """
 import io
+import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 import weakref
+import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import av
 import numpy as np
 import pytest
 import sentencepiece
+import sklearn.covariance
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -758,6 +762,25 @@ def test_dit_equals_diffusers(frames, height, width, length, batch, size, tmp_pa
         assert relative_error(ours(**i), expected) < 1e-5
 
 
+def test_every_diffusers_name_has_its_official_one():
+    """Every layer of diffusers' own module lands on its own tensor of ours, of the same shape."""
+    theirs = diffusers_dit().state_dict()
+    with torch.device("meta"):
+        ours = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=64, ffn_dim=96, layers=2, head_dim=32, text_dim=24,
+                                                image_dim=40)).state_dict()
+    mapped = {wan_fp4.official_dit_name(name): tensor.shape for name, tensor in theirs.items()}
+    assert len(mapped) == len(theirs) and mapped == {name: tensor.shape for name, tensor in ours.items()}
+    assert all(wan_fp4.official_dit_name(name) == name for name in ours)
+
+
+def test_a_diffusers_file_loads(tmp_path):
+    theirs = diffusers_dit()
+    save_file(theirs.state_dict(), tmp_path / "theirs.safetensors", {"head_dim": "32"})
+    official = wan_fp4.load_dit(dit_file(theirs, tmp_path / "official.safetensors"))
+    inputs = dit_inputs(1, 4, 6, 5)
+    assert torch.equal(wan_fp4.load_dit(tmp_path / "theirs.safetensors")(**inputs), official(**inputs))
+
+
 def test_dit_sinusoid_is_diffusers_timestep_embedding():
     from diffusers.models.embeddings import Timesteps
     t = torch.tensor([0.0, 0.5, 1.0, 3.0])
@@ -1018,6 +1041,103 @@ print(private() - before)
     assert path.stat().st_size > 200e6 and float(done.stdout) < 40  # MB
 
 
+# LoRA
+
+NAMINGS = {  # prefix, a self-attention q, up, down
+    "ComfyUI": ("diffusion_model.", "self_attn.q", "lora_up.weight", "lora_down.weight"),
+    "older ComfyUI": ("model.diffusion_model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
+    "peft": ("", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
+    "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight")}
+
+
+def with_and_without(tmp_path, lora, merged, strength=1.0):
+    """The velocity of the small DiT with a LoRA file of these tensors, and with `merged` added to its own."""
+    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors")
+    tensors = load_file(path)
+    for name, difference in merged.items():
+        tensors[name] = tensors[name] + difference
+    save_file(tensors, tmp_path / "merged.safetensors", {"head_dim": "32"})
+    save_file(lora, tmp_path / "lora.safetensors")
+    inputs = dit_inputs(1, 4, 6, 5)
+    dit = wan_fp4.load_dit(path, loras=[(tmp_path / "lora.safetensors", strength)])
+    return dit(**inputs), wan_fp4.load_dit(tmp_path / "merged.safetensors")(**inputs), dit.loras[0]
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_lora_is_its_factors_added_to_the_weight(tmp_path, naming, alpha):
+    prefix, layer, up_name, down_name = NAMINGS[naming]
+    up, down = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3
+    lora = {f"{prefix}blocks.1.{layer}.{up_name}": up, f"{prefix}blocks.1.{layer}.{down_name}": down}
+    if alpha:
+        lora[f"{prefix}blocks.1.{layer}.alpha"] = torch.tensor(alpha)
+    merged = {"blocks.1.self_attn.q.weight": 0.7 * (alpha or 4) / 4 * up @ down}
+    got, expected, line = with_and_without(tmp_path, lora, merged, strength=0.7)
+    assert (got - expected).abs().max() < 1e-5 and "1 layers" in line and "skipped" not in line
+    plain, _, _ = with_and_without(tmp_path, lora, {}, strength=0.0)
+    assert (got - plain).abs().max() > 1e-3
+
+
+def test_lora_differences_are_added_to_what_they_name(tmp_path):
+    lora, merged = {}, {}
+    for layer, part, name, size in (
+            ("blocks.0.self_attn.norm_q", "diff", "weight", (64,)), ("blocks.0.ffn.0", "diff_b", "bias", (96,)),
+            ("blocks.1", "diff_m", "modulation", (1, 6, 64)), ("head", "diff_m", "modulation", (1, 2, 64)),
+            ("patch_embedding", "diff_b", "bias", (64,)), ("blocks.1.ffn.2", "diff", "weight", (64, 96))):
+        lora[f"diffusion_model.{layer}.{part}"] = torch.randn(size) * 0.3
+        merged[f"{layer}.{name}"] = 0.5 * lora[f"diffusion_model.{layer}.{part}"]
+    got, expected, line = with_and_without(tmp_path, lora, merged, strength=0.5)
+    assert (got - expected).abs().max() < 1e-5 and line.endswith("0 layers, 6 differences")
+
+
+def test_several_loras_add_up(tmp_path):
+    up, down = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3
+    name = "blocks.0.cross_attn.k_img"
+    for i, scale in enumerate((1, 2)):
+        save_file({f"{name}.lora_up.weight": up * scale, f"{name}.lora_down.weight": down}, tmp_path / str(i))
+    path, inputs = dit_file(diffusers_dit(), tmp_path / "dit.safetensors"), dit_inputs(1, 4, 6, 5)
+    got = wan_fp4.load_dit(path, loras=[(tmp_path / "0", 1.0), (tmp_path / "1", -0.25)])(**inputs)
+    expected = wan_fp4.load_dit(path, loras=[(tmp_path / "0", 0.5)])(**inputs)
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_lora_says_what_it_skipped(tmp_path):
+    """Of a LoRA for a quantised model: a whole difference of a weight, a layer that is not there."""
+    convert.main(["-i", dit_file(diffusers_dit(), tmp_path / "dit", dtype=torch.bfloat16), "-o",
+                  tmp_path / "q", "--nvfp4"])
+    lora = {"blocks.0.ffn.0.lora_up.weight": torch.zeros(96, 2), "blocks.0.ffn.0.diff": torch.zeros(96, 64),
+            "blocks.0.ffn.0.lora_down.weight": torch.zeros(2, 64), "blocks.0.norm9.diff": torch.zeros(64)}
+    save_file(lora, tmp_path / "lora")
+    line, = wan_fp4.load_dit(tmp_path / "q", loras=[(tmp_path / "lora", 1.0)]).loras
+    assert line.endswith("1 layers, skipped 2: blocks.0.ffn.0 (its weight is quantised: a difference cannot "
+                         "be added)")
+
+
+@pytest.mark.parametrize("lora, error", [
+    ({"blocks.7.ffn.0.diff_b": (96,)}, "none of which fits: the first is blocks.7.ffn.0 "),
+    ({"blocks.0.ffn.0.lora_up.weight": (96, 2)}, "got lora_up alone"),
+    ({"blocks.0.ffn.0.lora_up.weight": (90, 2), "blocks.0.ffn.0.lora_down.weight": (2, 64)},
+     "blocks.0.ffn.0: attach_lora: got up \\(90, 2\\)"),
+    ({"blocks.0.ffn.0.diff_b": (90,)}, "expected that of its bias, \\(96,\\)"),
+    ({"blocks.0.ffn.0.weight": (96, 64)}, "is no part of a LoRA")])
+def test_loras_that_are_refused(tmp_path, lora, error):
+    save_file({name: torch.zeros(shape) for name, shape in lora.items()}, tmp_path / "lora")
+    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors")
+    with pytest.raises(ValueError, match=error):
+        wan_fp4.load_dit(path, loras=[(tmp_path / "lora", 1.0)])
+
+
+def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path):
+    path = dit_file(diffusers_dit(), tmp_path / "dit", needs_lora="mine.safetensors")
+    lora = {"blocks.0.ffn.0.diff_b": torch.zeros(96)}
+    save_file(lora, tmp_path / "renamed", {"lora_id": "mine.safetensors"})
+    save_file(lora, tmp_path / "other", {"lora_id": "other.safetensors"})
+    for loras in ([], [(tmp_path / "renamed", 0.5)], [(tmp_path / "other", 1.0)]):
+        with pytest.raises(ValueError, match="give --lora mine.safetensors"):
+            wan_fp4.load_dit(path, loras=loras)
+    wan_fp4.load_dit(path, loras=[(tmp_path / "other", 1.0), (tmp_path / "renamed", 1.0)])
+
+
 # --------------------------------------------------------------------------------------------------
 # sample.py
 # --------------------------------------------------------------------------------------------------
@@ -1178,6 +1298,15 @@ def test_read_image_is_pillow(tmp_path, mode, ext):
     difference = np.abs(as_uint8(got).astype(int) - expected)
     most, mean = (25, 4) if ext == "jpg" else (1, 0.6)
     assert difference.max() <= most and difference.mean() < mean
+
+
+@pytest.mark.parametrize("width", [33, 447, 451])
+def test_read_image_fills_the_last_columns_of_an_odd_jpg(tmp_path, width):
+    """With halved chroma and an even height FFmpeg's fast conversion left up to three columns unwritten."""
+    image = Image.open(REPOSITORY / "demo" / "photo.jpg").resize((width, 300))
+    image.save(tmp_path / "a.jpg", quality=95, subsampling=2)
+    expected = np.asarray(Image.open(tmp_path / "a.jpg")).astype(int)
+    assert np.abs(as_uint8(sample.read_image(tmp_path / "a.jpg")) - expected).max() <= 25
 
 
 @pytest.mark.parametrize("ext", ["png", "jpg", "webp"])
@@ -1577,6 +1706,26 @@ def test_a_broken_demo_is_an_error(place, fakes, capsys):
     assert stop.value.code == 2 and "clip.safetensors: no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text, strength", [("a.safetensors", 1), ("a.safetensors:0.5", 0.5), ("b:c", 1),
+                                            ("b:c:-2", -2), ("a.safetensors:1e-1", 0.1)])
+def test_lora_argument(tmp_path, monkeypatch, text, strength):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "b:c"):
+        Path(name).touch()
+    path, got = sample.parse_lora(text)
+    assert got == strength and path.exists()
+
+
+def test_lora_arguments_that_are_refused(tmp_path, capsys):
+    lora = tmp_path / "a.safetensors"
+    lora.touch()
+    for text, error in ((f"{lora}:inf", "expected a finite strength"), ("lost.safetensors:1", "no such file"),
+                        (f"{lora}:big", "a.safetensors:big: no such file")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main([str(REPOSITORY / "demo" / "photo.jpg"), "--lora", text])
+        assert stop.value.code == 2 and error in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------
 # convert.py
 # --------------------------------------------------------------------------------------------------
@@ -1734,34 +1883,93 @@ def test_memory_holds_one_weight_not_the_model(tmp_path):
     assert peaks[1] - peaks[0] < file.stat().st_size / 3
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch, failure):
-    source, out = write_checkpoint(tmp_path / "m.safetensors"), tmp_path / "out.safetensors"
-    out.write_text("old")
+def interrupt(monkeypatch, failure, after):
+    """Make convert fail at its weight number `after`."""
     calls, quantize = [], convert.quantize_weight
 
     def fails(w, *args, **kwargs):
         calls.append(not w.is_meta)
-        if sum(calls) == 4:
+        if sum(calls) == after and not w.is_meta:
             raise failure
         return quantize(w, *args, **kwargs)
 
     monkeypatch.setattr(convert, "quantize_weight", fails)
-    with pytest.raises(type(failure)):
-        convert.main(["-i", source, "-o", out])
-    assert sum(calls) == 4 and out.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "out.safetensors"]
 
 
-def test_writing_refuses_what_the_header_does_not_say(tmp_path):
-    tensors = {"a": (torch.float32, (2,)), "b": (torch.uint8, (0,))}
+RESUMED = ["--nvfp4", "--extract-lora", "--lora-rank", "4"]
+
+
+def interrupted(tmp_path, monkeypatch, failure=KeyboardInterrupt()):
+    """A conversion of m.safetensors to out.safetensors that stopped half way -> its argv, and the bytes of
+    the two files that it should have written."""
+    argv = ["-i", write_checkpoint(tmp_path / "m.safetensors"), "-o", tmp_path / "out.safetensors", *RESUMED]
+    convert.main(argv)
+    files = tmp_path / "out.safetensors", tmp_path / "out_lora.safetensors"
+    whole = {file: file.read_bytes() for file in files}
+    for file in files:
+        file.write_text("old")
+    with monkeypatch.context() as patch:
+        interrupt(patch, failure, 6)
+        with pytest.raises(SystemExit):
+            convert.main(argv)
+    assert all(file.read_text() == "old" for file in files)
+    return argv, whole
+
+
+@pytest.mark.parametrize("failure, code, text", [
+    (KeyboardInterrupt(), 130, "with --resume goes on"), (OSError("disk full"), 2, "disk full")])
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, capsys, failure, code, text):
+    argv, whole = interrupted(tmp_path, monkeypatch, failure)
+    assert text in capsys.readouterr().err
+    rounded, quantize = [], convert.quantize_weight
+    monkeypatch.setattr(convert, "quantize_weight",
+                        lambda w, *rest, **more: rounded.append(not w.is_meta) or quantize(w, *rest, **more))
+    convert.main([*argv, "--resume"])
+    assert 0 < sum(rounded) <= 10 - 4  # of ten weights four were done, and perhaps one that ran ahead
+    assert all(file.read_bytes() == data for file, data in whole.items())
+    assert len(list(tmp_path.iterdir())) == 3  # no .part, no journal
+
+
+def test_resume_does_again_what_the_disk_lost(tmp_path, monkeypatch):
+    argv, whole = interrupted(tmp_path, monkeypatch)
+    for file, data in whole.items():
+        length = len(data) // 3
+        with open(f"{file}.part", "r+b") as part:  # the header, and zeros where tensors were
+            part.seek(8 + int.from_bytes(data[:8], "little"))
+            part.write(bytes(length))
+    journal = tmp_path / "out.safetensors.journal"
+    journal.write_text(journal.read_text()[:-7])  # a line cut short
+    convert.main([*argv, "--resume"])
+    assert all(file.read_bytes() == data for file, data in whole.items())
+
+
+def test_resume_refuses_another_run(tmp_path, monkeypatch, capsys):
+    argv, _ = interrupted(tmp_path, monkeypatch)
+    capsys.readouterr()
+    assert "is of another run" in refused(capsys, *argv, "--simple", "--resume")
+    (tmp_path / "out.safetensors.journal").unlink()
+    assert "nothing to go on from" in refused(capsys, *argv, "--resume")
+
+
+def test_a_damaged_source_leaves_nothing_and_keeps_the_old_file(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "m.safetensors", damaged(math.nan))
+    out = tmp_path / "out.safetensors"
+    out.write_text("old")
+    refused(capsys, "-i", source, "-o", out, "--nvfp4")
+    assert out.read_text() == "old" and sorted(tmp_path.iterdir()) == [source, out]
+
+
+def test_output_refuses_what_the_header_does_not_say(tmp_path):
     empty = torch.ones(0, dtype=torch.uint8)
-    for name, tensor, error in [("a", torch.ones(3), "expected"), ("b", empty.float(), "expected"),
-                                ("b", empty, "1 tensors were never written, as a")]:
-        with pytest.raises(ValueError, match=error):
-            with convert.writing(tmp_path / "x", tensors, {}) as put:
-                put(name, tensor)
-        assert not list(tmp_path.iterdir())
+    output = convert.Output(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (0,))}, {})
+    output.open(resume=False)
+    for name, tensor in [("a", torch.ones(3)), ("b", empty.float())]:
+        with pytest.raises(ValueError, match="expected"):
+            output.write(name, tensor)
+    output.write("b", empty)
+    with pytest.raises(ValueError, match="1 tensors were never written, as a"):
+        output.close()
+    assert not (tmp_path / "x").exists()
 
 
 def test_too_little_disk_is_said_before_the_start(tmp_path, monkeypatch, capsys):
@@ -1788,8 +1996,8 @@ def damaged(value):
     (damaged(float("nan")), "blocks.1.ffn.0.weight has NaN or infinite values"),
     (damaged(float("-inf")), "blocks.1.ffn.0.weight has NaN or infinite values"),
     (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), torch.nan)}, "norm3.weight has NaN"),
-    ({"blocks.0.attn.q.weight": torch.ones(16, 16)}, "not a Wan model"),
-    ({"layer.weight": torch.ones(16, 16)}, "not a Wan model"),
+    ({"blocks.0.attn.q.weight": torch.ones(16, 16)}, "not a Wan DiT"),
+    ({"layer.weight": torch.ones(16, 16)}, "not a Wan DiT"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "already 8-bit"),
     (checkpoint() | {"scaled_fp8": torch.ones(2)}, "already 8-bit"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).int()}, "is I32, expected BF16"),
@@ -1920,7 +2128,7 @@ def test_custom_wins_over_exclude_and_may_name_the_embeddings():
     (["--exclude-layers", r"blocks\.99\."], "matches no weight out of"),
     (["--custom-layers", "ffn"], "give both or neither"),
     (["--custom-type", "mxfp8"], "give both or neither"),
-    (["--plan", "score", "--exclude-layers", "ffn"], "chooses the layers itself"),
+    (["--plan", "score", "--exclude-layers", "ffn"], "chooses every layer's format itself"),
     (["--device", "abacus"], "--device abacus: "),
 ])
 def test_flags_that_are_refused(tmp_path, capsys, flags, error):
@@ -1998,6 +2206,60 @@ def test_the_score_promotes_the_outliers_among_the_layers(tmp_path, capsys):
 def test_layers_all_alike_stay_in_nvfp4():
     scores = convert.score({f"blocks.{n}.ffn.0.weight": (0.1, 2.5, 1.4) for n in range(8)})
     assert set(convert.plan_by_score(scores).values()) == {"nvfp4"}
+
+
+def test_plan_by_error_is_optimal_but_for_its_last_step():
+    """Against all 3^7 plans: none has a lower error in the same bytes less one step of the largest weight."""
+    rng = random.Random(0)
+    names = [f"blocks.{n}.ffn.0.weight" for n in range(7)]
+    sizes = {name: {"nvfp4": 4.5 * m, "mxfp8": 8.25 * m, "bf16": 16 * m}
+             for name, m in zip(names, rng.choices((5, 10, 15), k=7))}
+    errors = {name: {"nvfp4": 30 * x, "mxfp8": x * rng.uniform(1, 25), "bf16": 0.0}
+              for name, x in zip(names, [rng.expovariate(1) for _ in names])}
+    plans = [[sum(table[n][f] for n, f in zip(names, plan)) for table in (sizes, errors)]
+             for plan in itertools.product(convert.FORMATS, repeat=7)]
+    for budget in range(400, 1400, 50):
+        formats = convert.plan_by_error(errors, sizes, budget)
+        size, error = (sum(table[n][f] for n, f in formats.items()) for table in (sizes, errors))
+        assert size <= budget
+        assert error <= min((e for s, e in plans if s <= budget - 15 * 11.5), default=math.inf) + 1e-9
+    with pytest.raises(ValueError, match="too few"):
+        convert.plan_by_error(errors, sizes, 200)
+
+
+@pytest.mark.parametrize("size", ["180KiB", "0.2MB", "10G"])
+def test_size_is_kept_and_used_and_the_embeddings_count(tmp_path, capsys, size):
+    source, out = write_checkpoint(tmp_path / "m.safetensors"), tmp_path / "out.safetensors"
+    convert.main(["-i", source, "-o", out, "--size", size])
+    limit = {"180KiB": 180 * 1024, "0.2MB": 200_000, "10G": 10 ** 10}[size]
+    with safe_open(out, "pt") as f:
+        layers = json.loads(f.metadata()["_quantization_metadata"])["layers"]
+    written = out.stat().st_size
+    assert written <= limit and (written > 0.8 * limit or not layers)
+    assert ("text_embedding.0" in layers) == (size != "10G")
+    assert "rank correlation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size, error", [
+    ("10KB", "smallest formats make it 0.17 MiB"), ("many", "such as 9.76GiB")])
+def test_sizes_that_are_refused(tmp_path, capsys, size, error):
+    source = write_checkpoint(tmp_path / "m.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        convert.main(["-i", source, "--size", size])
+    assert stop.value.code == 2 and error in capsys.readouterr().err
+
+
+def test_the_map_and_the_plot_show_every_layer(tmp_path, capsys):
+    formats = {f"blocks.{n}.{layer}.weight": fmt for n in range(12)
+               for layer, fmt in (("ffn.0", "nvfp4"), ("self_attn.q", "mxfp8" if n == 3 else "bf16"))}
+    lines = list(convert.plan_map(formats, colour=False))
+    assert lines[:2] == ["ffn.0             " + 12 * "4", "self_attn.q       bbb8bbbbbbbb"]
+    colours = re.findall(r"\033\[48;2;([0-9;]+)m[48b]\033\[0m", "".join(convert.plan_map(formats, True)))
+    assert Counter(colours) == {"70;160;90": 13, "230;170;50": 2, "200;75;75": 12}  # one of each in the key
+    source, plot = write_checkpoint(tmp_path / "m.safetensors"), tmp_path / "plan.svg"
+    convert.main(["-i", source, "--plot", plot, "--dry-run"])
+    tags = [element.tag.rpartition("}")[2] for element in xml.etree.ElementTree.parse(plot).iter()]
+    assert tags.count("title") == 10 and tags.count("rect") == 10 + 3
 
 
 # Rounding with a Hessian
@@ -2134,6 +2396,187 @@ def test_lora_flags_that_are_refused(tmp_path, capsys):
     assert "would overwrite" in refused(capsys, *flags, "--lora-output", source)
     assert "would overwrite" in refused(capsys, *flags, "--lora-output", tmp_path / "m-nvfp4.safetensors")
     assert list(tmp_path.iterdir()) == [source]
+
+
+# Calibration: a small DiT between the demo's encoders, and its photo
+
+@pytest.fixture(scope="module")
+def small_dit(tmp_path_factory):
+    """A file of a random DiT of 2 blocks that makes 5 frames of 48 x 32 or so from the demo's conditions."""
+    demo, g = REPOSITORY / "demo", torch.Generator().manual_seed(0)
+    text = wan_fp4.load_umt5(demo / "umt5.safetensors").cfg.dim
+    image = wan_fp4.load_clip(demo / "clip.safetensors").cfg.dim
+    cfg = wan_fp4.DiTConfig(dim=64, ffn_dim=96, layers=2, head_dim=32, text_dim=text, image_dim=image)
+    tensors = {name: (tensor + 0.1 * torch.randn(tensor.shape, generator=g)).bfloat16()
+               for name, tensor in wan_fp4.WanDiT(cfg).state_dict().items()}
+    return write_checkpoint(tmp_path_factory.mktemp("dit") / "m.safetensors", tensors, head_dim="32",
+                            frames="5", area="1536", prompt="zoom in")
+
+
+PHOTO = REPOSITORY / "demo" / "photo.jpg"
+
+
+def calibration(path, samples=10 ** 9):
+    files, _ = sample.find_files(dict.fromkeys(sample.NETWORKS))
+    source = convert.Source(path)
+    return source, convert.Calibration(source, [PHOTO], files, samples, 0, "cpu")
+
+
+def test_calibration_sees_what_the_layers_of_the_whole_model_are_fed(small_dit):
+    """The oracle is the model run as one, with a hook on every Linear."""
+    source, walk = calibration(small_dit)
+    dit, fed = wan_fp4.load_dit(small_dit), {}
+    for name, layer in dit.named_modules():
+        if isinstance(layer, quant.QuantLinear):
+            layer.register_forward_pre_hook(lambda _, x, name=name: fed.setdefault(name, []).append(x[0]))
+    assert [t.item() for _, t, *_ in walk.inputs] == pytest.approx([1000, 909.707, 717.318, 24.414], abs=0.01)
+    for inputs in walk.inputs:
+        dit(*inputs)
+    seen = {name: inputs for stage in walk.stages() for name, inputs in stage.items()}
+    layers = {name for name in fed if name.startswith(("blocks.", "text_embedding.", "img_emb."))}
+    assert {f"{name}.weight" for name in layers} == set(seen)
+    for name in layers:
+        x, inputs = torch.cat([x.flatten(0, -2) for x in fed[name]]), seen[f"{name}.weight"]
+        assert inputs.count == len(x) and inputs.amax == pytest.approx(x.abs().max().item(), rel=1e-4)
+        assert (inputs.moment - x.T @ x).abs().max() < 1e-4 * inputs.moment.abs().max()
+
+
+def test_calibration_runs_what_replaced_a_layer(small_dit):
+    """Every weight is replaced by its double: what later layers are fed is what the doubled model feeds."""
+    source, walk = calibration(small_dit)
+    tensors = {name: source.tensor(name) for name in source.shapes}
+    doubled = {name: tensor * 2 if name in convert.plan(source.shapes) else tensor
+               for name, tensor in tensors.items()}
+    dit, fed = wan_fp4.dit_from_tensors(doubled, source.metadata, "doubled"), []
+    dit.blocks[1].ffn[2].register_forward_pre_hook(lambda _, x: fed.append(x[0].flatten(0, -2)))
+    for inputs in walk.inputs:
+        dit(*inputs)
+    for seen in walk.stages():
+        last = seen.get("blocks.1.self_attn.q.weight", None)  # its block is not replaced when it is seen
+        for name in seen:
+            if name.startswith("blocks.0."):
+                walk.replace(name.removesuffix(".weight"), {"weight": doubled[name]})
+    dit.blocks[1].self_attn.q.register_forward_pre_hook(lambda _, x: fed.append(x[0].flatten(0, -2)))
+    fed.clear()
+    for inputs in walk.inputs:
+        dit(*inputs)
+    x = torch.cat(fed[::2])
+    assert (last.moment - x.T @ x).abs().max() < 1e-4 * last.moment.abs().max()
+
+
+def test_calib_samples_bounds_the_inputs_and_spreads_them(small_dit):
+    _, walk = calibration(small_dit, samples=20)
+    *_, block = walk.stages()
+    inputs = block["blocks.1.ffn.0.weight"]
+    assert inputs.count <= 20 + 4 and inputs.count >= 12 and len(inputs.rows) == 4
+
+
+def test_the_hessian_is_shrunk_as_scikit_learn_does():
+    x, inputs = torch.randn(40, 64) * torch.linspace(0.1, 3, 64), convert.Inputs(10 ** 9, 2, steps=1)
+    inputs.add(x[:10])
+    inputs.add(x[10:])
+    expected = sklearn.covariance.oas(x.double().numpy(), assume_centered=True)[0]
+    assert (inputs.hessian() - torch.tensor(expected)).abs().max() < 1e-4
+    one = convert.Inputs(10 ** 9, 1, steps=1)
+    one.add(torch.ones(1, 16))
+    torch.linalg.cholesky(one.hessian())  # one row has rank one; shrunk it is positive
+
+
+def test_calibrated_rounding_makes_a_video_nearer_to_the_plain_model(small_dit, tmp_path):
+    """The velocity at a step that calibration did not see, against the bf16 model's."""
+    out, errors, expected = tmp_path / "out.safetensors", [], None
+    _, walk = calibration(small_dit)
+    x, _, *rest = walk.inputs[1]
+    for flags in (None, ["--simple"], [], ["--calib", PHOTO]):
+        if flags is not None:
+            convert.main(["-i", small_dit, "-o", out, "--nvfp4", *flags])
+        v = wan_fp4.load_dit(small_dit if flags is None else out)(x, torch.tensor([850.0]), *rest)
+        expected = v if expected is None else expected
+        errors.append((v - expected).square().mean().item())
+    assert errors[2] < errors[1] and errors[3] < 0.5 * errors[2]
+
+
+def test_static_input_scale_is_the_largest_input_with_headroom(small_dit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    convert.main(["-i", small_dit, "-o", out, "--mxfp8", "--custom-type", "nvfp4", "--custom-layers",
+                  r"blocks\.0\.", "--calib", PHOTO, "--static-input-scale"])
+    _, walk = calibration(small_dit)
+    stages = walk.stages()
+    next(stages)
+    seen, dit = next(stages)["blocks.0.self_attn.q.weight"], wan_fp4.load_dit(out)
+    assert dit.blocks[0].self_attn.q.input_scale.item() == pytest.approx(1.5 * seen.amax / 2688)
+    assert dit.blocks[1].self_attn.q.input_scale is None  # MXFP8 has none
+
+
+def test_plan_measured_has_less_error_than_the_score_at_its_size(small_dit, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    convert.main(["-i", small_dit, "-o", out, "--calib", PHOTO])
+    text = capsys.readouterr().out
+    ours, other = re.search(r"added up: ([0-9.]+) in .*score's plan ([0-9.]+) in", text).groups()
+    assert float(ours) < float(other) and "rank correlation of the score" in text
+    convert.main(["-i", small_dit, "-o", tmp_path / "score.safetensors"])
+    assert out.stat().st_size <= (tmp_path / "score.safetensors").stat().st_size + 64  # the command's length
+    wan_fp4.load_dit(out)
+
+
+def test_output_error_has_both_sides_rounded():
+    """The oracle is comfy-kitchen's rounding of weight and activation, multiplied in float32."""
+    w, x = torch.randn(64, 128), torch.randn(40, 128)
+    sides = []
+    for side in (w, x):
+        scale = side.abs().max() / 2688
+        data, block = ck.quantize_nvfp4(side, scale, pad_16x=True)
+        sides.append(ck.dequantize_nvfp4(data, scale, block, torch.float32)[:len(side)])
+    rtn = (sides[1] @ sides[0].T - x @ w.T).square().sum() / (x @ w.T).square().sum()
+    errors = convert.output_errors(w, x)
+    assert 0.7 * rtn < errors["nvfp4"] < rtn  # a little less: the weight's scales are searched
+    assert errors["bf16"] == 0 < errors["mxfp8"] < 0.2 * errors["nvfp4"]
+
+
+def test_absorb_is_nearer_with_its_lora_and_useless_without(small_dit, tmp_path, capsys):
+    found = {}
+    for mode in ("correct", "absorb"):
+        out = tmp_path / f"{mode}.safetensors"
+        convert.main(["-i", small_dit, "-o", out, "--nvfp4", "--extract-lora", "--lora-rank", "16",
+                      "--lora-mode", mode])
+        lora = tmp_path / f"{mode}_lora.safetensors"
+        layer = wan_fp4.load_dit(out, loras=[(lora, 1.0)]).blocks[1].ffn[0]
+        up, down = layer.lora_up_0.float(), layer.lora_down_0.float()
+        w = convert.Source(small_dit).tensor("blocks.1.ffn.0.weight")
+        base = layer.dequantized(torch.float32)
+        found[mode] = convert.snr(w, base), convert.snr(w, base + up @ down)
+    assert found["absorb"][1] > found["correct"][1] + 1 and found["absorb"][0] < 10
+    with pytest.raises(ValueError, match="absorb_lora.safetensors"):
+        wan_fp4.load_dit(tmp_path / "absorb.safetensors")
+    wan_fp4.load_dit(tmp_path / "correct.safetensors")
+
+
+@pytest.mark.parametrize("flags, error", [
+    (["--plan", "measured"], "need --calib"), (["--static-input-scale"], "need --calib"),
+    (["--calib", "lost.png"], "lost.png: no such file"),
+    (["--calib", PHOTO, "--models", "nowhere"], "nowhere: no such folder"),
+    (["--size", "1GB", "--plan", "score"], "knows no size"), (["--size", "1GB", "--nvfp4"], "chooses every"),
+    (["--lora-mode", "absorb"], "need --extract-lora")])
+def test_calibration_flags_that_are_refused(tmp_path, capsys, flags, error):
+    assert error in refused(capsys, "-i", write_checkpoint(tmp_path / "m.safetensors"), *flags)
+
+
+def test_a_model_of_other_encoders_is_refused(small_dit, tmp_path, capsys):
+    tensors = load_file(small_dit)
+    tensors["text_embedding.0.weight"] = torch.zeros(64, 8)
+    source = write_checkpoint(tmp_path / "m.safetensors", tensors, head_dim="32", area="1024", frames="1")
+    assert "but the model takes 8" in refused(capsys, "-i", source, "--calib", PHOTO)
+
+
+def test_diffusers_names_convert_to_the_same_file(tmp_path):
+    theirs = diffusers_dit()
+    official = dit_file(theirs, tmp_path / "official.safetensors", dtype=torch.bfloat16)
+    tensors = {f"transformer.{name}": tensor.bfloat16() for name, tensor in theirs.state_dict().items()}
+    source = write_checkpoint(tmp_path / "diffusers.safetensors", tensors)
+    for name, path in (("a", official), ("b", source)):
+        convert.main(["-i", path, "-o", tmp_path / name, "--nvfp4"])
+    a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ Letters in the shapes: B batch; F frames, h w their height and width; T = 1 + (F
 h / 8, w / 8; N = T * H/2 * W/2 tokens; D width of a network, d of a head; L text tokens; C channels.
 """
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -677,6 +678,33 @@ def read_tensors(path):
     return bare, metadata
 
 
+# diffusers' names of the DiT's tensors, part by part, and the official ones
+DIFFUSERS_DIT = (
+    (r"^condition_embedder\.time_embedder\.linear_1\b", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2\b", "time_embedding.2"),
+    (r"^condition_embedder\.time_proj\b", "time_projection.1"),
+    (r"^condition_embedder\.text_embedder\.linear_1\b", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2\b", "text_embedding.2"),
+    (r"^condition_embedder\.image_embedder\.norm1\b", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\b", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2\b", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2\b", "img_emb.proj.4"),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
+    (r"_attn\.to_([qkv])\b", r"_attn.\1"), (r"_attn\.to_out\.0\b", "_attn.o"),
+    (r"_attn\.add_([kv])_proj\b", r"_attn.\1_img"), (r"\bnorm_added_k\b", "norm_k_img"),
+    (r"\.ffn\.net\.0\.proj\b", ".ffn.0"), (r"\.ffn\.net\.2\b", ".ffn.2"),
+    (r"^(blocks\.\d+)\.norm2\b", r"\1.norm3"),  # diffusers counts its norms in the order of use
+    (r"^scale_shift_table$", "head.modulation"), (r"\bscale_shift_table$", "modulation"),
+    (r"^proj_out\b", "head.head"))
+
+
+def official_dit_name(name):
+    """A DiT tensor's or layer's name, bare, in diffusers' naming or the official one -> the official one."""
+    for theirs, official in DIFFUSERS_DIT:
+        name = re.sub(theirs, official, name)
+    return name
+
+
 def count(tensors, prefix):
     """How many numbered modules there are under a prefix: "blocks." -> 40."""
     return 1 + max((int(n[len(prefix):].split(".")[0]) for n in tensors if n.startswith(prefix)), default=-1)
@@ -758,15 +786,9 @@ def head_width(dim, metadata, usual, path):
     return head_dim
 
 
-def load_dit(path, device="cpu", dtype=None):
-    """The diffusion transformer of a plain or quantised checkpoint, in eval mode.
-
-    Linears stay as stored and memory-mapped. dtype is what they compute in: by default float32 on a CPU,
-    bfloat16 elsewhere. Raises FileNotFoundError, and ValueError for tensors that are missing, left over, of a
-    wrong shape or an unknown format.
-    """
-    tensors, metadata = read_tensors(path)
-
+def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None):
+    """The diffusion transformer from its tensors by official name and the header's metadata; path is for
+    messages. As load_dit otherwise."""
     def config():
         dim, in_dim = tensors["patch_embedding.weight"].shape[:2]
         return DiTConfig(dim=dim, ffn_dim=len(tensors["blocks.0.ffn.0.bias"]),
@@ -779,6 +801,92 @@ def load_dit(path, device="cpu", dtype=None):
 
     return fill(build(WanDiT, config, path), tensors, path, device, dtype or default_dtype(device),
                 float32=("patch_embedding", "time_", "img_emb", "head"))
+
+
+def load_dit(path, device="cpu", dtype=None, loras=()):
+    """The diffusion transformer of a plain or quantised checkpoint, in eval mode.
+
+    Linears stay as stored and memory-mapped. dtype is what they compute in: by default float32 on a CPU,
+    bfloat16 elsewhere. loras: (file, strength) pairs; the model's `loras` then tells of each what was used.
+    Raises FileNotFoundError, and ValueError for tensors that are missing, left over, of a wrong shape or an
+    unknown format, for a LoRA that fits nowhere, and for a model that needs its LoRA and did not get it.
+    """
+    tensors, metadata = read_tensors(path)
+    needed = metadata.get("needs_lora")  # see convert.py, --lora-mode absorb
+    if needed and not any(strength == 1 and read_header(file)[0].get("lora_id") == needed
+                          for file, strength in loras):
+        raise ValueError(f"{path}: a part of its weights is in its LoRA: got {len(loras)} LoRAs, expected "
+                         f"{needed} among them, at strength 1: give --lora {needed}")
+    tensors = {official_dit_name(name): tensor for name, tensor in tensors.items()}
+    dit = dit_from_tensors(tensors, metadata, path, device, dtype)
+    dit.loras = [attach_lora(dit, file, strength) for file, strength in loras]
+    return dit
+
+
+LORA_PARTS = {"lora_up": "up", "lora_B": "up", "lora_down": "down", "lora_A": "down", "alpha": "alpha",
+              "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+
+
+def read_lora(path):
+    """A LoRA file -> {layer's official name: {part: tensor}}, parts as in LORA_PARTS. Raises ValueError for a
+    tensor that is none of them."""
+    layers = {}
+    for name, tensor in read_tensors(path)[0].items():
+        bare = name.removeprefix("transformer.")
+        layer, _, suffix = re.sub(r"(\.default)?\.weight$", "", bare).rpartition(".")
+        if suffix not in LORA_PARTS:
+            raise ValueError(f"{path}: {name}: got a tensor that is no part of a LoRA, expected a name that "
+                             f"ends in one of {', '.join(LORA_PARTS)}: is it a whole model?")
+        layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[suffix]] = tensor
+    return layers
+
+
+def attach_lora(model, path, strength=1.0):
+    """Add a LoRA to a model: factors as side branches of its Linears, whole differences to what they name.
+
+    Returns a line that says how much was used, and what was not and why. Raises ValueError if nothing fits,
+    for shapes that do not, and for an up without its down.
+    """
+    modules, layers, branches, differences, skipped = dict(model.named_modules()), read_lora(path), 0, 0, []
+    for name, parts in layers.items():
+        module = modules.get(name)
+        if ("up" in parts) != ("down" in parts):
+            raise ValueError(f"{path}: {name}: got lora_{'up' if 'up' in parts else 'down'} alone, expected "
+                             f"lora_up and lora_down: is the file complete?")
+        if module is None:
+            skipped.append(f"{name} (no such layer)")
+            continue
+        device = next(module.parameters()).device
+        if "up" in parts and not isinstance(module, QuantLinear):
+            skipped.append(f"{name} (not a Linear)")
+        elif "up" in parts:
+            up, down = parts["up"].to(device), parts["down"].to(device)
+            alpha = parts["alpha"].item() if "alpha" in parts else len(down)
+            try:
+                module.attach_lora(up, down, strength * alpha / len(down))
+            except ValueError as error:
+                raise ValueError(f"{path}: {name}: {error}") from None
+            branches += 1
+        for part in ("weight", "bias", "modulation"):
+            old = getattr(module, part, None)
+            if part not in parts:
+                continue
+            if old is None:
+                skipped.append(f"{name} (has no {part})")
+            elif part == "weight" and getattr(module, "format", None):
+                skipped.append(f"{name} (its weight is quantised: a difference cannot be added)")
+            elif old.shape != parts[part].shape:
+                raise ValueError(f"{path}: {name}: got a difference of shape {tuple(parts[part].shape)}, "
+                                 f"expected that of its {part}, {tuple(old.shape)}: for another model?")
+            else:
+                new = old.float() + strength * parts[part].to(device).float()
+                setattr(module, part, nn.Parameter(new.to(old.dtype), requires_grad=False))
+                differences += 1
+    if not branches + differences:
+        raise ValueError(f"{path}: {len(layers)} layers, none of which fits: the first is {skipped[0]}, and "
+                         f"the model's are such as {next(n for n in modules if n.endswith('.q'))}")
+    used = f"{path}: {branches} layers" + (f", {differences} differences" if differences else "")
+    return used + (f", skipped {len(skipped)}: {skipped[0]}" if skipped else "")
 
 
 def load_vae(path, device="cpu", dtype=None):

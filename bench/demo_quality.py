@@ -1,0 +1,104 @@
+"""What each way of converting costs the demo's video: python bench/demo_quality.py demo/work/dit.safetensors
+
+The bf16 model (demo/train.py leaves it in its work folder) is converted with each set of flags, all layers of
+the blocks to NVFP4 unless the flags say otherwise. Each file makes the videos of two photos never trained on,
+nine moves each, from the same noise as the bf16 model. The figure is the PSNR of its videos against the bf16
+model's: W4A16, and W4A4 in emulation. Calibration sees two training photos, four moves each.
+"""
+import argparse
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+import convert  # noqa: E402
+import quant  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+import wan_fp4  # noqa: E402
+
+LORA = ["--extract-lora", "--lora-rank", "16"]
+WAYS = {"simple": ["--nvfp4", "--simple"], "simple + LoRA": ["--nvfp4", "--simple", *LORA],
+        "default rounding": ["--nvfp4"], "default + LoRA": ["--nvfp4", *LORA],
+        "calibrated": ["--nvfp4", "--calib"], "calibrated + LoRA": ["--nvfp4", "--calib", *LORA],
+        "calibrated, absorb": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb"],
+        "calibrated, static": ["--nvfp4", "--calib", "--static-input-scale"],
+        "plan score": [], "plan measured, same size": ["--calib"]}
+VIEWS = {"chelsea": (245, 140, 200), "flower": (330, 240, 270)}
+
+
+def conditions(area, frames):
+    """Per held-out photo: y (1, 20, T, H, W) and CLIP's tokens."""
+    demo, found = ROOT / "demo", []
+    for name, window in VIEWS.items():
+        side = round(area ** 0.5)
+        photo = train.render(train.load_photo(name), "still", 1, side, side, window)[:, 0]
+        found.append((sample.encode_first_frame(demo / "vae.safetensors", photo, frames, "cpu"),
+                      sample.encode_picture(demo / "clip.safetensors", photo, "cpu")))
+    return found
+
+
+def videos(dit, found, texts, vae):
+    """All photos and moves -> (18, 3, F, h, w)."""
+    out = []
+    for y, tokens in found:
+        for seed, text in enumerate(texts):
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)
+            z = sample.sample_latents(lambda x, s: dit(x, torch.full((1,), 1000 * s), text, tokens, y), noise,
+                                      sample.sigmas("normal", 4, 5.0), generator=generator)
+            out.append(vae.decode(z))
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dit", type=Path, help="the bf16 model")
+    args = parser.parse_args()
+    metadata, _ = wan_fp4.read_header(args.dit)
+    found = conditions(int(metadata["area"]), int(metadata["frames"]))
+    texts = sample.encode_text(ROOT / "demo" / "umt5.safetensors", train.MOVES, "cpu")
+    vae = wan_fp4.load_vae(ROOT / "demo" / "vae.safetensors")
+    truth = videos(wan_fp4.load_dit(args.dit), found, texts, vae)
+    print(f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}{'W4A16 dB':>10}{'W4A4 dB':>9}")
+    with tempfile.TemporaryDirectory() as folder:
+        folder, pictures = Path(folder), []
+        for name in ("astronaut", "coffee"):
+            for move in ("pan left", "zoom in", "rotate right", "pan down"):
+                path = folder / f"{name} {move}.png"
+                with sample.open_video(folder / path.stem, 192, 192) as write:
+                    photo = train.render(train.load_photo(name), "still", 1, 192, 192)[:, 0]
+                    write((photo * 255).round().byte().permute(1, 2, 0).contiguous())
+                (folder / path.stem / "0000.png").rename(path)
+                path.with_suffix(".txt").write_text(move)
+                pictures.append(path)
+        for way, flags in WAYS.items():
+            out = folder / "out.safetensors"
+            flags = [x for flag in flags for x in ([flag, *pictures] if flag == "--calib" else [flag])]
+            start = time.perf_counter()
+            with redirect_stdout(None):
+                convert.main(["-i", args.dit, "-o", out, *flags])
+            seconds = time.perf_counter() - start
+            lora = folder / "out_lora.safetensors"
+            loras = [(lora, 1.0)] if lora.exists() else []
+            figures = []
+            for mode in ("dequantise", "emulate"):
+                dit = wan_fp4.load_dit(out, loras=loras)
+                for layer in dit.modules():
+                    if isinstance(layer, quant.QuantLinear) and layer.format:
+                        layer.mode = mode
+                figures.append(train.psnr(videos(dit, found, texts, vae), truth))
+            sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
+            print(f"{way:26}{sizes[0]:6.2f}{sizes[1]:6.2f}{seconds:9.1f}{figures[0]:10.2f}{figures[1]:9.2f}",
+                  flush=True)
+            lora.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
