@@ -350,6 +350,9 @@ def flags(formats):
 # The first columns know nothing of those that follow, so sweeps come after: each block is rounded again with
 # all others fixed. Then e H e^T is a parabola in the block's q, lowest at q + H_bb^-1 (H e)_b, of the form
 # above with H_bb in place of H. A row takes the new codes only if they cost less, so the error only falls.
+#
+# Biases stay as they are. convert_to_quant corrects them by the mean of E x over random inputs x; these have
+# mean zero, so the correction has too, and what it adds is noise.
 
 NUM_ITER = 4  # sweeps; the first takes off a third of the error, all after the fourth together a fiftieth
 DAMPING = 0.01  # of H's mean diagonal, added to the diagonal: inputs that were not seen may still come
@@ -717,14 +720,16 @@ class Calibration:
                 after = [block(x, *context) for x, context in zip(tokens, contexts)]
             tokens = after
 
-    def replace(self, layer, stored):
-        """From here on a layer of this stage runs with these stored tensors."""
+    def replace(self, layer, stored, factors=()):
+        """From here on a layer of this stage runs with these stored tensors, and a LoRA's up and down."""
         name = layer.removeprefix(self.prefix)
         old = self.module.get_submodule(name)
         tensors = stored | ({"bias": old.bias} if old.bias is not None else {})
         new = quant.QuantLinear.from_tensors(
             layer, {suffix: tensor.to(self.device) for suffix, tensor in tensors.items()}, old.in_features,
             old.out_features, compute_dtype=self.dit.dtype, mode="dequantise")
+        if factors:
+            new.attach_lora(*(factor.to(self.device) for factor in factors))
         self.module.set_submodule(name, new)
         self.replaced = True
 
@@ -1003,8 +1008,11 @@ def convert(source, formats, out, how=Settings(), made=None, lora_file=None, cal
                         quality[name] = journal.done[name]
                     if calibration and fmt != "bf16":
                         written = _stored_layout(fmt, source.shapes[name], source.dtypes[name])
-                        calibration.replace(layer, {suffix: outputs[0].read(f"{layer}.{suffix}")[0]
-                                                    for suffix in written})
+                        stored = {suffix: outputs[0].read(f"{layer}.{suffix}")[0] for suffix in written}
+                        needs = lora_file and how.lora_mode == "absorb" and name in how.targets
+                        calibration.replace(layer, stored, [
+                            outputs[1].read(f"diffusion_model.{layer}.lora_{side}.weight")[0]
+                            for side in ("up", "down") if needs])
                     progress(name)
         journal.close()
     except Refusal:
@@ -1099,39 +1107,29 @@ def plan_svg(formats):
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def quality_report(quality, formats):
-    """Lines: mean and worst SNR per type of layer and format, per format, and the worst layers. With
-    calibration it is the SNR of the outputs, for the inputs that were seen."""
+    """Lines: mean and worst SNR per type of layer and format, and the worst layers; with a LoRA also the
+    share of the error's energy that it holds, and the SNR with it. After calibration the SNR is that of the
+    layers' outputs, for the inputs that were seen; otherwise that of the weights."""
     key = "output" if any("output" in measures for measures in quality.values()) else "weight"
+    measured = {name: measures for name, measures in quality.items() if key in measures}
     groups = {}
-    for name, measures in quality.items():
-        if key in measures:
-            for kind in (_kind(name), "all"):
-                groups.setdefault((kind, formats[name]), []).append(measures[key])
-    yield f"{key} SNR               layers  mean dB  worst dB"
-    for (kind, fmt), values in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
-        yield f"{kind:16} {FORMATS[fmt]:7} {len(values):6} {_mean(values):8.2f} {min(values):9.2f}"
-    worst = sorted((measures[key], name) for name, measures in quality.items() if key in measures)[:5]
+    for name, measures in measured.items():
+        for kind in (_kind(name), "all"):
+            groups.setdefault((kind == "all", kind, formats[name]), []).append(measures)
+    with_lora = any("share" in measures for measures in measured.values())
+    yield (f"{key} SNR               layers  mean dB  worst dB"
+           + "   LoRA: layers  holds  mean dB  with it" * with_lora)
+    for (_, kind, fmt), group in sorted(groups.items(), key=lambda item: item[0]):
+        values, line = [m[key] for m in group], f"{kind:16} {FORMATS[fmt]:7}"
+        line += f" {len(values):6} {sum(values) / len(values):8.2f} {min(values):9.2f}"
+        if corrected := [m for m in group if "share" in m]:
+            share, alone, both = (sum(m[k] for m in corrected) / len(corrected)
+                                  for k in ("share", key, f"{key} with LoRA"))
+            line += f" {len(corrected):15} {share:6.1%} {alone:8.2f} {both:8.2f}"
+        yield line
+    worst = sorted((measures[key], name) for name, measures in measured.items())[:5]
     yield "worst: " + ", ".join(f"{name} {value:.2f}" for value, name in worst)
-
-
-def lora_report(quality):
-    """Lines: per type of layer the share of the error's energy in the LoRA, the SNR without and with it."""
-    key = "output" if any("output" in measures for measures in quality.values()) else "weight"
-    groups = {}
-    for name, m in quality.items():
-        if "share" in m and key in m:
-            for kind in (_kind(name), "all"):
-                groups.setdefault(kind, []).append((100 * m["share"], m[key], m[key + " with LoRA"]))
-    yield f"LoRA              layers  % of error  {key} SNR dB  with it    gain"
-    for kind, rows in sorted(groups.items(), key=lambda item: (item[0] == "all", item[0])):
-        share, alone, both = map(_mean, zip(*rows))
-        yield f"{kind:17} {len(rows):6} {share:11.1f} {alone:14.2f} {both:8.2f} {both - alone:7.2f}"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1207,7 +1205,8 @@ def _parser():
     for flag, why in (("--wan", "Wan is what this converts"), ("--comfy_quant", "the format it writes"),
                       ("--save-quant-metadata", "always in the header")):
         add(flag, action="store_true", help=f"accepted and always on: {why}")
-    add("--top-p", type=float, metavar="P", help="accepted")
+    add("--top-p", type=float, metavar="P", help="accepted, without effect: weighting the search by the "
+        "weight's own leading directions makes real outputs worse (bench/real_weights.py)")
     return parser
 
 
@@ -1344,7 +1343,7 @@ def _run(args, command):
     quality = convert(source, formats, out, how, made, lora_file, calibration, args.device, args.resume)
     print("", *quality_report(quality, formats), sep="\n")
     if lora_file:
-        print("", *lora_report(quality), f"{_gib(lora_file.stat().st_size)}: {lora_file}", sep="\n")
+        print(f"{_gib(lora_file.stat().st_size)}: {lora_file}")
     print(f"\n{command}\n{_gib(source.bytes)} -> {_gib(out.stat().st_size)} in "
           f"{time.monotonic() - begin:.1f} s: {out}")
 

@@ -505,8 +505,7 @@ def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4,
         first = resize(image, width, height, crop=size is not None)  # (3, height, width)
         y = encode_first_frame(files["vae"], first, frames, device)
     with stage("sample", seconds, device):
-        latents = sample_video(files["dit"], y, text, tokens, levels, sampler, cfg, seed, device,
-                               loras)
+        latents = sample_video(files["dit"], y, text, tokens, levels, sampler, cfg, seed, device, loras)
     with stage("decode", seconds, device):
         return decode_video(files["vae"], latents, device)
 
@@ -606,6 +605,7 @@ def run(args):
     image = read_image(args.image)
     files, demo = find_files({flag: getattr(args, flag.replace("-", "_")) for flag in NETWORKS}, args.models)
     own = wan_fp4.read_header(files["dit"])[0] if files["dit"].suffix == ".safetensors" else {}
+    wan_fp4.check_loras(files["dit"], own, args.lora)
     frames = args.frames if args.frames is not None else int(own.get("frames", FRAMES))
     prompt = args.prompt if args.prompt is not None else own.get("prompt", "")
     area = int(own.get("area", AREA))

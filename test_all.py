@@ -763,22 +763,22 @@ def test_dit_equals_diffusers(frames, height, width, length, batch, size, tmp_pa
 
 
 def test_every_diffusers_name_has_its_official_one():
-    """Every layer of diffusers' own module lands on its own tensor of ours, of the same shape."""
-    theirs = diffusers_dit().state_dict()
+    """Every tensor of diffusers' own 14B module lands on its own one of ours, of the same shape."""
+    from diffusers import WanTransformer3DModel
     with torch.device("meta"):
-        ours = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=64, ffn_dim=96, layers=2, head_dim=32, text_dim=24,
-                                                image_dim=40)).state_dict()
+        theirs = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120).state_dict()
+        ours = wan_fp4.WanDiT().state_dict()
     mapped = {wan_fp4.official_dit_name(name): tensor.shape for name, tensor in theirs.items()}
     assert len(mapped) == len(theirs) and mapped == {name: tensor.shape for name, tensor in ours.items()}
     assert all(wan_fp4.official_dit_name(name) == name for name in ours)
 
 
 def test_a_diffusers_file_loads(tmp_path):
-    theirs = diffusers_dit()
+    theirs, i = diffusers_dit(), dit_inputs(1, 4, 6, 5)
     save_file(theirs.state_dict(), tmp_path / "theirs.safetensors", {"head_dim": "32"})
-    official = wan_fp4.load_dit(dit_file(theirs, tmp_path / "official.safetensors"))
-    inputs = dit_inputs(1, 4, 6, 5)
-    assert torch.equal(wan_fp4.load_dit(tmp_path / "theirs.safetensors")(**inputs), official(**inputs))
+    with torch.no_grad():
+        expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"]), i["image"]).sample
+    assert relative_error(wan_fp4.load_dit(tmp_path / "theirs.safetensors")(**i), expected) < 1e-5
 
 
 def test_dit_sinusoid_is_diffusers_timestep_embedding():
@@ -1046,7 +1046,9 @@ print(private() - before)
 NAMINGS = {  # prefix, a self-attention q, up, down
     "ComfyUI": ("diffusion_model.", "self_attn.q", "lora_up.weight", "lora_down.weight"),
     "older ComfyUI": ("model.diffusion_model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
-    "peft": ("", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
+    "bare": ("", "self_attn.q", "lora_up.weight", "lora_down.weight"),
+    "peft in memory": ("", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
+    "peft": ("base_model.model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
     "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight")}
 
 
@@ -1081,13 +1083,35 @@ def test_lora_is_its_factors_added_to_the_weight(tmp_path, naming, alpha):
 def test_lora_differences_are_added_to_what_they_name(tmp_path):
     lora, merged = {}, {}
     for layer, part, name, size in (
-            ("blocks.0.self_attn.norm_q", "diff", "weight", (64,)), ("blocks.0.ffn.0", "diff_b", "bias", (96,)),
+            ("blocks.0.self_attn.norm_q", "diff", "weight", (64,)),
+            ("blocks.0.ffn.0", "diff_b", "bias", (96,)),
             ("blocks.1", "diff_m", "modulation", (1, 6, 64)), ("head", "diff_m", "modulation", (1, 2, 64)),
             ("patch_embedding", "diff_b", "bias", (64,)), ("blocks.1.ffn.2", "diff", "weight", (64, 96))):
         lora[f"diffusion_model.{layer}.{part}"] = torch.randn(size) * 0.3
         merged[f"{layer}.{name}"] = 0.5 * lora[f"diffusion_model.{layer}.{part}"]
     got, expected, line = with_and_without(tmp_path, lora, merged, strength=0.5)
     assert (got - expected).abs().max() < 1e-5 and line.endswith("0 layers, 6 differences")
+
+
+def test_lora_does_not_write_to_the_parameters_that_it_changes(tmp_path):
+    """They may be mapped from a file, or shared."""
+    dit = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
+    bias = dit.blocks[0].ffn[0].bias
+    before = bias.clone()
+    save_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}, tmp_path / "lora")
+    assert wan_fp4.attach_lora(dit, tmp_path / "lora", 2.0) == "lora: 0 layers, 1 differences"
+    assert torch.equal(bias, before) and torch.equal(dit.blocks[0].ffn[0].bias, before + 2)
+
+
+def test_lora_factors_stay_as_stored(tmp_path):
+    dit = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
+    up, down = torch.randn(96, 2, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.float16)
+    lora = {"blocks.0.ffn.0.lora_up.weight": up, "blocks.0.ffn.0.lora_down.weight": down}
+    save_file(lora, tmp_path / "lora")
+    wan_fp4.attach_lora(dit, tmp_path / "lora")
+    layer = dit.blocks[0].ffn[0]
+    assert layer.lora_up_0.dtype == torch.bfloat16 and layer.lora_down_0.dtype == torch.float16
+    assert torch.equal(layer.lora_up_0, up) and torch.equal(layer.lora_down_0, down)
 
 
 def test_several_loras_add_up(tmp_path):
@@ -1113,11 +1137,34 @@ def test_lora_says_what_it_skipped(tmp_path):
                          "be added)")
 
 
+@pytest.mark.parametrize("name, suffixes, reason", [
+    ("blocks.7.ffn.0", ("lora_up.weight", "lora_down.weight"), "no such layer"),
+    ("patch_embedding", ("lora_up.weight", "lora_down.weight"), "not a Linear"),
+    ("blocks.0.self_attn.norm_q", ("diff_b",), "has no bias"),
+    ("blocks.0.ffn.1", ("diff",), "has no weight"),
+    ("blocks.0.ffn.0", ("diff_m",), "has no modulation")])
+def test_lora_says_why_it_skipped(tmp_path, name, suffixes, reason):
+    lora = {"blocks.0.ffn.0.diff_b": torch.zeros(96)}
+    save_file(lora | {f"{name}.{suffix}": torch.zeros(64, 64) for suffix in suffixes}, tmp_path / "lora")
+    dit = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
+    expected = f"lora: 0 layers, 1 differences, skipped 1: {name} ({reason})"
+    assert wan_fp4.attach_lora(dit, tmp_path / "lora") == expected
+
+
 @pytest.mark.parametrize("lora, error", [
-    ({"blocks.7.ffn.0.diff_b": (96,)}, "none of which fits: the first is blocks.7.ffn.0 "),
-    ({"blocks.0.ffn.0.lora_up.weight": (96, 2)}, "got lora_up alone"),
+    ({"blocks.7.ffn.0.diff_b": (96,)}, r"lora: got 1 layers, none of which fits, the first blocks.7.ffn.0 "
+     r"\(no such layer\); expected such as blocks.0.self_attn.q"),
+    ({}, "got 0 layers, none of which fits"),
+    ({"blocks.0.ffn.0.lora_up.weight": (96, 2)}, "blocks.0.ffn.0: got up alone"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, 64), "blocks.0.ffn.0.alpha": ()}, "got down and alpha alone"),
+    ({"blocks.0.ffn.0.alpha": ()}, "got alpha alone"),
     ({"blocks.0.ffn.0.lora_up.weight": (90, 2), "blocks.0.ffn.0.lora_down.weight": (2, 64)},
-     "blocks.0.ffn.0: attach_lora: got up \\(90, 2\\)"),
+     r"blocks.0.ffn.0: got up \(90, 2\) and down \(2, 64\), expected \(96, r\) and \(r, 64\)"),
+    ({"blocks.0.ffn.0.lora_up.weight": (96, 3), "blocks.0.ffn.0.lora_down.weight": (2, 64)},
+     "got up .96, 3."),
+    ({"blocks.0.ffn.0.lora_up.weight": (), "blocks.0.ffn.0.lora_down.weight": ()}, r"got up \(\) and"),
+    ({"blocks.0.ffn.0.lora_up.weight": (96, 0), "blocks.0.ffn.0.lora_down.weight": (0, 64)},
+     "got up .96, 0."),
     ({"blocks.0.ffn.0.diff_b": (90,)}, "expected that of its bias, \\(96,\\)"),
     ({"blocks.0.ffn.0.weight": (96, 64)}, "is no part of a LoRA")])
 def test_loras_that_are_refused(tmp_path, lora, error):
@@ -1509,7 +1556,7 @@ class Fakes:
             monkeypatch.setattr(wan_fp4, f"load_{name}", self.loader(name), raising=False)
 
     def loader(self, name):
-        def load(path, device="cpu", dtype=None):
+        def load(path, device="cpu", dtype=None, loras=()):
             assert all(network() is None for network in self.loaded)  # one network in memory at a time
             self.log.append(name)
             module = torch.nn.Module()
@@ -1517,6 +1564,7 @@ class Fakes:
             module.forward = getattr(self, name, None)
             module.encode, module.decode_chunks = self.encode, self.decode_chunks
             module.image_size = 28
+            module.loras = [f"{Path(file).name} at {strength}: used" for file, strength in loras]
             return module
         return load
 
@@ -1707,19 +1755,52 @@ def test_a_broken_demo_is_an_error(place, fakes, capsys):
 
 
 @pytest.mark.parametrize("text, strength", [("a.safetensors", 1), ("a.safetensors:0.5", 0.5), ("b:c", 1),
-                                            ("b:c:-2", -2), ("a.safetensors:1e-1", 0.1)])
+                                            ("b:c:-2", -2), ("a.safetensors:1e-1", 0.1), ("7", 1)])
 def test_lora_argument(tmp_path, monkeypatch, text, strength):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.safetensors", "b:c"):
+    for name in ("a.safetensors", "b:c", "7"):
         Path(name).touch()
     path, got = sample.parse_lora(text)
     assert got == strength and path.exists()
 
 
+@pytest.mark.parametrize("text", [r"C:\x.safetensors", r"C:\x.safetensors:0.5", "a:b/c"])
+def test_lora_argument_keeps_the_colons_of_a_path(monkeypatch, text):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    assert str(sample.parse_lora(text)[0]) == text.removesuffix(":0.5")
+
+
+def test_loras_are_used_said_and_recorded(place, fakes, capsys):
+    for name in "ab":
+        save_file({"w": torch.zeros(1)}, f"{name}.safetensors")
+    sample.main(["photo.png", "-o", "a.mp4", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors"])
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("a.safetensors at 0.5: used")
+    assert lines[first - 1].startswith("dit.safetensors: ")
+    assert lines[first + 1] == "b.safetensors at 1.0: used"
+    comment = decode(place / "a.mp4")[3]["comment"]
+    assert comment.endswith("dit.safetensors, a.safetensors at 0.5, b.safetensors at 1")
+
+
+def test_a_lora_that_is_broken_or_missing_is_found_before_the_first_network(place, fakes, capsys):
+    save_file({"w": torch.zeros(1)}, "demo/dit.safetensors", {"needs_lora": "mine.safetensors"})
+    save_file({"w": torch.zeros(1)}, "renamed.safetensors", {"lora_id": "mine.safetensors"})
+    Path("broken.safetensors").write_text("this is not a LoRA\n" * 9)
+    arguments = ["photo.png", "-o", "a.mp4", "--frames", "1", "--size", "64x64"]
+    for loras, error in (([], "give --lora mine.safetensors"),
+                         (["--lora", "renamed.safetensors:0.9"], "give --lora mine.safetensors"),
+                         (["--lora", "broken.safetensors"], "broken.safetensors: not a safetensors file")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main(arguments + loras)
+        assert stop.value.code == 2 and error in capsys.readouterr().err and fakes.log == []
+    sample.main([*arguments, "--lora", "renamed.safetensors"])
+    assert "dit" in fakes.log
+
+
 def test_lora_arguments_that_are_refused(tmp_path, capsys):
     lora = tmp_path / "a.safetensors"
     lora.touch()
-    for text, error in ((f"{lora}:inf", "expected a finite strength"), ("lost.safetensors:1", "no such file"),
+    for text, error in ((f"{lora}:inf", "expected a finite strength"), ("lost.safetensors:1", "--lora: lost"),
                         (f"{lora}:big", "a.safetensors:big: no such file")):
         with pytest.raises(SystemExit) as stop:
             sample.main([str(REPOSITORY / "demo" / "photo.jpg"), "--lora", text])
@@ -2441,27 +2522,37 @@ def test_calibration_sees_what_the_layers_of_the_whole_model_are_fed(small_dit):
         assert (inputs.moment - x.T @ x).abs().max() < 1e-4 * inputs.moment.abs().max()
 
 
-def test_calibration_runs_what_replaced_a_layer(small_dit):
-    """Every weight is replaced by its double: what later layers are fed is what the doubled model feeds."""
+@pytest.mark.parametrize("lora", [False, True])
+def test_calibration_runs_what_replaced_a_layer(small_dit, lora):
+    """Every weight of block 0 is replaced by its double, whole or as a LoRA beside it: what block 1 is fed is
+    what it is fed in a model whose block 0 is doubled."""
     source, walk = calibration(small_dit)
-    tensors = {name: source.tensor(name) for name in source.shapes}
-    doubled = {name: tensor * 2 if name in convert.plan(source.shapes) else tensor
-               for name, tensor in tensors.items()}
+    doubled = {name: source.tensor(name) * (2 if name in convert.plan(source.shapes) else 1)
+               for name in source.shapes}
     dit, fed = wan_fp4.dit_from_tensors(doubled, source.metadata, "doubled"), []
-    dit.blocks[1].ffn[2].register_forward_pre_hook(lambda _, x: fed.append(x[0].flatten(0, -2)))
+    dit.blocks[1].self_attn.q.register_forward_pre_hook(lambda _, x: fed.append(x[0].flatten(0, -2)))
     for inputs in walk.inputs:
         dit(*inputs)
     for seen in walk.stages():
-        last = seen.get("blocks.1.self_attn.q.weight", None)  # its block is not replaced when it is seen
+        last = seen.get("blocks.1.self_attn.q.weight")
         for name in seen:
             if name.startswith("blocks.0."):
-                walk.replace(name.removesuffix(".weight"), {"weight": doubled[name]})
-    dit.blocks[1].self_attn.q.register_forward_pre_hook(lambda _, x: fed.append(x[0].flatten(0, -2)))
-    fed.clear()
-    for inputs in walk.inputs:
-        dit(*inputs)
-    x = torch.cat(fed[::2])
+                w = source.tensor(name)
+                factors = (w, torch.eye(w.shape[1])) if lora else ()
+                walk.replace(name.removesuffix(".weight"), {"weight": w if lora else 2 * w}, factors)
+    x = torch.cat(fed)
     assert (last.moment - x.T @ x).abs().max() < 1e-4 * last.moment.abs().max()
+
+
+@pytest.mark.parametrize("mode, beside", [("correct", 0), ("absorb", 20)])
+def test_calibration_runs_with_a_lora_that_absorbed(small_dit, tmp_path, monkeypatch, mode, beside):
+    """A file that needs its LoRA is calibrated with it, one that does not, without."""
+    given, replace = [], convert.Calibration.replace
+    monkeypatch.setattr(convert.Calibration, "replace", lambda self, layer, stored, factors=():
+                        given.append(len(factors)) or replace(self, layer, stored, factors))
+    convert.main(["-i", small_dit, "-o", tmp_path / "out", "--nvfp4", "--calib", PHOTO, "--extract-lora",
+                  "--lora-rank", "4", "--lora-target", "attn", "--lora-mode", mode])
+    assert Counter(given) == ({2: beside, 0: 4} if beside else {0: 24})
 
 
 def test_calib_samples_bounds_the_inputs_and_spreads_them(small_dit):

@@ -11,8 +11,9 @@ its CLIP tokens in cross-attention, and a mask that says which frames are given.
 
 Modules are named as the tensors of the official checkpoints, so a file's names are the map of this file. All
 sizes are read from the tensors' shapes: the 14B model, a test's and the demo's run the same code. The loaders
-at the end keep every Linear as the file stores it, NVFP4 or MXFP8 or plain (quant.QuantLinear); what is not
-a Linear is small. Sizes and conventions: the Wan2.1 report (arXiv 2503.20314) and its published checkpoints.
+at the end keep every Linear as the file stores it, NVFP4 or MXFP8 or plain (quant.QuantLinear), with LoRAs as
+branches beside it; what is not a Linear is small. Sizes and conventions: the Wan2.1 report (arXiv 2503.20314)
+and its published checkpoints.
 
 Letters in the shapes: B batch; F frames, h w their height and width; T = 1 + (F - 1) / 4 latent frames, H W =
 h / 8, w / 8; N = T * H/2 * W/2 tokens; D width of a network, d of a head; L text tokens; C channels.
@@ -812,17 +813,26 @@ def load_dit(path, device="cpu", dtype=None, loras=()):
     unknown format, for a LoRA that fits nowhere, and for a model that needs its LoRA and did not get it.
     """
     tensors, metadata = read_tensors(path)
-    needed = metadata.get("needs_lora")  # see convert.py, --lora-mode absorb
-    if needed and not any(strength == 1 and read_header(file)[0].get("lora_id") == needed
-                          for file, strength in loras):
-        raise ValueError(f"{path}: a part of its weights is in its LoRA: got {len(loras)} LoRAs, expected "
-                         f"{needed} among them, at strength 1: give --lora {needed}")
+    check_loras(path, metadata, loras)
     tensors = {official_dit_name(name): tensor for name, tensor in tensors.items()}
     dit = dit_from_tensors(tensors, metadata, path, device, dtype)
     dit.loras = [attach_lora(dit, file, strength) for file, strength in loras]
     return dit
 
 
+def check_loras(path, metadata, loras):
+    """Raises ValueError for a LoRA that is no safetensors file, and if the DiT at `path`, by its header's
+    metadata, needs a LoRA that is not among these. Reads headers only."""
+    given = {(read_header(file)[0].get("lora_id"), strength) for file, strength in loras
+             if Path(file).suffix != ".pth"}
+    needed = metadata.get("needs_lora")  # see convert.py, --lora-mode absorb
+    if needed and (needed, 1) not in given:
+        raise ValueError(f"{path}: a part of its weights is in its LoRA: got {len(loras)} LoRAs, expected "
+                         f"{needed} among them, at strength 1: give --lora {needed}")
+
+
+# by the end of a tensor's name in a LoRA file: a factor of W + strength * alpha / r * up @ down, or what a
+# whole difference is added to
 LORA_PARTS = {"lora_up": "up", "lora_B": "up", "lora_down": "down", "lora_A": "down", "alpha": "alpha",
               "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 
@@ -832,8 +842,8 @@ def read_lora(path):
     tensor that is none of them."""
     layers = {}
     for name, tensor in read_tensors(path)[0].items():
-        bare = name.removeprefix("transformer.")
-        layer, _, suffix = re.sub(r"(\.default)?\.weight$", "", bare).rpartition(".")
+        bare = re.sub(r"^(base_model\.model|transformer)\.|(\.default)?\.weight$", "", name)
+        layer, _, suffix = bare.rpartition(".")
         if suffix not in LORA_PARTS:
             raise ValueError(f"{path}: {name}: got a tensor that is no part of a LoRA, expected a name that "
                              f"ends in one of {', '.join(LORA_PARTS)}: is it a whole model?")
@@ -845,27 +855,29 @@ def attach_lora(model, path, strength=1.0):
     """Add a LoRA to a model: factors as side branches of its Linears, whole differences to what they name.
 
     Returns a line that says how much was used, and what was not and why. Raises ValueError if nothing fits,
-    for shapes that do not, and for an up without its down.
+    for shapes that do not, and for an up without its down. No parameter is written to: they may be mapped.
     """
     modules, layers, branches, differences, skipped = dict(model.named_modules()), read_lora(path), 0, 0, []
     for name, parts in layers.items():
         module = modules.get(name)
-        if ("up" in parts) != ("down" in parts):
-            raise ValueError(f"{path}: {name}: got lora_{'up' if 'up' in parts else 'down'} alone, expected "
-                             f"lora_up and lora_down: is the file complete?")
+        factors = [part for part in ("up", "down", "alpha") if part in parts]
+        if factors and not {"up", "down"} <= parts.keys():
+            raise ValueError(f"{path}: {name}: got {' and '.join(factors)} alone, expected lora_up and "
+                             f"lora_down, or lora_B and lora_A: is the file complete?")
         if module is None:
             skipped.append(f"{name} (no such layer)")
             continue
-        device = next(module.parameters()).device
         if "up" in parts and not isinstance(module, QuantLinear):
             skipped.append(f"{name} (not a Linear)")
         elif "up" in parts:
-            up, down = parts["up"].to(device), parts["down"].to(device)
-            alpha = parts["alpha"].item() if "alpha" in parts else len(down)
-            try:
-                module.attach_lora(up, down, strength * alpha / len(down))
-            except ValueError as error:
-                raise ValueError(f"{path}: {name}: {error}") from None
+            up, down = parts["up"].to(module.weight.device), parts["down"].to(module.weight.device)
+            rank = max(1, down.numel() // module.in_features)
+            if (up.shape, down.shape) != ((module.out_features, rank), (rank, module.in_features)):
+                raise ValueError(f"{path}: {name}: got up {tuple(up.shape)} and down {tuple(down.shape)}, "
+                                 f"expected ({module.out_features}, r) and (r, {module.in_features}): for "
+                                 f"another model?")
+            alpha = parts["alpha"].item() if "alpha" in parts else rank
+            module.attach_lora(up, down, strength * alpha / rank)
             branches += 1
         for part in ("weight", "bias", "modulation"):
             old = getattr(module, part, None)
@@ -879,13 +891,14 @@ def attach_lora(model, path, strength=1.0):
                 raise ValueError(f"{path}: {name}: got a difference of shape {tuple(parts[part].shape)}, "
                                  f"expected that of its {part}, {tuple(old.shape)}: for another model?")
             else:
-                new = old.float() + strength * parts[part].to(device).float()
+                new = old.float() + strength * parts[part].to(old.device).float()
                 setattr(module, part, nn.Parameter(new.to(old.dtype), requires_grad=False))
                 differences += 1
     if not branches + differences:
-        raise ValueError(f"{path}: {len(layers)} layers, none of which fits: the first is {skipped[0]}, and "
-                         f"the model's are such as {next(n for n in modules if n.endswith('.q'))}")
-    used = f"{path}: {branches} layers" + (f", {differences} differences" if differences else "")
+        raise ValueError(f"{path}: got {len(layers)} layers, none of which fits, the first "
+                         f"{next(iter(skipped), 'none')}; expected such as "
+                         f"{next(n for n in modules if n.endswith('.q'))}: for another kind of model?")
+    used = f"{Path(path).name}: {branches} layers" + (f", {differences} differences" if differences else "")
     return used + (f", skipped {len(skipped)}: {skipped[0]}" if skipped else "")
 
 

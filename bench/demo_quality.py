@@ -6,6 +6,7 @@ nine moves each, from the same noise as the bf16 model. The figure is the PSNR o
 model's: W4A16, and W4A4 in emulation. Calibration sees two training photos, four moves each.
 """
 import argparse
+import io
 import sys
 import tempfile
 import time
@@ -82,7 +83,7 @@ def main():
             out = folder / "out.safetensors"
             flags = [x for flag in flags for x in ([flag, *pictures] if flag == "--calib" else [flag])]
             start = time.perf_counter()
-            with redirect_stdout(None):
+            with redirect_stdout(io.StringIO()):
                 convert.main(["-i", args.dit, "-o", out, *flags])
             seconds = time.perf_counter() - start
             lora = folder / "out_lora.safetensors"

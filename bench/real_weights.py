@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import convert  # noqa: E402
+import quant  # noqa: E402
 
 WAYS = {"rtn": dict(method="rtn"), "search": dict(), "Hessian, no sweep": dict(hessian=True, num_iter=0),
         "Hessian, 4 sweeps": dict(hessian=True)}
@@ -34,8 +35,23 @@ def inputs(model, tokenizer, layers, texts):
     return {name: torch.cat(x) for name, x in seen.items()}
 
 
-def ranks(values):
-    return torch.tensor(values).argsort().argsort().double()
+def search_by_own_directions(w, share):
+    """What --top-p would be without inputs: block scales searched for the error along the leading right
+    singular vectors of the weight itself, `share` of them, each by its singular value squared."""
+    _, s, v = torch.linalg.svd(w, full_matrices=False)
+    k = max(1, int(share * len(s)))
+    proxy = v[:k].T * s[:k].square() @ v[:k]  # (K, K)
+    proxy = proxy / proxy.diagonal().mean() + 0.1 * torch.eye(len(proxy))
+    own = torch.stack([proxy[i:i + 16, i:i + 16] for i in range(0, len(proxy), 16)])  # (N, 16, 16)
+    tensor_scale, x, least, best = quant.quantize_nvfp4(w)[2], w.reshape(len(w), -1, 16), None, None
+    for byte in range(1, 127):
+        scale = torch.tensor(byte, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * tensor_scale
+        q = quant.round_e2m1(x.abs() / scale).copysign(x) * scale  # (M, N, 16)
+        error = torch.einsum("mni,nij,mnj->mn", x - q, own, x - q)
+        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
+        least = error if least is None else torch.where(better, error, least)
+        best = q if best is None else torch.where(better[..., None], q, best)
+    return best.flatten(1)
 
 
 def main():
@@ -68,10 +84,17 @@ def main():
         output, weight, seconds = zip(*rows)
         print(f"{convert.FORMATS[fmt]} {way:19}{sum(output) / len(rows):16.2f}{min(output):8.2f}"
               f"{sum(weight) / len(rows):17.2f}{min(weight):8.2f}{sum(seconds):9.1f}")
+    for share in (0.35, 1.0):
+        outputs = []
+        for name, layer in layers.items():
+            w, x = layer.weight.detach().bfloat16().float(), held_out[name]
+            outputs.append(convert.snr(x @ w.T, x @ search_by_own_directions(w, share).T))
+        print(f"NVFP4 search by {share:4.0%} of W's own"
+              f"{sum(outputs) / len(outputs):15.2f}{min(outputs):8.2f}")
     measures = {name: convert.sensitivity(layer.weight.detach()) for name, layer in layers.items()}
     scores = convert.score(measures)
     errors = [-output for output, _, _ in figures["nvfp4", "rtn"]]
-    correlation = torch.corrcoef(torch.stack([ranks(list(scores.values())), ranks(errors)]))[0, 1].item()
+    correlation = convert.rank_correlation(scores.values(), errors)
     print(f"rank correlation of the sensitivity score with NVFP4's output error: {correlation:.2f}")
 
 
