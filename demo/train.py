@@ -5,6 +5,7 @@ Stages, each a command, each resumable (it goes on from its checkpoint in --work
     python demo/train.py vae      the video autoencoder, on short clips of camera moves over photographs
     python demo/train.py latents  encode a set of clips with it, once
     python demo/train.py dit      flow matching: DiT, text encoder and image tower together, on those clips
+    python demo/train.py distil   go on from there on the sampler's own four steps
     python demo/train.py export   write demo/*.safetensors, the DiT as NVFP4 by convert.py
 
 The photographs come inside the wheels of scikit-image and scikit-learn (demo/README.md lists their licences).
@@ -316,8 +317,8 @@ def train_vae(args):
 # Latents, once
 # ----------------------------------------------------------------------------------------------------
 
-FRAMES, SIZES = 13, [(96, 96), (80, 112), (112, 80)]  # height, width
-AREA = 9216  # what sample.py fits a photo's size to
+FRAMES, SIZES = 17, [(128, 128), (112, 144), (144, 112)]  # height, width
+AREA = 128 * 128  # what sample.py fits a photo's size to
 
 
 @torch.no_grad()
@@ -361,11 +362,11 @@ def train_latents(args):
     rng = random.Random(args.seed)
     vae = wan_fp4.WanVAE(VAE).eval()
     vae.load_state_dict(average_of(args.work / "vae.pt"))
-    normalise(vae, [random_clip(photos, rng.choice(MOVES), FRAMES, 96, 96, rng) for _ in range(100)])
+    normalise(vae, [random_clip(photos, rng.choice(MOVES), FRAMES, *SIZES[0], rng) for _ in range(100)])
     save(HERE / "vae.safetensors", vae.state_dict(), torch.float16)
     vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device)
     start, views = time.time(), []
-    for i in range(args.steps or 1500):
+    for i in range(args.steps or 1200):
         h, w = rng.choice(SIZES)
         photo, looks = rng.choice(photos), rng.random()
         window = random_window(photo, h, w, rng)
@@ -485,7 +486,8 @@ def evaluate(nets, tokenizer, vae, device, seed=0):
     totals, right = [0.0, 0.0, 0.0], 0
     for name, window in (("chelsea", (245, 140, 200)), ("flower", (330, 240, 270))):
         photo = load_photo(name)
-        truth = torch.stack([render(photo, m, FRAMES, 96, 96, window) for m in MOVES]).to(device) * 2 - 1
+        truth = torch.stack([render(photo, m, FRAMES, *SIZES[0], window) for m in MOVES])
+        truth = truth.to(device) * 2 - 1  # (9, 3, F, h, w)
         condition = vae.encode(sample.first_frame_video(truth[:1, :, 0], FRAMES))
         image = nets["clip"](clip_pixels(truth[0, :, 0].cpu())[None].to(device))
         text = encode_prompts(nets["umt5"], tokenizer, MOVES)
@@ -523,7 +525,9 @@ def channel_weights(vae, latents):
     return (change / change.mean())[:, None, None, None]
 
 
-def train_dit(args):
+def train_dit(args, distil=False):
+    """Flow matching, the loss on the velocity. To distil: x is what the sampler makes of pure noise in its
+    first 0, 1 or 2 steps, and from there the clip is to come out at once."""
     views = torch.load(args.work / "latents.pt", weights_only=True)
     vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device)
     spiece = args.work / "spiece.model"
@@ -531,9 +535,12 @@ def train_dit(args):
         spiece.write_bytes(tokenizer_model())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     nets = networks(tokenizer)
-    run = Trainer(nets, args.work / "dit.pt", args.steps or 4000, 1.5e-3, args.seed, args.device)
+    path, steps, lr = ("distil.pt", 1500, 3e-4) if distil else ("dit.pt", 7000, 1.5e-3)
+    if distil and not (args.work / path).exists():
+        nets.load_state_dict(average_of(args.work / "dit.pt"))
+    run = Trainer(nets, args.work / path, args.steps or steps, lr, args.seed, args.device)
     by_size = [[v for v in views if v["condition"].shape[2:] == (h // 8, w // 8)] for h, w in SIZES]
-    recipe = sample.sigmas("normal", 4, 5.0)[:3]  # at the fourth, 0.024, hardly any noise is left
+    levels = sample.sigmas("normal", 4, 5.0)[:3]  # at the fourth, 0.024, hardly any noise is left
     some = torch.stack([v["clips"][0] for v in by_size[0][:4]]).float().to(args.device)
     weights = channel_weights(vae, some)
     print("weight of each latent channel:", *(f"{w:.2f}" for w in weights.flatten().tolist()), flush=True)
@@ -545,14 +552,24 @@ def train_dit(args):
         image = nets["clip"](torch.stack([v["pixels"] for v, _ in picked]).float().to(args.device))
         prompts = [run.rng.choice(phrases(MOVES[v["moves"][i]])) for v, i in picked]
         text = encode_prompts(nets["umt5"], tokenizer, prompts)
-        # Half of the time one of the sampler's own sigmas, so that four steps are enough
-        u = torch.rand(len(x0))
-        own = recipe[torch.randint(0, len(recipe), (len(x0),))]
-        sigma = torch.where(torch.rand(len(x0)) < 0.5, own, 5 * u / (1 + 4 * u)).to(args.device)
+        def velocity(x, sigma):
+            return nets["dit"](x, 1000 * sigma.expand(len(x)), text, image, y)
+
         noise = torch.randn_like(x0)
-        s = sigma[:, None, None, None, None]
-        velocity = nets["dit"]((1 - s) * x0 + s * noise, 1000 * sigma, text, image, y)
-        loss = (weights * (velocity - (noise - x0)).square()).mean()
+        if distil:
+            sigma, x = levels[0].to(args.device), noise
+            with torch.no_grad():
+                for after in levels[1:1 + run.rng.randrange(3)].to(args.device):
+                    x = (1 - after) * (x - sigma * velocity(x, sigma)) + after * torch.randn_like(x)
+                    sigma = after
+            error = (x - x0) / sigma - velocity(x, sigma)  # of the velocity that leads to x0 at once
+        else:  # half of the time at one of the sampler's own sigmas
+            u = torch.rand(len(x0))
+            own = levels[torch.randint(0, len(levels), (len(x0),))]
+            sigma = torch.where(torch.rand(len(x0)) < 0.5, own, 5 * u / (1 + 4 * u)).to(args.device)
+            s = sigma[:, None, None, None, None]
+            error = noise - x0 - velocity((1 - s) * x0 + s * noise, sigma)
+        loss = (weights * error.square()).mean()
         run.update(loss)
         if run.step % 50 == 0:
             run.say(f"loss {loss.item():.4f}")
@@ -570,7 +587,7 @@ def train_dit(args):
 
 def export(args):
     import convert
-    average = average_of(args.work / "dit.pt")
+    average = average_of(args.work / "distil.pt")
     part = {kind: {n[len(kind) + 1:]: t for n, t in average.items() if n.startswith(kind + ".")}
             for kind in ("dit", "umt5", "clip")}
     spiece = torch.tensor(list((args.work / "spiece.model").read_bytes()), dtype=torch.uint8)
@@ -580,11 +597,12 @@ def export(args):
     save(HERE / "clip.safetensors", part["clip"] | extra, torch.float16, head_dim=str(CLIP.head_dim))
     save(args.work / "dit.safetensors", part["dit"], torch.bfloat16, head_dim=str(DIT.head_dim),
          frames=str(FRAMES), area=str(AREA), prompt="zoom in")
-    convert.main(["-i", str(args.work / "dit.safetensors"), "-o", str(HERE / "dit.safetensors")])
+    convert.main(["-i", str(args.work / "dit.safetensors"), "-o", str(HERE / "dit.safetensors"), "--nvfp4"])
 
 
 def main():
-    stages = {"vae": train_vae, "latents": train_latents, "dit": train_dit, "export": export}
+    stages = {"vae": train_vae, "latents": train_latents, "dit": train_dit,
+              "distil": lambda args: train_dit(args, distil=True), "export": export}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
