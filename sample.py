@@ -271,18 +271,20 @@ def image_condition(latents):
 # ----------------------------------------------------------------------------------------------------
 
 def load_tokenizer(path):
-    """The SentencePiece model of a text encoder's file: its tensor `spiece_model`, or a spiece.model beside
-    it. Raises ValueError where there is neither."""
+    """The SentencePiece model of a text encoder: its file's tensor `spiece_model`, or a spiece.model in its
+    folder, or where Wan's or diffusers' folders have it. Raises ValueError where there is none."""
     path = Path(path)
     if path.suffix == ".safetensors" and "spiece_model" in wan_fp4.read_header(path)[1]:
         with safe_open(path, "pt") as file:  # this tensor alone
             return SentencePieceProcessor(model_proto=bytes(file.get_tensor("spiece_model").tolist()))
-    beside = [path.parent / "spiece.model", path.parent / "google" / "umt5-xxl" / "spiece.model"]
+    folder = path if path.is_dir() else path.parent
+    beside = [folder / "spiece.model", folder / "google" / "umt5-xxl" / "spiece.model",
+              folder.parent / "tokenizer" / "spiece.model"]
     for candidate in beside:
         if candidate.is_file():
             return SentencePieceProcessor(model_file=str(candidate))
-    raise ValueError(f"{path}: no tokenizer: expected a tensor `spiece_model` in the file, or {beside[0]} or "
-                     f"{beside[1]} beside it")
+    raise ValueError(f"{path}: no tokenizer: expected a tensor `spiece_model` in the file, or "
+                     f"{', '.join(map(str, beside[:-1]))} or {beside[-1]}")
 
 
 def tokenize(tokenizer, prompt):
@@ -537,7 +539,7 @@ def find_files(named, models=None):
     for flag, (place, usual, tiny) in NETWORKS.items():
         if demo or named[flag]:
             found = [HERE / "demo" / tiny if demo else Path(named[flag])]
-            if not found[0].is_file():
+            if not found[0].exists():
                 raise FileNotFoundError(f"{'' if demo else f'--{flag} '}{found[0]}: no such file")
         else:
             found = sorted(p for p in (folder / place).glob("*") if p.suffix in (".safetensors", ".pth"))
@@ -548,8 +550,9 @@ def find_files(named, models=None):
                 names = ", ".join(p.name for p in found)
                 raise ValueError(f"{folder / place}: {len(found)} files: {names}: choose by --{flag} FILE")
         files[flag] = found[0]
-        if files[flag].suffix == ".safetensors":
-            wan_fp4.read_header(files[flag])  # a broken download shows now, not after the text encoder
+        for file in wan_fp4.shards(files[flag]):
+            if file.suffix == ".safetensors":
+                wan_fp4.read_header(file)  # a broken download shows now, not after the text encoder
     return files, demo
 
 
@@ -628,7 +631,7 @@ def run(args):
         if demo:
             real = ", ".join("/".join(("models", *NETWORKS[flag][:2])) for flag in NETWORKS)
             print("sample.py: this is the demo model, tiny and embedded. For the real one put Wan 2.1's "
-                  f"files, under their official tensor names, here: {real}", file=sys.stderr)
+                  f"files, or ComfyUI's, here: {real}", file=sys.stderr)
         print(f"{args.image}: {image.shape[2]}x{image.shape[1]} -> {frames} frames of {width}x{height}\n"
               f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
         video = generate(image, files, prompt, frames, args.size, area, args.steps, args.shift, args.sampler,

@@ -952,6 +952,86 @@ def test_clip_equals_transformers(side, patch, head_dim, tmp_path):
     assert ours.image_size == side
 
 
+# what the libraries save themselves
+
+def test_vae_loads_as_diffusers_saves_it(tmp_path):
+    theirs = diffusers_vae((1, 2, 3, 4))
+    official = wan_fp4.load_vae(vae_file(theirs, tmp_path / "vae.safetensors"))
+    theirs.save_pretrained(tmp_path / "vae")
+    saved, z = wan_fp4.load_vae(tmp_path / "vae"), torch.randn(1, 16, 2, 2, 3)
+    assert relative_error(saved.decode(z), official.decode(z)) < 1e-6
+    video = torch.rand(1, 3, 5, 16, 16)
+    assert relative_error(saved.encode(video), official.encode(video)) < 1e-6
+
+
+@pytest.mark.parametrize("size, name", [
+    ("1GB", "model.safetensors"), ("20KB", "model.safetensors.index.json"), ("20KB", "")])
+def test_umt5_loads_as_transformers_saves_it(tmp_path, size, name):
+    from transformers import UMT5Config, UMT5EncoderModel
+    theirs = random_weights(UMT5EncoderModel(UMT5Config(
+        vocab_size=50, d_model=48, d_kv=8, d_ff=56, num_layers=2, num_heads=4)))
+    theirs.save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "20KB")
+    ids = torch.randint(2, 50, (1, 6))
+    with torch.no_grad():
+        expected = theirs(ids).last_hidden_state
+    assert relative_error(wan_fp4.load_umt5(tmp_path / name)(ids, torch.ones_like(ids)), expected) < 1e-5
+
+
+def test_umt5_loads_with_scaled_fp8_under_transformers_names(tmp_path):
+    """As ComfyUI's umt5_xxl_fp8_e4m3fn_scaled: the same weights as their dequantised doubles."""
+    from transformers import UMT5Config, UMT5EncoderModel
+    theirs = random_weights(UMT5EncoderModel(UMT5Config(
+        vocab_size=50, d_model=48, d_kv=8, d_ff=56, num_layers=1, num_heads=4)))
+    plain = {n: t.clone() for n, t in theirs.state_dict().items() if "embed_tokens" not in n}
+    scaled = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "spiece_model": torch.ones(3).byte()}
+    for name, tensor in plain.items():
+        scaled[name] = tensor
+        if ".layer." in name and tensor.dim() == 2 and "bias" not in name:
+            scale = tensor.abs().max() / 448
+            scaled[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            scaled[name.replace(".weight", ".scale_weight")] = scale
+            plain[name] = scaled[name].float() * scale
+    save_file(scaled, tmp_path / "fp8.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    ids = torch.randint(2, 50, (1, 6))
+    a, b = (wan_fp4.load_umt5(tmp_path / f"{name}.safetensors")(ids, torch.ones_like(ids))
+            for name in ("fp8", "plain"))
+    assert torch.equal(a, b)
+
+
+def test_clip_loads_as_transformers_saves_it(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    theirs = random_weights(CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=160, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=56,
+        patch_size=14, hidden_act="gelu", projection_dim=24)))
+    theirs.save_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
+    assert relative_error(wan_fp4.load_clip(tmp_path)(pixels), expected) < 1e-5
+
+
+def test_dit_loads_as_diffusers_saves_it_in_shards(tmp_path):
+    theirs = diffusers_dit(heads=1, head_dim=128)
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    official = wan_fp4.load_dit(dit_file(theirs, tmp_path.parent / "official.safetensors"))
+    inputs = dit_inputs(1, 4, 6, 5)
+    assert relative_error(wan_fp4.load_dit(tmp_path)(**inputs), official(**inputs)) < 1e-6
+
+
+def test_folders_that_are_no_model_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="0 .safetensors files"):
+        wan_fp4.load_dit(tmp_path)
+    (tmp_path / "m.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="no weight_map"):
+        wan_fp4.load_dit(tmp_path)
+    (tmp_path / "m.index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match="lost.safetensors: no such file"):
+        wan_fp4.load_dit(tmp_path)
+
+
 # checkpoints
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
@@ -1795,6 +1875,23 @@ def test_a_lora_that_is_broken_or_missing_is_found_before_the_first_network(plac
         assert stop.value.code == 2 and error in capsys.readouterr().err and fakes.log == []
     sample.main([*arguments, "--lora", "renamed.safetensors"])
     assert "dit" in fakes.log
+
+
+def test_networks_may_be_folders_of_shards(place, fakes, tmp_path):
+    """diffusers' layout: text_encoder/ holds shards, and the tokenizer is in tokenizer/ beside it."""
+    root = place / "diffusers"
+    for flag in sample.NETWORKS:
+        (root / flag).mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, root / flag / "a-00001-of-00001.safetensors")
+    (root / "tokenizer").mkdir()
+    demo = load_file(REPOSITORY / "demo" / "umt5.safetensors")["spiece_model"]
+    (root / "tokenizer" / "spiece.model").write_bytes(bytes(demo.tolist()))
+    files, is_demo = sample.find_files({flag: root / flag for flag in sample.NETWORKS})
+    assert not is_demo and files["dit"] == root / "dit"
+    assert sample.load_tokenizer(files["text-encoder"]).encode("zoom in")
+    (root / "vae" / "a-00001-of-00001.safetensors").write_bytes(b"half a download")
+    with pytest.raises(ValueError, match="a-00001-of-00001.safetensors"):
+        sample.find_files({flag: root / flag for flag in sample.NETWORKS})
 
 
 def test_lora_arguments_that_are_refused(tmp_path, capsys):
@@ -2707,9 +2804,11 @@ def test_demo_video_is_nearer_to_the_move_asked_for_than_the_picture_repeated():
     photo = train.load_photo("chelsea")
     files, demo = sample.find_files(dict.fromkeys(sample.NETWORKS), None)
     assert demo
+    frames, area = (int(wan_fp4.read_header(files["dit"])[0][key]) for key in ("frames", "area"))
+    side = round(area ** 0.5)
     for move in ("pan left", "zoom in"):
-        truth = train.render(photo, move, train.FRAMES, 96, 96, (245, 140, 200))  # (3, F, h, w) in [0, 1]
-        video = sample.generate(truth[:, 0], files, move, train.FRAMES, area=train.AREA)  # (F, h, w, 3)
+        truth = train.render(photo, move, frames, side, side, (245, 140, 200))  # (3, F, h, w) in [0, 1]
+        video = sample.generate(truth[:, 0], files, move, frames, area=area)  # (F, h, w, 3)
         result = video.permute(3, 0, 1, 2).float() / 255
         error, still = ((x - truth).square().mean() for x in (result, truth[:, :1]))
         assert error < still, (move, error, still)

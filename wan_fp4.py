@@ -18,6 +18,7 @@ and its published checkpoints.
 Letters in the shapes: B batch; F frames, h w their height and width; T = 1 + (F - 1) / 4 latent frames, H W =
 h / 8, w / 8; N = T * H/2 * W/2 tokens; D width of a network, d of a head; L text tokens; C channels.
 """
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -661,16 +662,38 @@ def read_header(path):
         raise ValueError(f"{path}: not a safetensors file ({error}): is the download complete?") from None
 
 
+def shards(path):
+    """The files that a path means: itself, the shards of an index .json, or a folder's."""
+    path = Path(path)
+    if path.is_dir():
+        indices = sorted(path.glob("*.index.json"))
+        files = shards(indices[0]) if indices else sorted(path.glob("*.safetensors"))
+        if not files or len(indices) > 1:
+            raise ValueError(f"{path}: got {len(indices)} indices and {len(files)} .safetensors files, "
+                             f"expected one model: name its file")
+        return files
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = json.loads(path.read_text())["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: got no weight_map, expected the index of a sharded checkpoint") from None
+    return [path.parent / name for name in sorted(set(names))]
+
+
 def read_tensors(path):
-    """The tensors of a .safetensors or .pth file by bare name, memory-mapped, and the header's metadata."""
-    if Path(path).suffix == ".pth":
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        tensors, metadata = torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
-    else:
-        metadata, _ = read_header(path)
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    """A checkpoint's tensors by bare name, memory-mapped, and its header's metadata: one .safetensors or .pth
+    file, an index .json, or a folder of shards."""
+    tensors, metadata = {}, {}
+    for file in shards(path):
+        if file.suffix == ".pth":
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: no such file")
+            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            continue
+        metadata |= read_header(file)[0]
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
     bare = {}
     for name, tensor in tensors.items():
         for prefix in ("model.diffusion_model.", "diffusion_model.", "visual."):
@@ -679,7 +702,7 @@ def read_tensors(path):
     return bare, metadata
 
 
-# diffusers' names of the DiT's tensors, part by part, and the official ones
+# Other names than the official ones, part by part. ComfyUI's encoders have those of transformers
 DIFFUSERS_DIT = (
     (r"^condition_embedder\.time_embedder\.linear_1\b", "time_embedding.0"),
     (r"^condition_embedder\.time_embedder\.linear_2\b", "time_embedding.2"),
@@ -697,13 +720,38 @@ DIFFUSERS_DIT = (
     (r"^(blocks\.\d+)\.norm2\b", r"\1.norm3"),  # diffusers counts its norms in the order of use
     (r"^scale_shift_table$", "head.modulation"), (r"\bscale_shift_table$", "modulation"),
     (r"^proj_out\b", "head.head"))
+DIFFUSERS_VAE = (
+    (r"^quant_conv\b", "conv1"), (r"^post_quant_conv\b", "conv2"), (r"coder\.conv_in\b", "coder.conv1"),
+    (r"coder\.norm_out\b", "coder.head.0"), (r"coder\.conv_out\b", "coder.head.2"),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."), (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."), (r"\.down_blocks\.", ".downsamples."),
+    (r"\.norm1\.gamma$", ".residual.0.gamma"), (r"\.norm2\.gamma$", ".residual.3.gamma"),
+    (r"(\.\d+)\.conv1\.", r"\1.residual.2."), (r"(\.\d+)\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."))
+TRANSFORMERS_UMT5 = (
+    (r"^(shared|encoder\.embed_tokens)\.", "token_embedding."), (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.(\d+)\.", r"blocks.\1."),
+    (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
+    (r"\.layer\.0\.SelfAttention\.", ".attn."), (r"\.layer\.0\.layer_norm\.", ".norm1."),
+    (r"\.layer\.1\.layer_norm\.", ".norm2."), (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
+    (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."), (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."))
+TRANSFORMERS_CLIP = (
+    (r"^vision_model\.", ""), (r"^embeddings\.class_embedding$", "cls_embedding"),
+    (r"^embeddings\.position_embedding\.weight$", "pos_embedding"), (r"^embeddings\.", ""),
+    (r"^pre_layrnorm\.", "pre_norm."), (r"^post_layernorm\.", "post_norm."),  # "layrn" is how they spell it
+    (r"^encoder\.layers\.(\d+)\.", r"transformer.\1."), (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."), (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.2."))
+
+
+def official_name(name, table):
+    """A tensor's or layer's bare name in the table's naming, or the official one -> the official one."""
+    for theirs, official in table:
+        name = re.sub(theirs, official, name)
+    return name
 
 
 def official_dit_name(name):
-    """A DiT tensor's or layer's name, bare, in diffusers' naming or the official one -> the official one."""
-    for theirs, official in DIFFUSERS_DIT:
-        name = re.sub(theirs, official, name)
-    return name
+    return official_name(name, DIFFUSERS_DIT)
 
 
 def count(tensors, prefix):
@@ -905,6 +953,13 @@ def attach_lora(model, path, strength=1.0):
 def load_vae(path, device="cpu", dtype=None):
     """The video autoencoder, in eval mode. dtype as for load_dit; raises the same errors."""
     tensors, _ = read_tensors(path)
+    each = count(tensors, "decoder.up_blocks.0.resnets.")  # residual blocks; a level's upsampler follows them
+
+    def flat(match):
+        level, kind, i = int(match[1]), match[2], int(match[3])
+        return f".upsamples.{level * (each + 1) + (i if kind == 'resnets' else each)}."
+    tensors = {official_name(re.sub(r"\.up_blocks\.(\d+)\.(\w+)\.(\d+)\.", flat, name), DIFFUSERS_VAE): tensor
+               for name, tensor in tensors.items()}
 
     def config():
         dims, temporal, blocks, c = [], [], 0, 0
@@ -925,7 +980,8 @@ def load_vae(path, device="cpu", dtype=None):
 def load_umt5(path, device="cpu", dtype=None):
     """The text encoder, in eval mode. dtype as for load_dit; raises the same errors."""
     tensors, _ = read_tensors(path)
-    tensors = {n: t for n, t in tensors.items() if n not in ("spiece_model", "scaled_fp8")}  # no weights
+    tensors = {official_name(n, TRANSFORMERS_UMT5): t for n, t in tensors.items()
+               if n not in ("spiece_model", "scaled_fp8")}  # no weights
 
     def config():
         (vocab, dim), (buckets, heads) = (tensors[n].shape for n in (
@@ -941,8 +997,16 @@ def load_clip(path, device="cpu", dtype=None):
     """The image tower, in eval mode, without its last block, which Wan does not use. dtype as for load_dit;
     raises the same errors."""
     tensors, metadata = read_tensors(path)
+    tensors = {official_name(n, TRANSFORMERS_CLIP): t for n, t in tensors.items()}
+    for name in [n for n in tensors if ".self_attn.q_proj." in n]:
+        parts = [tensors.pop(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+        tensors[name.replace(".self_attn.q_proj.", ".attn.to_qkv.")] = torch.cat(parts)
+    if "cls_embedding" in tensors and tensors["cls_embedding"].dim() == 1:
+        tensors["cls_embedding"] = tensors["cls_embedding"][None, None]
+        tensors["pos_embedding"] = tensors["pos_embedding"][None]
     last = count(tensors, "transformer.") - 1
-    unused = (f"transformer.{last}.", "post_norm.", "head", "textual.", "log_scale")
+    unused = (f"transformer.{last}.", "post_norm.", "head", "textual.", "log_scale", "visual_projection.",
+              "position_ids")
     tensors = {n: t for n, t in tensors.items() if not n.startswith(unused)}
 
     def config():

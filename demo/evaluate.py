@@ -17,7 +17,10 @@ import torch
 from skimage.metrics import structural_similarity
 
 import train
-from train import FRAMES, HERE, MOVES, SIZES, sample, wan_fp4
+from train import HERE, MOVES, sample, wan_fp4
+
+OWN, _ = wan_fp4.read_header(HERE / "dit.safetensors")
+FRAMES, SIDE = int(OWN["frames"]), round(int(OWN["area"]) ** 0.5)
 
 VIEWS = [*(("chelsea", (x, 150, 200)) for x in (160, 235, 310)),  # centre and width in pixels of the photo
          *(("flower", (x, 215, 260)) for x in (200, 320, 440))]
@@ -26,11 +29,11 @@ VIEWS = [*(("chelsea", (x, 150, 200)) for x in (160, 235, 310)),  # centre and w
 def truth_of(name, window):
     """The nine true moves (9, 3, F, h, w) in [-1, 1], and masks (9, h, w) of where the last frames show what
     the first one showed."""
-    photo, (x, y, width), (h, w) = train.load_photo(name), window, SIZES[0]
-    seen, height = torch.zeros_like(photo), width * h / w
-    seen[:, round(y - height / 2):round(y + height / 2), round(x - width / 2):round(x + width / 2)] = 1
-    clips = torch.stack([train.render(photo, move, FRAMES, h, w, window) for move in MOVES])
-    masks = torch.stack([train.render(seen, move, FRAMES, h, w, window)[0, -1] > 0.99 for move in MOVES])
+    photo, (x, y, width) = train.load_photo(name), window
+    seen, half = torch.zeros_like(photo), width / 2
+    seen[:, round(y - half):round(y + half), round(x - half):round(x + half)] = 1
+    clips = torch.stack([train.render(photo, move, FRAMES, SIDE, SIDE, window) for move in MOVES])
+    masks = torch.stack([train.render(seen, move, FRAMES, SIDE, SIDE, window)[0, -1] > 0.99 for move in MOVES])
     return clips * 2 - 1, masks
 
 
@@ -96,7 +99,7 @@ def main():
         parts = before["dit"], before["umt5"], before["clip"], vae, tokenizer
         rows["undistilled, 4 steps"] = pipeline(*parts)
         rows["undistilled, 40 steps"] = pipeline(*parts, steps=40, sampler="euler", scheduler="simple")
-    print(f"{len(VIEWS)} views, {len(MOVES)} moves, {FRAMES} frames of {SIZES[0][1]}x{SIZES[0][0]}")
+    print(f"{len(VIEWS)} views, {len(MOVES)} moves, {FRAMES} frames of {SIDE}x{SIDE}")
     print(f"{'':24}{'PSNR dB':>8}{'right move':>12}{'same picture':>14}")
     for name, make_videos in rows.items():
         quality, right, same = figures(make_videos)
