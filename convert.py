@@ -770,11 +770,12 @@ def header(tensors, metadata):
     dtypes come first and the JSON is padded with spaces, so that every tensor is aligned to its dtype.
     """
     spelling = {dtype: text for text, dtype in DTYPES.items()}
-    entries, offsets, end = {"__metadata__": metadata}, {}, 0
+    entries, offsets, end = {}, {}, 0
     for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
         dtype, shape = tensors[name]
         offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": spelling[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
+    entries["__metadata__"] = dict(sorted(metadata.items()))  # read from a file, they come in any order
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text

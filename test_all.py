@@ -2080,7 +2080,8 @@ RESUMED = ["--nvfp4", "--extract-lora", "--lora-rank", "4"]
 def interrupted(tmp_path, monkeypatch, failure=KeyboardInterrupt()):
     """A conversion of m.safetensors to out.safetensors that stopped half way -> its argv, and the bytes of
     the two files that it should have written."""
-    argv = ["-i", write_checkpoint(tmp_path / "m.safetensors"), "-o", tmp_path / "out.safetensors", *RESUMED]
+    source = write_checkpoint(tmp_path / "m.safetensors", a="1", b="2", c="3", d="4", e="5")
+    argv = ["-i", source, "-o", tmp_path / "out.safetensors", *RESUMED]
     convert.main(argv)
     files = tmp_path / "out.safetensors", tmp_path / "out_lora.safetensors"
     whole = {file: file.read_bytes() for file in files}
@@ -2694,6 +2695,20 @@ def test_static_input_scale_is_the_largest_input_with_headroom(small_dit, tmp_pa
     seen, dit = next(stages)["blocks.0.self_attn.q.weight"], wan_fp4.load_dit(out)
     assert dit.blocks[0].self_attn.q.input_scale.item() == pytest.approx(1.5 * seen.amax / 2688)
     assert dit.blocks[1].self_attn.q.input_scale is None  # MXFP8 has none
+
+
+def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, tmp_path, monkeypatch):
+    """Blocks that are done are read back, and feed those that follow as they did."""
+    argv = ["-i", small_dit, "-o", tmp_path / "out", "--nvfp4", "--calib", PHOTO]
+    convert.main(argv)
+    whole = (tmp_path / "out").read_bytes()
+    with monkeypatch.context() as patch:
+        interrupt(patch, KeyboardInterrupt(), 17)
+        with pytest.raises(SystemExit):
+            convert.main(argv)
+    assert (tmp_path / "out.journal").exists()
+    convert.main([*argv, "--resume"])
+    assert (tmp_path / "out").read_bytes() == whole
 
 
 def test_plan_measured_has_less_error_than_the_score_at_its_size(small_dit, tmp_path, capsys):
