@@ -49,8 +49,8 @@ from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
+import quant
 import wan_fp4
-from quant import describe
 
 FPS = 16  # what Wan was trained on
 HERE = Path(__file__).resolve().parent
@@ -460,7 +460,7 @@ def encode_first_frame(path, image, frames, device):
 def sample_video(path, y, text, image, levels, sampler, cfg, seed, device, loras=()):
     """Conditions -> latents (1, 16, T, H, W). text: features of the prompt, and of the negative."""
     dit = wan_fp4.load_dit(path, device, loras=loras)
-    print(f"{Path(path).name}: {describe(dit)}", *dit.loras, sep="\n")
+    print(f"{Path(path).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)  # (1, 16, T, H, W)
 
@@ -602,6 +602,38 @@ def peak_memory(device):
     return ", ".join(parts) or "unknown"
 
 
+def check(device):
+    """Says which path NVFP4 and MXFP8 take on this device, and why; multiplies once in each and compares with
+    the product of the dequantised operands. True if all agree."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        where = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor} (tensor cores do, from sm_100 on)"
+    else:
+        where = f"{device} has no tensor cores for them"
+    generator, agree = torch.Generator().manual_seed(0), True
+    w, x = (torch.randn(n, 512, generator=generator) for n in (256, 160))
+    for fmt, quantize in (("nvfp4", quant.quantize_nvfp4), ("mxfp8", quant.quantize_mxfp8)):
+        stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize(w)))
+        stored["comfy_quant"] = quant.write_marker({"format": fmt})
+        layer = quant.QuantLinear.from_tensors(fmt, stored, 512, 256, mode=quant.default_mode(device))
+        expected = quant.QuantLinear.from_tensors(
+            fmt, stored, 512, 256, mode="emulate" if layer.mode == "tensor_cores" else "dequantise")(x)
+        layer = layer.to(device)
+        layer.compute_dtype = quant.default_dtype(device)
+        try:
+            y = layer(x.to(device)).cpu()
+        except RuntimeError as error:  # a build of torch without the kernel, for instance
+            print(f"{quant.FORMATS[fmt]}: {layer.mode.replace('_', ' ')}, as {where}: FAILED: {error}")
+            agree = False
+            continue
+        difference = ((y - expected).norm() / expected.norm()).item()
+        good = difference < 0.01  # bfloat16's rounding makes 0.002
+        agree &= good
+        print(f"{quant.FORMATS[fmt]}: {layer.mode.replace('_', ' ')}, as {where}; the product differs from the "
+              f"dequantised one by {difference:.1e}: {'good' if good else 'WRONG'}")
+    return agree
+
+
 def run(args):
     """Everything that can be wrong with the arguments is found before the first network is loaded."""
     device = check_device(args.device)
@@ -650,7 +682,7 @@ def main(argv=None):
         prog="sample.py", description="A video from a picture, by Wan2.1 image-to-video. The defaults are "
         "the distilled model's recipe; the base model wants --steps 40 --cfg 5 and a --negative prompt.")
     add = parser.add_argument
-    add("image", help="png, jpg or webp; transparency becomes white")
+    add("image", nargs="?", help="png, jpg or webp; transparency becomes white")
     add("--prompt", help="what happens in the video (default: the model file's own, if it has one)")
     add("-o", "--output", help="OUT.mp4, .gif or .webp, replaced if it exists; a name without extension: a "
         "folder of png (default: a new name in the current folder, from image, prompt and seed)")
@@ -670,6 +702,8 @@ def main(argv=None):
     add("--cfg", type=float, default=1.0, help="guidance; other than 1: two forwards a step (default: 1)")
     add("--negative", default="", help="prompt for what to avoid, with --cfg")
     add("--seed", type=int, default=0)
+    add("--check", action="store_true", help="multiply once in NVFP4 and MXFP8 on this device, and stop: exit "
+        "code 0 if the products are right, 1 if not")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 
     def fail(message):
@@ -679,6 +713,10 @@ def main(argv=None):
     parser.error = fail  # without the usage in front: one line
     args = parser.parse_args(argv)
     try:
+        if args.check:
+            raise SystemExit(0 if check(check_device(args.device)) else 1)
+        if args.image is None:
+            fail("the following arguments are required: image")
         run(args)
     except KeyboardInterrupt:
         print("\nsample.py: interrupted, nothing was written", file=sys.stderr)

@@ -1877,6 +1877,36 @@ def test_a_lora_that_is_broken_or_missing_is_found_before_the_first_network(plac
     assert "dit" in fakes.log
 
 
+def test_check_multiplies_in_both_formats(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--check", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and [line.split(":")[0] for line in lines] == ["NVFP4", "MXFP8"]
+    assert all("dequantise, as cpu has no tensor cores" in line and line.endswith("good") for line in lines)
+
+
+@pytest.mark.parametrize("broken", ["wrong", "missing"])
+def test_check_fails_where_a_product_is_wrong_or_cannot_run(monkeypatch, capsys, broken):
+    def tensor_cores(self, x):  # as a kernel that reads the nibbles in the wrong order, or is not there
+        if broken == "missing":
+            raise RuntimeError("no kernel image")
+        return F.linear(x, self.dequantized(torch.float32).unflatten(1, (-1, 2)).flip(2).flatten(1))
+    right = quant.QuantLinear.forward
+    monkeypatch.setattr(quant, "default_mode", lambda device: "tensor_cores")
+    monkeypatch.setattr(quant.QuantLinear, "forward", lambda self, x: (
+        tensor_cores if self.mode == "tensor_cores" else right)(self, x))
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--check", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1 and out.count("WRONG" if broken == "wrong" else "no kernel image") == 2
+
+
+def test_an_image_is_required_without_check(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main([])
+    assert stop.value.code == 2 and "required: image" in capsys.readouterr().err
+
+
 def test_networks_may_be_folders_of_shards(place, fakes, tmp_path):
     """diffusers' layout: text_encoder/ holds shards, and the tokenizer is in tokenizer/ beside it."""
     root = place / "diffusers"
@@ -2693,7 +2723,7 @@ def test_static_input_scale_is_the_largest_input_with_headroom(small_dit, tmp_pa
     stages = walk.stages()
     next(stages)
     seen, dit = next(stages)["blocks.0.self_attn.q.weight"], wan_fp4.load_dit(out)
-    assert dit.blocks[0].self_attn.q.input_scale.item() == pytest.approx(1.5 * seen.amax / 2688)
+    assert dit.blocks[0].self_attn.q.input_scale.item() == pytest.approx(2 * seen.amax / 2688)
     assert dit.blocks[1].self_attn.q.input_scale is None  # MXFP8 has none
 
 

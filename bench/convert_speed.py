@@ -1,7 +1,7 @@
 """Speed and memory of a conversion at the 14B model's shapes: python bench/convert_speed.py [--blocks 2]
 
-Writes a checkpoint of some of its 40 blocks (random weights, bf16), converts it in processes of their own, and
-prints for each way millions of parameters a second, start-up included, and the process's peak memory.
+Writes a checkpoint of some of its 40 blocks (random weights, bf16), converts it in processes of their own,
+and prints for each way millions of parameters a second, start-up included, and the process's peak memory.
 """
 import argparse
 import subprocess
