@@ -559,7 +559,8 @@ def low_rank(error, rank, hessian=None, seed=0):
         u, s, v = torch.linalg.svd(basis.T @ scaled, full_matrices=False)
         u = basis @ u
     u, s, down = u[:, :rank], s[:rank], v[:rank]  # (M, r), (r,), (r, K)
-    share = (s.double().square().sum() / scaled.double().square().sum().clamp(min=1e-300)).item()
+    energy = torch.linalg.vector_norm(scaled, dim=1).double().square().sum().clamp(min=1e-300)
+    share = (s.double().square().sum() / energy).item()
     if root is not None:
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
     balance = s.sqrt()  # half the size on each side, for the sake of their dtype
@@ -944,16 +945,17 @@ def _round(source, name, fmt, how, seen, device):
     base, rank = w, how.rank if name in how.targets else 0
     if rank and how.lora_mode == "absorb":
         up, down, _ = low_rank(w, rank, hessian, how.seed)
-        base = w.float() - up @ down
+        base = torch.addmm(w.float(), up, down, alpha=-1)
     stored = quantize_weight(base, fmt, None if how.method == "rtn" else hessian, how.method, how.num_iter)
     stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, tensor.dtype))
     approximation = dequantize_weight(stored, w.shape)
     measures = {"weight": None} | ({"output": seen.moment.to(device)} if seen is not None else {})
     quality = {key: snr(w, approximation, h) for key, h in measures.items()}
     if rank:
-        up, down, quality["share"] = low_rank(w.float() - approximation, rank, hessian, how.seed)
+        error = approximation.neg_().add_(w)  # in place: at 14B a weight in float32 is 280 MB
+        up, down, quality["share"] = low_rank(error, rank, hessian, how.seed)
         up, down = up.bfloat16(), down.bfloat16()
-        approximation += up.float() @ down.float()
+        approximation = error.addmm_(up.float(), down.float(), alpha=-1).neg_().add_(w)
         quality |= {f"{key} with LoRA": snr(w, approximation, h) for key, h in measures.items()}
         prefix = f"diffusion_model.{layer}"
         lora = {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down,

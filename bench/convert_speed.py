@@ -18,9 +18,8 @@ SQUARE = [*(f"self_attn.{x}" for x in "qkvo"),
           *(f"cross_attn.{x}" for x in ("q", "k", "v", "o", "k_img", "v_img"))]
 WAYS = {"rtn": ["--nvfp4", "--simple"], "search": ["--nvfp4"], "MXFP8 search": ["--mxfp8"],
         "plan score, search": [], "search, LoRA of rank 64": ["--nvfp4", "--extract-lora"]}
-CHILD = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; "
-         "runpy.run_path(sys.argv[0], run_name='__main__'); "
-         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+CHILD = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+         "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])")
 
 
 def write_model(path, blocks, dim=5120, hidden=13824):
