@@ -610,7 +610,8 @@ class Inputs:
         the weight must not forget all others. Every timestep's inputs resemble the others': they count once.
         """
         h, k, n = self.moment / self.count, len(self.moment), self.count / self.steps
-        trace, square = h.diagonal().double().sum().item(), h.double().square().sum().item()
+        trace = h.diagonal().double().sum().item()
+        square = torch.linalg.vector_norm(h, dim=1).double().square().sum().item()
         spread = (n + 1) * (square - trace ** 2 / k)
         rho = min(1.0, (square + trace ** 2) / spread) if spread > 0 else 1.0
         h = h * (1 - rho)
@@ -996,7 +997,7 @@ def convert(source, formats, out, how=Settings(), made=None, lora_file=None, cal
 
     journal, quality = Journal(outputs, resume), {}
     try:
-        with workers(device) as (pool, ahead), _progress(source) as progress:
+        with workers(device) as (pool, ahead), _progress(source, formats) as progress:
             for names, seen in zip(groups, stages):
                 def work(name):
                     return None if name in journal.done else _round(
@@ -1029,14 +1030,14 @@ def convert(source, formats, out, how=Settings(), made=None, lora_file=None, cal
 # ----------------------------------------------------------------------------------------------------
 
 @contextmanager
-def _progress(source):
+def _progress(source, formats):
     """A bar over the source's bytes, with the number of layers and the time left; done(name) moves it on."""
-    count, layers = 0, sum(BLOCK_WEIGHT.fullmatch(name) is not None for name in source.shapes)
+    count = 0
     with tqdm(total=source.bytes, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
         def done(name):
             nonlocal count
-            count += BLOCK_WEIGHT.fullmatch(name) is not None
-            bar.set_postfix_str(f"{count}/{layers} layers", refresh=False)
+            count += name in formats
+            bar.set_postfix_str(f"{count}/{len(formats)} layers", refresh=False)
             bar.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
         yield done
 
