@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from av.video.reformatter import Colorspace
 from safetensors import safe_open
+from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
@@ -487,13 +488,15 @@ def decode_video(path, latents, device):
 
 @torch.inference_mode()
 def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0, sampler="lcm",
-             scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None, loras=()):
+             scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None, loras=(),
+             keep=None):
     """A video from a picture: (F, h, w, 3) uint8 on the CPU.
 
     image: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS. size: (width, height) in
     multiples of 16, to whose aspect ratio the picture is cropped; by default what fit_size gives for `area`,
     to which it is stretched a little, as in Wan's own pipeline. seconds: a dict that gets each stage's time.
-    loras: (file, strength) pairs. Raises ValueError for bad settings, and what the loaders raise.
+    loras: (file, strength) pairs. keep: called with the latents before they are decoded. Raises ValueError
+    for bad settings, and what the loaders raise.
     """
     check_frames(frames)
     levels = sigmas(scheduler, steps, shift)
@@ -508,6 +511,8 @@ def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4,
         y = encode_first_frame(files["vae"], first, frames, device)
     with stage("sample", seconds, device):
         latents = sample_video(files["dit"], y, text, tokens, levels, sampler, cfg, seed, device, loras)
+    if keep:
+        keep(latents)
     with stage("decode", seconds, device):
         return decode_video(files["vae"], latents, device)
 
@@ -629,16 +634,45 @@ def check(device):
         difference = ((y - expected).norm() / expected.norm()).item()
         good = difference < 0.01  # bfloat16's rounding makes 0.002
         agree &= good
-        print(f"{quant.FORMATS[fmt]}: {layer.mode.replace('_', ' ')}, as {where}; the product differs from the "
-              f"dequantised one by {difference:.1e}: {'good' if good else 'WRONG'}")
+        print(f"{quant.FORMATS[fmt]}: {layer.mode.replace('_', ' ')}, as {where}; the product differs from "
+              f"the dequantised one by {difference:.1e}: {'good' if good else 'WRONG'}")
     return agree
+
+
+LATENTS = ".latents.safetensors"
+
+
+def save_latents(path, latents, about):
+    """Write latents and the video's metadata, whole or not at all."""
+    save_file({"latents": latents.contiguous().cpu()}, f"{path}.part", about)
+    Path(f"{path}.part").replace(path)
+
+
+def decode_saved(path, files, output, device):
+    """Finish a video from the latents that an interrupted run has left at `path`."""
+    about, stored = wan_fp4.read_header(path)
+    if list(stored) != ["latents"] or len(stored["latents"][1]) != 5:
+        raise ValueError(f"--decode {path}: got {', '.join(stored) or 'nothing'}, expected the tensor "
+                         f"latents (1, 16, T, H, W) that a run leaves as OUT{LATENTS}")
+    output = output or str(path).removesuffix(LATENTS)
+    if not Path(output).suffix or Path(output) == Path(path):
+        raise ValueError(f"--decode {path}: cannot tell the video's name from it: give it with -o")
+    with safe_open(path, "pt") as file:
+        latents = file.get_tensor("latents")
+    _, _, t, h, w = latents.shape
+    with open_video(output, 8 * w, 8 * h, about) as write, torch.inference_mode():
+        for frame in decode_video(files["vae"], latents.to(device), device):
+            write(frame)
+    print(f"{output}: {8 * w}x{8 * h}, {4 * t - 3} frames")
 
 
 def run(args):
     """Everything that can be wrong with the arguments is found before the first network is loaded."""
     device = check_device(args.device)
-    image = read_image(args.image)
     files, demo = find_files({flag: getattr(args, flag.replace("-", "_")) for flag in NETWORKS}, args.models)
+    if args.decode:
+        return decode_saved(args.decode, files, args.output, device)
+    image = read_image(args.image)
     own = wan_fp4.read_header(files["dit"])[0] if files["dit"].suffix == ".safetensors" else {}
     wan_fp4.check_loras(files["dit"], own, args.lora)
     frames = args.frames if args.frames is not None else int(own.get("frames", FRAMES))
@@ -657,8 +691,10 @@ def run(args):
               f"shift {args.shift:g}, cfg {args.cfg:g}")
     negative = f"negative: {args.negative}; " if args.cfg != 1 else ""
     used = "".join(f", {path.name} at {strength:g}" for path, strength in args.lora)
-    about = {"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {files['dit'].name}{used}"}
+    made = f"{files['dit'].name}{used}; {width}x{height}, {frames} frames; torch {torch.__version__}"
+    about = {"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {made}"}
     seconds, start = {}, time.perf_counter()
+    kept = Path(str(output).rstrip("/" + os.sep) + LATENTS)  # until the video is there
     with open_video(output, width, height, about) as write:
         if demo:
             real = ", ".join("/".join(("models", *NETWORKS[flag][:2])) for flag in NETWORKS)
@@ -667,10 +703,12 @@ def run(args):
         print(f"{args.image}: {image.shape[2]}x{image.shape[1]} -> {frames} frames of {width}x{height}\n"
               f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
         video = generate(image, files, prompt, frames, args.size, area, args.steps, args.shift, args.sampler,
-                         args.scheduler, args.cfg, args.negative, args.seed, device, seconds, args.lora)
+                         args.scheduler, args.cfg, args.negative, args.seed, device, seconds, args.lora,
+                         lambda latents: save_latents(kept, latents, about))
         with stage("write", seconds, device):
             for frame in video:
                 write(frame)
+    kept.unlink()
     print(f"seconds: {', '.join(f'{name} {s:.1f}' for name, s in seconds.items())}; "
           f"in all {time.perf_counter() - start:.1f}\npeak memory: {peak_memory(device)}\n"
           f"{output}: {width}x{height}, {frames} frames, seed {args.seed}")
@@ -702,8 +740,10 @@ def main(argv=None):
     add("--cfg", type=float, default=1.0, help="guidance; other than 1: two forwards a step (default: 1)")
     add("--negative", default="", help="prompt for what to avoid, with --cfg")
     add("--seed", type=int, default=0)
-    add("--check", action="store_true", help="multiply once in NVFP4 and MXFP8 on this device, and stop: exit "
-        "code 0 if the products are right, 1 if not")
+    add("--decode", metavar="FILE",
+        help=f"only decode the latents that an interrupted run has left as OUT{LATENTS}")
+    add("--check", action="store_true", help="multiply once in NVFP4 and MXFP8 on this device, and stop: "
+        "exit code 0 if the products are right, 1 if not")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 
     def fail(message):
@@ -715,11 +755,11 @@ def main(argv=None):
     try:
         if args.check:
             raise SystemExit(0 if check(check_device(args.device)) else 1)
-        if args.image is None:
+        if args.image is None and not args.decode:
             fail("the following arguments are required: image")
         run(args)
     except KeyboardInterrupt:
-        print("\nsample.py: interrupted, nothing was written", file=sys.stderr)
+        print("\nsample.py: interrupted, no video was written", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         fail(error)

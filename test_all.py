@@ -1859,7 +1859,7 @@ def test_loras_are_used_said_and_recorded(place, fakes, capsys):
     assert lines[first - 1].startswith("dit.safetensors: ")
     assert lines[first + 1] == "b.safetensors at 1.0: used"
     comment = decode(place / "a.mp4")[3]["comment"]
-    assert comment.endswith("dit.safetensors, a.safetensors at 0.5, b.safetensors at 1")
+    assert "dit.safetensors, a.safetensors at 0.5, b.safetensors at 1; 112x80, 13 frames; torch" in comment
 
 
 def test_a_lora_that_is_broken_or_missing_is_found_before_the_first_network(place, fakes, capsys):
@@ -1875,6 +1875,36 @@ def test_a_lora_that_is_broken_or_missing_is_found_before_the_first_network(plac
         assert stop.value.code == 2 and error in capsys.readouterr().err and fakes.log == []
     sample.main([*arguments, "--lora", "renamed.safetensors"])
     assert "dit" in fakes.log
+
+
+def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys):
+    """Hours of sampling are not lost: --decode makes the video that the run would have made."""
+    sample.main(["photo.png", "-o", "whole.mp4"])
+    assert sorted(os.listdir(place)) == ["demo", "photo.png", "whole.mp4"]
+
+    def fails(*args):
+        raise ValueError("out of memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "decode_video", fails)
+        with pytest.raises(SystemExit):
+            sample.main(["photo.png", "-o", "again.mp4"])
+    assert sorted(os.listdir(place)) == ["again.mp4.latents.safetensors", "demo", "photo.png", "whole.mp4"]
+    sample.main(["--decode", "again.mp4.latents.safetensors"])
+    a, b = decode(place / "whole.mp4"), decode(place / "again.mp4")
+    assert np.array_equal(a[0], b[0]) and a[3]["comment"] == b[3]["comment"]
+    assert "again.mp4: 112x80, 13 frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, tensors, error", [
+    ("lost.latents.safetensors", None, "no such file"), ("a.mp4.latents.safetensors", {"x": torch.ones(1)},
+                                                         "got x, expected the tensor latents"),
+    ("a", {"latents": torch.ones(1, 16, 1, 2, 2)}, "give it with -o")])
+def test_latents_that_are_refused(place, fakes, capsys, name, tensors, error):
+    if tensors:
+        save_file(tensors, place / name)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--decode", name])
+    assert stop.value.code == 2 and error in capsys.readouterr().err
 
 
 def test_check_multiplies_in_both_formats(capsys):
