@@ -45,8 +45,7 @@ import av
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import Colorspace
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import TensorSpec, safe_open, serialize_file
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
@@ -643,8 +642,11 @@ LATENTS = ".latents.safetensors"
 
 
 def save_latents(path, latents, about):
-    """Write latents and the video's metadata, whole or not at all."""
-    save_file({"latents": latents.contiguous().cpu()}, f"{path}.part", about)
+    """Write latents and the video's metadata, whole or not at all. (safetensors.torch would need numpy.)"""
+    latents = latents.float().contiguous().cpu()
+    where = dict(data_ptr=latents.data_ptr(), data_len=latents.nbytes)
+    tensor = TensorSpec(dtype="float32", shape=list(latents.shape), **where)
+    serialize_file({"latents": tensor}, f"{path}.part", about)
     Path(f"{path}.part").replace(path)
 
 

@@ -2851,10 +2851,13 @@ def test_diffusers_names_convert_to_the_same_file(tmp_path):
      "wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).decode(torch.zeros(1, 16, 2, 2, 2))"),
     ("convert", ["quant.py"], "convert.quantize_weight(torch.randn(32, 32), 'nvfp4')"),
     ("sample", ["quant.py", "wan_fp4.py"], "sample.sigmas('normal', 4, 5)"),
+    ("sample", ["quant.py", "wan_fp4.py", "demo/dit.safetensors", "demo/vae.safetensors", "demo/photo.jpg",
+                "demo/umt5.safetensors", "demo/clip.safetensors"], "sample.main(['demo/photo.jpg'])"),
 ])
 def test_a_file_works_where_only_its_imports_are(name, others, code, tmp_path):
+    (tmp_path / "demo").mkdir()
     for file in (f"{name}.py", *others):
-        shutil.copy(REPOSITORY / file, tmp_path)
+        shutil.copy(REPOSITORY / file, tmp_path / file)
     for missing in ("numpy", "diffusers", "transformers"):  # what only the tests need
         (tmp_path / f"{missing}.py").write_text("raise ModuleNotFoundError")
     code = f"import torch, {name}; {code}"
