@@ -1852,7 +1852,7 @@ def test_lora_argument_keeps_the_colons_of_a_path(monkeypatch, text):
 
 def test_loras_are_used_said_and_recorded(place, fakes, capsys):
     for name in "ab":
-        save_file({"w": torch.zeros(1)}, f"{name}.safetensors")
+        save_file({"w.diff": torch.zeros(1)}, f"{name}.safetensors")
     sample.main(["photo.png", "-o", "a.mp4", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors"])
     lines = capsys.readouterr().out.splitlines()
     first = lines.index("a.safetensors at 0.5: used")
@@ -1864,7 +1864,7 @@ def test_loras_are_used_said_and_recorded(place, fakes, capsys):
 
 def test_a_lora_that_is_broken_or_missing_is_found_before_the_first_network(place, fakes, capsys):
     save_file({"w": torch.zeros(1)}, "demo/dit.safetensors", {"needs_lora": "mine.safetensors"})
-    save_file({"w": torch.zeros(1)}, "renamed.safetensors", {"lora_id": "mine.safetensors"})
+    save_file({"w.diff": torch.zeros(1)}, "renamed.safetensors", {"lora_id": "mine.safetensors"})
     Path("broken.safetensors").write_text("this is not a LoRA\n" * 9)
     arguments = ["photo.png", "-o", "a.mp4", "--frames", "1", "--size", "64x64"]
     for loras, error in (([], "give --lora mine.safetensors"),
@@ -1875,6 +1875,13 @@ def test_a_lora_that_is_broken_or_missing_is_found_before_the_first_network(plac
         assert stop.value.code == 2 and error in capsys.readouterr().err and fakes.log == []
     sample.main([*arguments, "--lora", "renamed.safetensors"])
     assert "dit" in fakes.log
+
+
+def test_a_lora_that_is_none_is_said_before_a_network_is_loaded(place, fakes, capsys):
+    save_file({"blocks.0.ffn.0.weight": torch.ones(2, 2)}, place / "model.safetensors")
+    with pytest.raises(SystemExit):
+        sample.main(["photo.png", "--lora", "model.safetensors"])
+    assert "is no part of a LoRA" in capsys.readouterr().err and not fakes.log
 
 
 def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys):

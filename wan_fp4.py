@@ -869,8 +869,10 @@ def load_dit(path, device="cpu", dtype=None, loras=()):
 
 
 def check_loras(path, metadata, loras):
-    """Raises ValueError for a LoRA that is no safetensors file, and if the DiT at `path`, by its header's
-    metadata, needs a LoRA that is not among these. Reads headers only."""
+    """Raises ValueError for a file that is no LoRA, and if the DiT at `path`, by its header's metadata, needs
+    a LoRA that is not among these. What is mapped here is not read."""
+    for file, _ in loras:
+        read_lora(file)
     given = {(read_header(file)[0].get("lora_id"), strength) for file, strength in loras
              if Path(file).suffix != ".pth"}
     needed = metadata.get("needs_lora")  # see convert.py, --lora-mode absorb
