@@ -1318,6 +1318,8 @@ def _run(args, command):
     begin = time.monotonic()
     source, out = Source(args.input), _output(args)
     _check_output(out, source.files)
+    if args.plot:
+        _check_output(args.plot, [*source.files, out])
     _check_flags(args)
     calibration = _calibration(args, source) if args.calib else None
     made = {"quantization_command": command,
@@ -1338,6 +1340,9 @@ def _run(args, command):
         print(f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {_gib(size)}")
     if args.print_flags:
         print(flags(formats))
+        others = {name for name in formats if not BLOCK_WEIGHT.fullmatch(name)}
+        if beyond := sorted(name for name in others if formats[name] == "nvfp4"):
+            print(f"(convert_to_quant has one custom type and would keep, not NVFP4: {', '.join(beyond)})")
     if args.plot:
         args.plot.write_text(plan_svg(formats))
     if args.dry_run:

@@ -2508,6 +2508,16 @@ def test_the_map_and_the_plot_show_every_layer(tmp_path, capsys):
     assert tags.count("title") == 10 and tags.count("rect") == 10 + 3
 
 
+def test_what_the_other_tool_s_flags_cannot_say_is_said(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "m.safetensors")
+    own = ["--custom-type", "nvfp4", "--custom-layers", "text_embedding"]
+    convert.main(["-i", source, *own, "--dry-run", "--print-flags"])
+    assert "would keep, not NVFP4: text_embedding.0.weight" in capsys.readouterr().out
+    convert.main(["-i", source, "--nvfp4", "--dry-run", "--print-flags"])
+    assert "would keep" not in capsys.readouterr().out
+    assert "folder is missing" in refused(capsys, "-i", source, "--plot", tmp_path / "no" / "p.svg")
+
+
 # Rounding with a Hessian
 
 def correlated(width, rows=160):
