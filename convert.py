@@ -640,10 +640,10 @@ class Calibration:
         for path in images:
             image, caption = sample.read_image(path), Path(path).with_suffix(".txt")
             prompt = caption.read_text() if caption.exists() else source.metadata.get("prompt", "")
-            text = sample.encode_text(files["text-encoder"], [prompt.strip()], self.device)[0]
-            tokens = sample.encode_picture(files["clip"], image, self.device)
+            text, = sample.encode_text(files["text-encoder"], [prompt.strip()], self.device)
+            tokens, = sample.encode_pictures(files["clip"], [image], self.device)
             small = sample.resize(image, *sample.fit_size(image.shape[2], image.shape[1], area))
-            y = sample.encode_first_frame(files["vae"], small, frames, self.device)
+            y, = sample.encode_first_frames(files["vae"], [small], frames, self.device)
             cfg = self.dit.cfg
             if (text.shape[2], tokens.shape[2]) != (cfg.text_dim, cfg.image_dim):
                 raise Refusal(f"--calib: {files['text-encoder']} and {files['clip']} give features of width "

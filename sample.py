@@ -25,6 +25,7 @@ h / 8, w / 8; L text tokens; D width of a network.
 import argparse
 import ctypes
 import gc
+import itertools
 import math
 import os
 import re
@@ -35,7 +36,6 @@ import warnings
 from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 
 if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
@@ -305,16 +305,9 @@ CONTAINERS = {".mp4": ("mp4", "libx264", "yuv420p", {}, {"crf": "18"}),
               ".webp": ("webp", "libwebp_anim", "bgra", {"loop": "0"}, {"quality": "90"})}
 
 
-@contextmanager
-def open_video(path, width, height, metadata=None):
-    """A context that gives write(frame), for uint8 frames (h, w, 3) at 16 fps.
-
-    The extension decides: .mp4 (H.264), .gif, .webp; none, or a / at the end, is a folder of 0000.png and so
-    on. The video is written to a hidden file beside the path. It is opened at once, so that a bad path fails
-    before the work; it gets its name when the context ends, and is removed if that fails. metadata: title,
-    comment and the like, for mp4. Raises ValueError for an unknown extension or a folder in use, OSError for
-    a bad path.
-    """
+def check_video(path):
+    """A video's path -> the path, absolute, and its extension, "" for a folder of png. Raises ValueError for
+    an unknown extension or a folder in use, OSError for a path that cannot be written."""
     kind = "" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
     path = Path(path).absolute()
     if kind and kind not in CONTAINERS:
@@ -326,7 +319,20 @@ def open_video(path, width, height, metadata=None):
         raise ValueError(f"{path}: is a folder{'' if kind else ' that has files in it'}: give another name")
     if path.is_file() and not kind:
         raise ValueError(f"{path}: is a file, expected a folder or a new name")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent}: may not be written to")
+    return path, kind
 
+
+@contextmanager
+def open_video(path, width, height, metadata=None):
+    """A context that gives write(frame), for uint8 frames (h, w, 3) at 16 fps.
+
+    The extension decides: .mp4 (H.264), .gif, .webp; none, or a / at the end, is a folder of 0000.png and so
+    on. The video is written to a hidden file beside the path; it gets its name when the context ends, and is
+    removed if that fails. metadata: title, comment and the like, for mp4. Raises what check_video raises.
+    """
+    path, kind = check_video(path)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         writer = write_container(hidden, width, height, kind, metadata) if kind else write_folder(hidden)
@@ -404,12 +410,12 @@ def write_folder(path):
     yield write
 
 
-def free_name(image, prompt, seed):
-    """A name in the current folder, safe on every system and not taken: photo-pan-left-seed0.mp4."""
+def free_name(image, prompt, seed, folder="", taken=()):
+    """A name in the folder, safe on every system and not taken: photo-pan-left-seed0.mp4."""
     words = re.sub("[^A-Za-z0-9]+", "-", f"{Path(image).stem} {prompt}")[:60].strip("-")
     name = f"{words}-seed{seed}".lstrip("-")
-    names = (f"{name}-{i}.mp4" if i else f"{name}.mp4" for i in count())
-    return next(name for name in names if not Path(name).exists())
+    names = (os.path.join(folder, f"{name}-{i}.mp4" if i else f"{name}.mp4") for i in itertools.count())
+    return next(name for name in names if not Path(name).exists() and name not in taken)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -428,7 +434,7 @@ def stage(name, seconds, device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
 
 
 def check_frames(frames):
@@ -445,40 +451,39 @@ def encode_text(path, prompts, device):
     return [umt5(x, torch.ones_like(x)) for x in ids]
 
 
-def encode_picture(path, image, device):
-    """(3, h, w) in [0, 1] -> CLIP tokens (1, tokens, D)."""
+def encode_pictures(path, images, device):
+    """Each (3, h, w) in [0, 1] -> CLIP tokens (1, tokens, D)."""
     clip = wan_fp4.load_clip(path, device)
-    return clip(clip_pixels(image, clip.image_size).to(device))
+    return [clip(clip_pixels(image, clip.image_size).to(device)) for image in images]
 
 
-def encode_first_frame(path, image, frames, device):
-    """(3, h, w) in [0, 1] -> y (1, 20, T, H, W)."""
+def encode_first_frames(path, images, frames, device):
+    """Each (3, h, w) in [0, 1] -> y (1, 20, T, H, W)."""
     vae = wan_fp4.load_vae(path, device)
-    return image_condition(vae.encode(first_frame_video(image[None].to(device) * 2 - 1, frames)))
+    videos = (first_frame_video(image[None].to(device) * 2 - 1, frames) for image in images)
+    return [image_condition(vae.encode(video)) for video in videos]
 
 
-def sample_video(path, y, text, image, levels, sampler, cfg, seed, device, loras=()):
-    """Conditions -> latents (1, 16, T, H, W). text: features of the prompt, and of the negative."""
-    dit = wan_fp4.load_dit(path, device, loras=loras)
-    print(f"{Path(path).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
+def sample_video(dit, y, text, negative, image, levels, sampler, cfg, seed, device):
+    """Conditions -> latents (1, 16, T, H, W). text, negative: features of the prompts."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)  # (1, 16, T, H, W)
 
     def denoise(x, sigma):
         t = torch.full((1,), 1000 * sigma, device=device)
-        v = dit(x, t, text[0], image, y)
+        v = dit(x, t, text, image, y)
         if cfg == 1:
             return v
-        v_negative = dit(x, t, text[1], image, y)
+        v_negative = dit(x, t, negative, image, y)
         return v_negative + cfg * (v - v_negative)  # classifier-free guidance, arXiv 2207.12598
 
     return sample_latents(denoise, noise.to(device), levels, sampler, generator,
                           progress=lambda steps: tqdm(steps, desc="sample", unit="step"))
 
 
-def decode_video(path, latents, device):
+def decode_video(vae, latents):
     """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU."""
-    vae, frames = wan_fp4.load_vae(path, device), []
+    frames = []
     for piece in tqdm(vae.decode_chunks(latents), desc="decode", total=latents.shape[2]):
         pixels = ((piece[0] + 1) * 127.5).round().to("cpu", torch.uint8)  # (3, 4, h, w)
         frames.append(pixels.permute(1, 2, 3, 0))  # (4, h, w, 3)
@@ -486,34 +491,50 @@ def decode_video(path, latents, device):
 
 
 @torch.inference_mode()
-def generate(image, files, prompt, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0, sampler="lcm",
-             scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None, loras=(),
-             keep=None):
-    """A video from a picture: (F, h, w, 3) uint8 on the CPU.
+def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0,
+                 sampler="lcm", scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None,
+                 loras=(), keep=None):
+    """A video from each picture and prompt, one after another: (F, h, w, 3) uint8 on the CPU.
 
-    image: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS. size: (width, height) in
-    multiples of 16, to whose aspect ratio the picture is cropped; by default what fit_size gives for `area`,
+    Each network is loaded once, does its part for all, and is gone before the next.
+
+    images: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS. size: (width, height) in
+    multiples of 16, to whose aspect ratio a picture is cropped; by default what fit_size gives for `area`,
     to which it is stretched a little, as in Wan's own pipeline. seconds: a dict that gets each stage's time.
-    loras: (file, strength) pairs. keep: called with the latents before they are decoded. Raises ValueError
-    for bad settings, and what the loaders raise.
+    loras: (file, strength) pairs. keep: called with (number, latents) before they are decoded. Raises
+    ValueError for bad settings, and what the loaders raise.
     """
     check_frames(frames)
     levels = sigmas(scheduler, steps, shift)
     device, seconds = torch.device(device), {} if seconds is None else seconds
-    width, height = size or fit_size(image.shape[2], image.shape[1], area)
     with stage("text", seconds, device):
-        text = encode_text(files["text-encoder"], [prompt] if cfg == 1 else [prompt, negative], device)
+        text = encode_text(files["text-encoder"], [*prompts, *[negative] * (cfg != 1)], device)
     with stage("image", seconds, device):
-        tokens = encode_picture(files["clip"], image, device)
+        tokens = encode_pictures(files["clip"], images, device)
     with stage("encode", seconds, device):
-        first = resize(image, width, height, crop=size is not None)  # (3, height, width)
-        y = encode_first_frame(files["vae"], first, frames, device)
+        sizes = (size or fit_size(image.shape[2], image.shape[1], area) for image in images)
+        first = [resize(image, *wh, crop=size is not None) for image, wh in zip(images, sizes)]  # (3, h, w)
+        y = encode_first_frames(files["vae"], first, frames, device)
     with stage("sample", seconds, device):
-        latents = sample_video(files["dit"], y, text, tokens, levels, sampler, cfg, seed, device, loras)
-    if keep:
-        keep(latents)
+        dit, latents = wan_fp4.load_dit(files["dit"], device, loras=loras), []
+        print(f"{Path(files['dit']).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
+        for i in range(len(images)):
+            z = sample_video(dit, y[i], text[i], text[-1], tokens[i], levels, sampler, cfg, seed, device)
+            latents.append(z.cpu())
+            if keep:
+                keep(i, latents[i])
+        del dit
     with stage("decode", seconds, device):
-        return decode_video(files["vae"], latents, device)
+        vae = wan_fp4.load_vae(files["vae"], device)
+    for z in latents:
+        with stage("decode", seconds, device):
+            video = decode_video(vae, z.to(device))
+        yield video
+
+
+def generate(image, files, prompt, *settings, **named):
+    """One video, as generate_all makes it."""
+    return next(generate_all([image], files, [prompt], *settings, **named))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -663,9 +684,44 @@ def decode_saved(path, files, output, device):
         latents = file.get_tensor("latents")
     _, _, t, h, w = latents.shape
     with open_video(output, 8 * w, 8 * h, about) as write, torch.inference_mode():
-        for frame in decode_video(files["vae"], latents.to(device), device):
+        for frame in decode_video(wan_fp4.load_vae(files["vae"], device), latents.to(device)):
             write(frame)
     print(f"{output}: {8 * w}x{8 * h}, {4 * t - 3} frames")
+
+
+def pairs(images, prompts):
+    """[(picture, prompt)], a video each: as many of both, or one of either for all of the other. Raises
+    ValueError for other numbers."""
+    if len(images) == 1 or len(prompts) == 1:
+        return list(itertools.product(images, prompts))
+    if len(images) != len(prompts):
+        raise ValueError(f"got {len(images)} pictures and {len(prompts)} prompts, expected as many of both, "
+                         f"or one of either")
+    return list(zip(images, prompts))
+
+
+def read_prompts(path):
+    """A prompt from each line of a text file that is not empty."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompt-file {path}: got no line of text, expected a prompt a line")
+    return prompts
+
+
+def name_outputs(jobs, output, seed):
+    """The videos' paths: `output` or a free name; for several, free names in the folder `output`."""
+    if len(jobs) == 1:
+        image = jobs[0][0]
+        if output and Path(output).exists() and Path(output).samefile(image):
+            raise ValueError(f"-o {output}: is the picture itself: give another name")
+        return [output or free_name(*jobs[0], seed)]
+    if output and not Path(output).is_dir():
+        raise ValueError(f"-o {output}: {len(jobs)} videos go into a folder: give one that is there")
+    names = []
+    for image, prompt in jobs:
+        names.append(free_name(image, prompt, seed, output or "", names))
+    return names
 
 
 def run(args):
@@ -674,46 +730,54 @@ def run(args):
     files, demo = find_files({flag: getattr(args, flag.replace("-", "_")) for flag in NETWORKS}, args.models)
     if args.decode:
         return decode_saved(args.decode, files, args.output, device)
-    image = read_image(args.image)
     own = wan_fp4.read_header(files["dit"])[0] if files["dit"].suffix == ".safetensors" else {}
     wan_fp4.check_loras(files["dit"], own, args.lora)
     frames = args.frames if args.frames is not None else int(own.get("frames", FRAMES))
-    prompt = args.prompt if args.prompt is not None else own.get("prompt", "")
     area = int(own.get("area", AREA))
+    prompt = args.prompt if args.prompt is not None else own.get("prompt", "")
+    jobs = pairs(args.image, read_prompts(args.prompt_file) if args.prompt_file else [prompt])
+    pictures = {path: read_image(path) for path in args.image}
     check_frames(frames)
     sigmas(args.scheduler, args.steps, args.shift)
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed {args.seed}: expected 0 to 2**63 - 1")
-    output = args.output or free_name(args.image, prompt, args.seed)
-    if Path(output).exists() and Path(output).samefile(args.image):
-        raise ValueError(f"-o {output}: is the picture itself: give another name")
+    outputs = name_outputs(jobs, args.output, args.seed)
+    for output in outputs:
+        check_video(output)
 
-    width, height = args.size or fit_size(image.shape[2], image.shape[1], area)
     recipe = (f"seed {args.seed}, {args.steps} steps, sampler {args.sampler}, scheduler {args.scheduler}, "
               f"shift {args.shift:g}, cfg {args.cfg:g}")
     negative = f"negative: {args.negative}; " if args.cfg != 1 else ""
     used = "".join(f", {path.name} at {strength:g}" for path, strength in args.lora)
-    made = f"{files['dit'].name}{used}; {width}x{height}, {frames} frames; torch {torch.__version__}"
-    about = {"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {made}"}
-    seconds, start = {}, time.perf_counter()
-    kept = Path(str(output).rstrip("/" + os.sep) + LATENTS)  # until the video is there
-    with open_video(output, width, height, about) as write:
-        if demo:
-            real = ", ".join("/".join(("models", *NETWORKS[flag][:2])) for flag in NETWORKS)
-            print("sample.py: this is the demo model, tiny and embedded. For the real one put Wan 2.1's "
-                  f"files, or ComfyUI's, here: {real}", file=sys.stderr)
-        print(f"{args.image}: {image.shape[2]}x{image.shape[1]} -> {frames} frames of {width}x{height}\n"
+    sizes, about = [], []
+    if demo:
+        real = ", ".join("/".join(("models", *NETWORKS[flag][:2])) for flag in NETWORKS)
+        print("sample.py: this is the demo model, tiny and embedded. For the real one put Wan 2.1's files, "
+              f"or ComfyUI's, here: {real}", file=sys.stderr)
+    for path, prompt in jobs:
+        height, width = pictures[path].shape[1:]
+        w, h = args.size or fit_size(width, height, area)
+        made = f"{files['dit'].name}{used}; {w}x{h}, {frames} frames; torch {torch.__version__}"
+        sizes.append((w, h))
+        about.append({"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {made}"})
+        print(f"{path}: {width}x{height} -> {frames} frames of {w}x{h}\n"
               f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
-        video = generate(image, files, prompt, frames, args.size, area, args.steps, args.shift, args.sampler,
-                         args.scheduler, args.cfg, args.negative, args.seed, device, seconds, args.lora,
-                         lambda latents: save_latents(kept, latents, about))
-        with stage("write", seconds, device):
+
+    seconds, start = {}, time.perf_counter()
+    kept = [Path(str(output).rstrip("/" + os.sep) + LATENTS) for output in outputs]  # until the video is
+    videos = generate_all(
+        [pictures[path] for path, _ in jobs], files, [prompt for _, prompt in jobs], frames, args.size, area,
+        args.steps, args.shift, args.sampler, args.scheduler, args.cfg, args.negative, args.seed, device,
+        seconds, args.lora, lambda i, latents: save_latents(kept[i], latents, about[i]))
+    for i, video in enumerate(videos):
+        with stage("write", seconds, device), open_video(outputs[i], *sizes[i], about[i]) as write:
             for frame in video:
                 write(frame)
-    kept.unlink()
+        kept[i].unlink()
     print(f"seconds: {', '.join(f'{name} {s:.1f}' for name, s in seconds.items())}; "
-          f"in all {time.perf_counter() - start:.1f}\npeak memory: {peak_memory(device)}\n"
-          f"{output}: {width}x{height}, {frames} frames, seed {args.seed}")
+          f"in all {time.perf_counter() - start:.1f}\npeak memory: {peak_memory(device)}")
+    for output, (w, h) in zip(outputs, sizes):
+        print(f"{output}: {w}x{h}, {frames} frames, seed {args.seed}")
 
 
 def main(argv=None):
@@ -722,10 +786,13 @@ def main(argv=None):
         prog="sample.py", description="A video from a picture, by Wan2.1 image-to-video. The defaults are "
         "the distilled model's recipe; the base model wants --steps 40 --cfg 5 and a --negative prompt.")
     add = parser.add_argument
-    add("image", nargs="?", help="png, jpg or webp; transparency becomes white")
+    add("image", nargs="*", help="png, jpg or webp; transparency becomes white. Several: a video of each, "
+        "and every network is loaded once")
     add("--prompt", help="what happens in the video (default: the model file's own, if it has one)")
+    add("--prompt-file", metavar="FILE", help="a prompt a line: for each picture its own, or all for one")
     add("-o", "--output", help="OUT.mp4, .gif or .webp, replaced if it exists; a name without extension: a "
-        "folder of png (default: a new name in the current folder, from image, prompt and seed)")
+        "folder of png; for several videos: the folder for them (default: a new name in the current folder, "
+        "from image, prompt and seed)")
     add("--models", help="folder in ComfyUI's layout: diffusion_models/, text_encoders/, clip_vision/, vae/ "
         "(default: models/ beside this script; without it, the embedded demo model)")
     for flag in NETWORKS:
@@ -757,7 +824,7 @@ def main(argv=None):
     try:
         if args.check:
             raise SystemExit(0 if check(check_device(args.device)) else 1)
-        if args.image is None and not args.decode:
+        if not args.image and not args.decode:
             fail("the following arguments are required: image")
         run(args)
     except KeyboardInterrupt:

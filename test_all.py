@@ -1884,6 +1884,38 @@ def test_a_lora_that_is_none_is_said_before_a_network_is_loaded(place, fakes, ca
     assert "is no part of a LoRA" in capsys.readouterr().err and not fakes.log
 
 
+def test_several_pictures_cost_one_load_each_network(place, fakes, capsys):
+    """And each video is the one that a run of its own makes."""
+    shutil.copy("photo.png", "other.png")
+    for image, prompt in (("photo.png", "zoom in"), ("other.png", "pan left")):
+        sample.main([image, "--prompt", prompt, "-o", f"{image}.{prompt}.mp4"])
+    fakes.log.clear()
+    Path("prompts.txt").write_text("zoom in\n\n pan left \n")
+    Path("out").mkdir()
+    sample.main(["photo.png", "other.png", "--prompt-file", "prompts.txt", "-o", "out"])
+    assert fakes.log == ["umt5", "clip", "vae", "dit", "vae"]
+    assert sorted(os.listdir("out")) == ["other-pan-left-seed0.mp4", "photo-zoom-in-seed0.mp4"]
+    for image, prompt, name in (("photo.png", "zoom in", "photo-zoom-in-seed0.mp4"),
+                                ("other.png", "pan left", "other-pan-left-seed0.mp4")):
+        a, b = decode(place / f"{image}.{prompt}.mp4"), decode(place / "out" / name)
+        assert np.array_equal(a[0], b[0]) and a[3]["title"] == b[3]["title"]
+    sample.main(["photo.png", "--prompt-file", "prompts.txt"])
+    assert Path("photo-zoom-in-seed0.mp4").exists() and Path("photo-pan-left-seed0.mp4").exists()
+
+
+def test_pictures_and_prompts_that_are_refused(place, fakes, capsys):
+    Path("three.txt").write_text("a\nb\nc\n")
+    Path("empty.txt").write_text(" \n")
+    two = ["photo.png", "photo.png"]
+    for arguments, error in (([*two, "--prompt-file", "three.txt"], "2 pictures and 3 prompts"),
+                             (["photo.png", "--prompt-file", "empty.txt"], "expected a prompt a line"),
+                             (["photo.png", "--prompt-file", "lost.txt"], "lost.txt"),
+                             ([*two, "-o", "a.mp4"], "2 videos go into a folder")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main(arguments)
+        assert stop.value.code == 2 and error in capsys.readouterr().err and not fakes.log
+
+
 def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys):
     """Hours of sampling are not lost: --decode makes the video that the run would have made."""
     sample.main(["photo.png", "-o", "whole.mp4"])
@@ -2663,8 +2695,11 @@ def small_dit(tmp_path_factory):
     text = wan_fp4.load_umt5(demo / "umt5.safetensors").cfg.dim
     image = wan_fp4.load_clip(demo / "clip.safetensors").cfg.dim
     cfg = wan_fp4.DiTConfig(dim=64, ffn_dim=96, layers=2, head_dim=32, text_dim=text, image_dim=image)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tensors = wan_fp4.WanDiT(cfg).state_dict()
     tensors = {name: (tensor + 0.1 * torch.randn(tensor.shape, generator=g)).bfloat16()
-               for name, tensor in wan_fp4.WanDiT(cfg).state_dict().items()}
+               for name, tensor in tensors.items()}
     return write_checkpoint(tmp_path_factory.mktemp("dit") / "m.safetensors", tensors, head_dim="32",
                             frames="5", area="1536", prompt="zoom in")
 
@@ -2759,7 +2794,7 @@ def test_calibrated_rounding_makes_a_video_nearer_to_the_plain_model(small_dit, 
         v = wan_fp4.load_dit(small_dit if flags is None else out)(x, torch.tensor([850.0]), *rest)
         expected = v if expected is None else expected
         errors.append((v - expected).square().mean().item())
-    assert errors[2] < errors[1] and errors[3] < 0.5 * errors[2]
+    assert errors[3] < 0.5 * min(errors[1:3])
 
 
 def test_static_input_scale_is_the_largest_input_with_headroom(small_dit, tmp_path):

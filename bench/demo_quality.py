@@ -39,8 +39,8 @@ def conditions(area, frames):
     for name, window in VIEWS.items():
         side = round(area ** 0.5)
         photo = train.render(train.load_photo(name), "still", 1, side, side, window)[:, 0]
-        found.append((sample.encode_first_frame(demo / "vae.safetensors", photo, frames, "cpu"),
-                      sample.encode_picture(demo / "clip.safetensors", photo, "cpu")))
+        found.append((*sample.encode_first_frames(demo / "vae.safetensors", [photo], frames, "cpu"),
+                      *sample.encode_pictures(demo / "clip.safetensors", [photo], "cpu")))
     return found
 
 
