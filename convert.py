@@ -895,31 +895,24 @@ class Journal:
         self.path.unlink()
 
 
-def in_order(pool, work, items, ahead):
-    """work(item) for each item, in order, by the pool's threads, which run at most `ahead` items ahead."""
-    futures = deque()
+def in_order(work, items, device="cpu"):
+    """Yields (item, work(item)) in order, computed in threads that run a little ahead. On a CPU the threads
+    share out torch's own: one weight on one core, so that they do not wait for each other."""
+    threads, futures = torch.get_num_threads(), deque()
+    count = min(4, threads) if torch.device(device).type == "cpu" else 2
+    torch.set_num_threads(max(1, threads // count))
+    pool = ThreadPoolExecutor(count)
     try:
         for item in items:
-            futures.append(pool.submit(work, item))
-            if len(futures) > ahead:
-                yield futures.popleft().result()
+            futures.append((item, pool.submit(work, item)))
+            if len(futures) > count:
+                item, future = futures.popleft()
+                yield item, future.result()
         while futures:
-            yield futures.popleft().result()
+            item, future = futures.popleft()
+            yield item, future.result()
     finally:
-        for future in futures:
-            future.cancel()
-
-
-@contextmanager
-def workers(device):
-    """Threads that each take a weight, and their number. On a CPU they share out torch's own threads."""
-    threads = torch.get_num_threads()
-    count = min(4, threads) if torch.device(device).type == "cpu" else 2
-    torch.set_num_threads(max(1, threads // count))  # one weight on one core: no waiting for each other
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool, count
-    finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
@@ -997,13 +990,13 @@ def convert(source, formats, out, how=Settings(), made=None, lora_file=None, cal
 
     journal, quality = Journal(outputs, resume), {}
     try:
-        with workers(device) as (pool, ahead), _progress(source, formats) as progress:
+        with _progress(source, formats) as progress:
             for names, seen in zip(groups, stages):
                 def work(name):
                     return None if name in journal.done else _round(
                         source, name, formats.get(name, "bf16"), how, seen.get(name), device)
 
-                for name, result in zip(names, in_order(pool, work, names, ahead)):
+                for name, result in in_order(work, names, device):
                     fmt, layer = formats.get(name, "bf16"), name.removesuffix(".weight")
                     if result:
                         tensors, lora, quality[name] = result
@@ -1262,9 +1255,8 @@ def _calibration(args, source):
 
 def _analyse(source, names):
     """{name: score} in one streaming pass."""
-    with workers("cpu") as (pool, ahead):
-        done = in_order(pool, lambda name: sensitivity(source.tensor(name)), names, ahead)
-        return score(dict(zip(names, tqdm(done, total=len(names), desc="analysing", disable=None))))
+    done = in_order(lambda name: sensitivity(source.tensor(name)), names)
+    return score(dict(tqdm(done, total=len(names), desc="analysing", disable=None)))
 
 
 def _choose(args, source, calibration, made):
@@ -1291,9 +1283,8 @@ def _choose(args, source, calibration, made):
                     errors[name] = output_errors(source.tensor(name).to(rows.device), rows)
                     progress.update()
     else:
-        with workers("cpu") as (pool, ahead):
-            done = in_order(pool, lambda name: weight_errors(source.tensor(name)), names, ahead)
-            errors = dict(zip(names, tqdm(done, total=len(names), desc="measuring", disable=None)))
+        done = in_order(lambda name: weight_errors(source.tensor(name)), names)
+        errors = dict(tqdm(done, total=len(names), desc="measuring", disable=None))
     sizes = {name: stored_bytes(source.shapes[name], source.dtypes[name]) for name in names}
     size = args.size or _file_size(source, by_score, made)
     smallest = _file_size(source, dict.fromkeys(names, "nvfp4"), made)
