@@ -58,8 +58,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
 BLOCK = {"mxfp8": quant.MXFP8_BLOCK, "nvfp4": quant.NVFP4_BLOCK}
-
-
 DIFFUSERS = re.compile(r"attn[12]\.|ffn\.net\.|norm2\.|condition_embedder\.|scale_shift_table|proj_out\.")
 
 
@@ -320,7 +318,7 @@ def flags(formats):
     groups = {"mxfp8": {}, "bf16": {}, "nvfp4": {}}
     for name, fmt in formats.items():
         match = BLOCK_WEIGHT.fullmatch(name)
-        groups[fmt].setdefault(match[2] if match else name, []).append(match and match[1])
+        groups[fmt].setdefault(_kind(name), []).append(match and match[1])
 
     def regex(kinds):
         return "|".join(rf"blocks\.({'|'.join(sorted(blocks, key=int))})\.{re.escape(kind)}\.weight"
@@ -1331,8 +1329,7 @@ def _run(args, command):
         print(f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {_gib(size)}")
     if args.print_flags:
         print(flags(formats))
-        others = {name for name in formats if not BLOCK_WEIGHT.fullmatch(name)}
-        if beyond := sorted(name for name in others if formats[name] == "nvfp4"):
+        if beyond := sorted(n for n, fmt in formats.items() if fmt == "nvfp4" and OPTIONAL.fullmatch(n)):
             print(f"(convert_to_quant has one custom type and would keep, not NVFP4: {', '.join(beyond)})")
     if args.plot:
         args.plot.write_text(plan_svg(formats))

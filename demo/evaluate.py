@@ -11,6 +11,7 @@ Six views of the two held-out photos, nine moves each, against the true camera m
 With --work, train.py's folder, the bf16 model and the undistilled one in forty steps stand beside it.
 """
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ VIEWS = [*(("chelsea", (x, 150, 200)) for x in (160, 235, 310)),  # centre and w
          *(("flower", (x, 215, 260)) for x in (200, 320, 440))]
 
 
+@functools.cache  # the same for every model
 def truth_of(name, window):
     """The nine true moves (9, 3, F, h, w) in [-1, 1], and masks (9, h, w) of where the last frames show what
     the first one showed."""
