@@ -541,12 +541,53 @@ def generate(image, files, prompt, *settings, **named):
 # The command line
 # ----------------------------------------------------------------------------------------------------
 
-# by flag: the folder as in ComfyUI, the file, and the demo's file
-NETWORKS = {"dit": ("diffusion_models", "wan2.1_i2v_480p_14B_bf16.safetensors", "dit.safetensors"),
-            "text-encoder": ("text_encoders", "models_t5_umt5-xxl-enc-bf16.pth", "umt5.safetensors"),
-            "clip": ("clip_vision", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-                     "clip.safetensors"),
-            "vae": ("vae", "wan_2.1_vae.safetensors", "vae.safetensors")}
+# by flag: the demo's file; a file to download and its size; and a tensor that tells the network from any
+# other, by its official name and by that in diffusers or transformers
+NETWORKS = {
+    "dit": ("dit.safetensors", "diffusion_models/wan2.1_i2v_480p_14B_bf16.safetensors", "32.8 GB",
+            ("img_emb.proj.1.weight", "condition_embedder.image_embedder.ff.net.0.proj.weight")),
+    "text-encoder": ("umt5.safetensors", "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "6.74 GB",
+                     ("blocks.1.pos_embedding.embedding.weight",
+                      "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight")),
+    "clip": ("clip.safetensors", "clip_vision/clip_vision_h.safetensors", "1.26 GB",
+             ("transformer.0.attn.to_qkv.weight", "vision_model.encoder.layers.0.self_attn.q_proj.weight")),
+    "vae": ("vae.safetensors", "vae/wan_2.1_vae.safetensors", "254 MB",
+            ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"))}
+
+
+def scan(folder):
+    """The networks anywhere in a folder, {flag: [path, ...]}, told by their tensors, not by name: so
+    ComfyUI's layout, Wan's own, diffusers' and a flat one are all found. And the files that are broken."""
+    paths = (Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(p for p in paths if p.name.endswith((".safetensors", ".pth", ".index.json")))
+    found, broken, sharded = {flag: [] for flag in NETWORKS}, [], set()
+    for path in sorted(paths, key=lambda p: p.suffix != ".json"):  # an index stands for its shards
+        if path in sharded:
+            continue
+        try:
+            if path.suffix == ".json":
+                sharded |= set(wan_fp4.shards(path))
+            names = wan_fp4.tensor_names(path)
+        except (ValueError, OSError) as error:
+            broken.append(str(error))
+            continue
+        for flag, (*_, signs) in NETWORKS.items():
+            if names.intersection(signs):
+                found[flag].append(path)
+    return found, broken
+
+
+def downloads(flags, folder):
+    """The commands that bring these networks into a folder, a line each."""
+    lines = []
+    for flag in flags:
+        _, file, size, _ = NETWORKS[flag]
+        lines.append(f"    hf download Comfy-Org/Wan_2.1_ComfyUI_repackaged split_files/{file} "
+                     f"--local-dir {folder}  # {size}")
+        if flag == "dit":  # that is the base model
+            lines.append("    hf download lightx2v/Wan2.1-Distill-Loras wan2.1_i2v_lora_rank64_lightx2v_4step"
+                         f".safetensors --local-dir {folder}  # 739 MB; for 4 steps, give it as --lora")
+    return "\n".join(lines)
 
 
 def find_files(named, models=None):
@@ -554,30 +595,35 @@ def find_files(named, models=None):
 
     named: {flag: path or None}. A file not named is looked for in `models`, by default the folder models/
     beside this script; the demo is taken only if nothing is named and there is no such folder. Raises
-    FileNotFoundError and ValueError for a file that is missing, not alone in its folder, or broken.
+    FileNotFoundError for a file that is missing, with the commands that download it, and ValueError for one
+    that is broken, or for two of a kind.
     """
     if models is not None and not Path(models).is_dir():
         raise FileNotFoundError(f"--models {models}: no such folder")
     folder = Path(models) if models is not None else HERE / "models"
     demo = not any(named.values()) and not folder.is_dir()
-    files = {}
-    for flag, (place, usual, tiny) in NETWORKS.items():
-        if demo or named[flag]:
-            found = [HERE / "demo" / tiny if demo else Path(named[flag])]
-            if not found[0].exists():
-                raise FileNotFoundError(f"{'' if demo else f'--{flag} '}{found[0]}: no such file")
-        else:
-            found = sorted(p for p in (folder / place).glob("*") if p.suffix in (".safetensors", ".pth"))
-            if not found:
-                raise FileNotFoundError(f"{folder / place}: no .safetensors or .pth file: put {usual} there, "
-                                        f"or give --{flag} FILE")
-            if len(found) > 1:
-                names = ", ".join(p.name for p in found)
-                raise ValueError(f"{folder / place}: {len(found)} files: {names}: choose by --{flag} FILE")
-        files[flag] = found[0]
-        for file in wan_fp4.shards(files[flag]):
+    files = {flag: HERE / "demo" / NETWORKS[flag][0] if demo else path and Path(path)
+             for flag, path in named.items()}
+    for flag, path in files.items():
+        if path and not path.exists():
+            raise FileNotFoundError(f"{'' if demo else f'--{flag} '}{path}: no such file")
+        for file in wan_fp4.shards(path) if path else ():
             if file.suffix == ".safetensors":
                 wan_fp4.read_header(file)  # a broken download shows now, not after the text encoder
+    wanted = [flag for flag, path in files.items() if not path]
+    found, broken = scan(folder) if wanted else ({}, [])
+    missing = [flag for flag in wanted if not found[flag]]
+    if missing:
+        also = f"; not readable: {'; '.join(broken)}" if broken else ""
+        raise FileNotFoundError(f"{folder}: got no file of Wan2.1 I2V's {', '.join(missing)} network{also}: "
+                                f"name it by --{' FILE, --'.join(missing)} FILE, or get it:\n"
+                                f"{downloads(missing, folder)}")
+    for flag in wanted:
+        if len(found[flag]) > 1:
+            paths = ", ".join(str(path.relative_to(folder)) for path in found[flag])
+            raise ValueError(f"{folder}: {len(found[flag])} files of the {flag} network: {paths}: choose by "
+                             f"--{flag} FILE")
+        files[flag] = found[flag][0]
     return files, demo
 
 
@@ -727,7 +773,8 @@ def name_outputs(jobs, output, seed):
 def run(args):
     """Everything that can be wrong with the arguments is found before the first network is loaded."""
     device = check_device(args.device)
-    files, demo = find_files({flag: getattr(args, flag.replace("-", "_")) for flag in NETWORKS}, args.models)
+    needed = ["vae"] if args.decode else NETWORKS
+    files, demo = find_files({flag: getattr(args, flag.replace("-", "_")) for flag in needed}, args.models)
     if args.decode:
         return decode_saved(args.decode, files, args.output, device)
     own = wan_fp4.read_header(files["dit"])[0] if files["dit"].suffix == ".safetensors" else {}
@@ -751,9 +798,8 @@ def run(args):
     used = "".join(f", {path.name} at {strength:g}" for path, strength in args.lora)
     sizes, about = [], []
     if demo:
-        real = ", ".join("/".join(("models", *NETWORKS[flag][:2])) for flag in NETWORKS)
-        print("sample.py: this is the demo model, tiny and embedded. For the real one put Wan 2.1's files, "
-              f"or ComfyUI's, here: {real}", file=sys.stderr)
+        print("sample.py: this is the demo model, tiny and embedded. For the real one make a folder models/: "
+              "the next run says what to download into it (41 GB).", file=sys.stderr)
     for path, prompt in jobs:
         height, width = pictures[path].shape[1:]
         w, h = args.size or fit_size(width, height, area)
@@ -793,8 +839,8 @@ def main(argv=None):
     add("-o", "--output", help="OUT.mp4, .gif or .webp, replaced if it exists; a name without extension: a "
         "folder of png; for several videos: the folder for them (default: a new name in the current folder, "
         "from image, prompt and seed)")
-    add("--models", help="folder in ComfyUI's layout: diffusion_models/, text_encoders/, clip_vision/, vae/ "
-        "(default: models/ beside this script; without it, the embedded demo model)")
+    add("--models", metavar="DIR", help="folder that has the four networks, as ComfyUI, Wan or diffusers "
+        "keep them, or flat (default: models/ beside this script; without it, the embedded demo model)")
     for flag in NETWORKS:
         add(f"--{flag}", metavar="FILE", help="instead of the one in the models folder")
     add("--lora", type=parse_lora, action="append", default=[], metavar="FILE[:STRENGTH]",

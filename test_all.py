@@ -1700,7 +1700,7 @@ def place(tmp_path, monkeypatch, spiece):
 def test_demo_run(place, fakes, capsys):
     sample.main(["photo.png"])
     out, err = capsys.readouterr()
-    assert "demo model" in err and "models_t5_umt5-xxl-enc-bf16.pth" in err
+    assert "demo model" in err and "make a folder models/" in err and err.count("demo model") == 1
     assert "photo-zoom-in-seed0.mp4: 112x80, 13 frames, seed 0" in out.splitlines()[-1]
     for words in ("200x150 -> 13 frames of 112x80", "peak memory", "text ", "decode ", "'zoom in'"):
         assert words in out
@@ -1748,20 +1748,81 @@ def test_size_and_guidance(place, fakes, capsys):
     assert "1 frames of 64x96" in capsys.readouterr().out  # the nearest multiples of 16
 
 
-def test_models_folder(place, fakes, capsys):
-    for flag, (folder, usual, tiny) in sample.NETWORKS.items():
-        (place / "models" / folder).mkdir(parents=True)
-        name = Path(usual).stem + ".safetensors"  # what the fakes read, whatever the usual file is
-        (place / "models" / folder / name).write_bytes((place / "demo" / tiny).read_bytes())
+LAYOUTS = {  # where each network lies, and whether under its official names or its library's
+    "ComfyUI": {"dit": ("diffusion_models/wan/a.safetensors", 0), "clip": ("clip_vision/b.safetensors", 1),
+                "text-encoder": ("text_encoders/c.safetensors", 1), "vae": ("vae/d.safetensors", 0)},
+    "Wan": {"dit": ("diffusion_pytorch_model.safetensors.index.json", 0), "vae": ("Wan2.1_VAE.pth", 0),
+            "text-encoder": ("models_t5_umt5-xxl-enc-bf16.pth", 0), "clip": ("models_clip_open-clip.pth", 0)},
+    "diffusers": {"dit": ("transformer/diffusion_pytorch_model.safetensors.index.json", 1),
+                  "text-encoder": ("text_encoder/model.safetensors.index.json", 1),
+                  "clip": ("image_encoder/model.safetensors", 1),
+                  "vae": ("vae/diffusion_pytorch_model.safetensors", 1)},
+    "flat": {flag: (f"{flag}.safetensors", 0) for flag in sample.NETWORKS}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_models_folder(place, layout):
+    for flag, (name, naming) in LAYOUTS[layout].items():
+        path, prefix = place / "models" / name, "visual." if name.startswith("models_clip") else ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {prefix + sample.NETWORKS[flag][3][naming]: torch.zeros(1), "other": torch.zeros(1)}
+        if path.suffix == ".pth":
+            torch.save(tensors, path)
+        elif path.suffix == ".json":
+            shard = path.name.replace(".safetensors.index.json", "-00001-of-00001.safetensors")
+            save_file(tensors, path.with_name(shard))
+            path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
+        else:
+            save_file(tensors, path)
+    save_file({"blocks.0.self_attn.q.lora_down.weight": torch.zeros(1)}, place / "models" / "l.safetensors")
+    (place / "models" / "config.json").write_text("{}")
     files, demo = sample.find_files(dict.fromkeys(sample.NETWORKS))
-    assert not demo and files["vae"] == place / "models" / "vae" / "wan_2.1_vae.safetensors"
-    sample.main(["photo.png", "-o", "a.mp4"])
-    assert "demo" not in capsys.readouterr().err
-    other = place / "models" / "vae" / "other.pth"
-    other.touch()
-    with pytest.raises(ValueError, match=r"2 files: other.pth, wan_2.1_vae.safetensors: choose by --vae"):
+    assert not demo
+    assert files == {flag: place / "models" / name for flag, (name, _) in LAYOUTS[layout].items()}
+    assert sample.find_files(dict.fromkeys(sample.NETWORKS), "models")[0].keys() == files.keys()
+
+
+def models(place):
+    """A models folder whose files say what they are and hold no more: the fakes do not read them."""
+    for flag, (tiny, _, _, signs) in sample.NETWORKS.items():
+        (place / "models").mkdir(exist_ok=True)
+        more = load_file(place / "demo" / tiny)
+        save_file(more | {signs[0]: torch.zeros(1)}, place / "models" / f"{flag}.safetensors")
+
+
+def test_models_run(place, fakes, capsys):
+    models(place)
+    sample.main(["photo.png", "-o", "a.mp4", "--frames", "5", "--size", "64x48"])
+    assert "demo" not in capsys.readouterr().err and (place / "a.mp4").exists()
+
+
+def test_two_files_of_a_network(place):
+    models(place)
+    other = place / "models" / "vae" / "other.safetensors"
+    other.parent.mkdir()
+    other.write_bytes((place / "models" / "vae.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="2 files of the vae network: vae/other.safetensors, vae.safetensors:"
+                                         " choose by --vae FILE"):
         sample.find_files(dict.fromkeys(sample.NETWORKS))
     assert sample.find_files(dict.fromkeys(sample.NETWORKS) | {"vae": str(other)})[0]["vae"] == other
+
+
+def test_one_named_network_does_not_bring_the_demo(place):
+    with pytest.raises(FileNotFoundError, match="no file of Wan2.1 I2V's dit, text-encoder, clip network"):
+        sample.find_files(dict.fromkeys(sample.NETWORKS) | {"vae": "demo/vae.safetensors"})
+
+
+def test_missing_networks_come_with_commands(place, capsys):
+    models(place)
+    (place / "models" / "vae.safetensors").write_bytes(b"half a download")
+    (place / "models" / "dit.safetensors").unlink()
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["photo.png"])
+    first, *commands = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "models: got no file of Wan2.1 I2V's dit, vae network" in first
+    assert "vae.safetensors: not a safetensors file" in first and "--dit FILE, --vae FILE" in first
+    assert [c.split("#")[1].split(";")[0].strip() for c in commands] == ["32.8 GB", "739 MB", "254 MB"]
+    assert all(c.strip().startswith("hf download ") for c in commands)
 
 
 BAD = {  # arguments: what the one line says
@@ -1787,10 +1848,8 @@ BAD = {  # arguments: what the one line says
     "photo.png -o photo": None,  # a folder of png: fine
     "photo.webp -o photo.webp": "is the picture itself",
     "photo.png --models nowhere": "--models nowhere: no such folder",
-    "photo.png --models demo": "diffusion_models: no .safetensors or .pth file: put wan2.1",
     "photo.png --dit gone.safetensors": "--dit gone.safetensors: no such file",
     "photo.png --dit text.safetensors": "text.safetensors: not a safetensors file",
-    "photo.png --vae demo/vae.safetensors": "models/diffusion_models: no .safetensors",  # never the demo's
     "": "image",
 }
 

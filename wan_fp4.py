@@ -23,6 +23,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -687,19 +688,38 @@ def read_tensors(path):
     tensors, metadata = {}, {}
     for file in shards(path):
         if file.suffix == ".pth":
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: no such file")
-            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors |= read_pth(file)
             continue
         metadata |= read_header(file)[0]
         with safe_open(file, "pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
-    bare = {}
-    for name, tensor in tensors.items():
-        for prefix in ("model.diffusion_model.", "diffusion_model.", "visual."):
-            name = name.removeprefix(prefix)
-        bare[name] = tensor
-    return bare, metadata
+    return {bare_name(name): tensor for name, tensor in tensors.items()}, metadata
+
+
+def read_pth(path):
+    """The tensors of a torch file, memory-mapped. Nothing in it is run: weights only."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path}: not a file of torch weights ({str(error).splitlines()[0]}): is the "
+                         f"download complete?") from None
+
+
+def bare_name(name):
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "visual."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def tensor_names(path):
+    """The bare names of the tensors in a .safetensors or .pth file or an index .json, without reading them.
+    Raises FileNotFoundError and ValueError for a file that is missing or broken."""
+    path = Path(path)
+    files = [path] if path.suffix == ".pth" else shards(path)
+    names = (read_pth(file) if file.suffix == ".pth" else read_header(file)[1] for file in files)
+    return {bare_name(name) for stored in names for name in stored}
 
 
 # Other names than the official ones, part by part. ComfyUI's encoders have those of transformers
