@@ -981,6 +981,42 @@ def test_umt5_loads_as_transformers_saves_it(tmp_path, size, name):
     assert relative_error(wan_fp4.load_umt5(tmp_path / name)(ids, torch.ones_like(ids)), expected) < 1e-5
 
 
+def full_size(network):
+    """The library's own module with the 14B system's sizes, on the meta device."""
+    import diffusers
+    import transformers
+    with torch.device("meta"):
+        if network == "dit":
+            return diffusers.WanTransformer3DModel(
+                num_attention_heads=40, in_channels=36, ffn_dim=13824, num_layers=40, image_dim=1280,
+                added_kv_proj_dim=5120)
+        if network == "vae":
+            return diffusers.AutoencoderKLWan()
+        if network == "umt5":
+            return transformers.UMT5EncoderModel(transformers.UMT5Config(
+                vocab_size=256384, d_model=4096, d_ff=10240, num_layers=24, num_heads=64))
+        return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+            projection_dim=1024, patch_size=14, hidden_act="gelu"))
+
+
+@pytest.mark.parametrize("network, parameters", [
+    ("dit", 16_394_878_784), ("vae", 126_892_531), ("umt5", 5_680_910_336), ("clip", 611_086_080)])
+def test_every_tensor_of_the_full_size_finds_its_place(network, parameters, monkeypatch):
+    """CLIP's count is without the last block and the projection, which the DiT does not use."""
+    tensors = full_size(network).state_dict()
+    monkeypatch.setattr(wan_fp4, "read_tensors", lambda path: (dict(tensors), {}))
+    model = getattr(wan_fp4, f"load_{network}")("library.safetensors", "meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    official = {name: p for name, p in model.state_dict().items() if not name.endswith("comfy_quant")}
+    if network == "clip":  # the official file has the last block too, and a text tower
+        official |= {n.replace("transformer.30.", "transformer.31."): p for n, p in official.items()}
+        official |= {"head": torch.empty(1280, 1024, device="meta"), "textual.x": torch.empty(1)}
+    monkeypatch.setattr(wan_fp4, "read_tensors", lambda path: (official, {}))
+    again = getattr(wan_fp4, f"load_{network}")("official.safetensors", "meta")
+    assert again.cfg == model.cfg == type(model.cfg)()
+
+
 def test_umt5_loads_with_scaled_fp8_under_transformers_names(tmp_path):
     """As ComfyUI's umt5_xxl_fp8_e4m3fn_scaled: the same weights as their dequantised doubles."""
     from transformers import UMT5Config, UMT5EncoderModel
