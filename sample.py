@@ -481,10 +481,33 @@ def sample_video(dit, y, text, negative, image, levels, sampler, cfg, seed, devi
                           progress=lambda steps: tqdm(steps, desc="sample", unit="step"))
 
 
+def free_memory(device):
+    """Bytes that can still be had on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):  # not Linux: the system swaps
+        return math.inf
+
+
+def decode_tile(vae, height, width, free):
+    """The side in latents of the tiles in which a video (height, width in latents) decodes in `free` bytes;
+    None if it needs no tiles."""
+    each = 64 * 50 * vae.cfg.dims[0] * vae.dtype.itemsize  # bytes per latent at the peak, as measured
+    if each * height * width <= free:
+        return None
+    tile = max(2 * wan_fp4.OVERLAP, math.isqrt(int(free / each)))
+    print(f"decode: {each * height * width / 2**30:.1f} GiB needed, {free / 2**30:.1f} free: in tiles of "
+          f"{8 * tile} pixels")
+    return tile
+
+
 def decode_video(vae, latents):
     """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU."""
-    frames = []
-    for piece in tqdm(vae.decode_chunks(latents), desc="decode", total=latents.shape[2]):
+    frames, tile = [], decode_tile(vae, *latents.shape[3:], free_memory(latents.device))
+    for piece in tqdm(vae.decode_chunks(latents, tile), desc="decode", total=latents.shape[2]):
         pixels = ((piece[0] + 1) * 127.5).round().to("cpu", torch.uint8)  # (3, 4, h, w)
         frames.append(pixels.permute(1, 2, 3, 0))  # (4, h, w, 3)
     return torch.cat(frames)  # (F, h, w, 3)

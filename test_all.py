@@ -874,6 +874,27 @@ def test_vae_does_not_depend_on_how_the_video_is_cut():
     assert relative_error(torch.cat(parts, 2), torch.cat(whole, 2)) < 1e-5
 
 
+@pytest.mark.parametrize("length, tile", [(16, 16), (17, 16), (25, 16), (60, 32), (5, 16), (104, 40)])
+def test_tiles_cover_everything_once(length, tile):
+    total = torch.zeros(8 * length)
+    for start, stop, weight in wan_fp4.tiles(length, tile):
+        assert 0 <= start < stop <= length and stop - start <= tile
+        total[8 * start:8 * stop] += weight
+    assert (total - 1).abs().max() < 1e-6
+
+
+def test_vae_decodes_in_tiles_what_it_decodes_whole():
+    vae = wan_fp4.load_vae(REPOSITORY / "demo" / "vae.safetensors")
+    noise = torch.rand(1, 3, 5, 12, 18, generator=torch.Generator().manual_seed(0))
+    video = torch.nn.functional.interpolate(noise, (5, 192, 288), mode="trilinear")
+    z = vae.encode(video * 2 - 1)  # (1, 16, 2, 24, 36)
+    whole, tiled = vae.decode(z), list(vae.decode_chunks(z, tile=16))
+    assert [x.shape[2] for x in tiled] == [1, 4]
+    difference = torch.cat(tiled, 2) - whole  # (1, 3, 5, 192, 288)
+    assert difference[..., :56, :56].abs().max() < 1e-5  # one tile alone, far from its inner edges
+    assert difference.square().mean().sqrt() < 2 * 10 ** (-60 / 20)  # seams and all: 60 dB
+
+
 def test_vae_refuses_other_frame_counts():
     vae = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 8, 8, 8), blocks=1))
     with pytest.raises(ValueError, match="got 4 frames of 16 x 16, expected 4k"):
@@ -1682,7 +1703,7 @@ class Fakes:
             self.loaded.append(weakref.ref(module))
             module.forward = getattr(self, name, None)
             module.encode, module.decode_chunks = self.encode, self.decode_chunks
-            module.image_size = 28
+            module.image_size, module.cfg, module.dtype = 28, wan_fp4.VAEConfig(), torch.float32
             module.loras = [f"{Path(file).name} at {strength}: used" for file, strength in loras]
             return module
         return load
@@ -1701,7 +1722,7 @@ class Fakes:
         small = torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8))  # (1, 3, T, H, W)
         return torch.cat([small] + [small[:, :1]] * 13, dim=1)
 
-    def decode_chunks(self, latents):
+    def decode_chunks(self, latents, tile=None):
         for i in range(latents.shape[2]):
             piece = latents[:, :3, i:i + 1].repeat(1, 1, 4 if i else 1, 1, 1).clamp(-1, 1)
             yield piece.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
@@ -1913,6 +1934,35 @@ def test_cuda_that_is_not_there(place, fakes, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(["photo.png", "--device", "cuda"])
     assert stop.value.code == 2 and "--device cuda: " in capsys.readouterr().err and fakes.log == []
+
+
+def test_decode_takes_tiles_when_memory_is_short(capsys):
+    vae = wan_fp4.load_vae(REPOSITORY / "demo" / "vae.safetensors")
+    assert sample.decode_tile(vae, 16, 16, sample.free_memory(torch.device("cpu"))) is None
+    assert capsys.readouterr().out == ""
+    assert 16 <= sample.decode_tile(vae, 90, 160, 2**30) < 90
+    assert "GiB needed, 1.0 free: in tiles of " in capsys.readouterr().out
+    assert sample.decode_tile(vae, 90, 160, 0) == 16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
+def test_decode_takes_no_more_memory_than_it_says():
+    code = """
+import torch, sample, wan_fp4
+vae, side = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(16, 32, 64, 64))).eval(), 32
+def peak():
+    return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+with torch.inference_mode():
+    vae.decode(torch.zeros(1, 16, 2, 2, 2))
+    before = peak()
+    for piece in vae.decode_chunks(torch.zeros(1, 16, 4, side, side)):
+        del piece
+needed = peak() - before
+assert sample.decode_tile(vae, side, side, needed) is None, needed
+assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_interrupt(place, fakes, capsys):

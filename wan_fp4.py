@@ -281,8 +281,7 @@ class CausalConv3d(nn.Conv3d):
     """Convolution over (B, C, t, h, w) that sees, in time, only the present and the past."""
 
     def __init__(self, c_in, c_out, kernel):
-        super().__init__(c_in, c_out, kernel)
-        self.space = kernel[1] // 2  # spatial padding, the same on all sides
+        super().__init__(c_in, c_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x, cache):
         if self.kernel_size[0] == 1:
@@ -290,14 +289,14 @@ class CausalConv3d(nn.Conv3d):
         if self not in cache and x.shape[2] == 1:
             # The very first frame's past is zeros, so only the last temporal tap counts: a third of the work
             cache[self] = x
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.space)[:, :, None]
+            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+            return y[:, :, None]
         past = cache.get(self)
         if past is not None:
             x = torch.cat([past, x], dim=2)  # (B, C, p + t, h, w)
-        cache[self] = x[:, :, -2:]
+        cache[self] = x[:, :, -2:].clone()  # not a view, which would keep all of x
         missing = 2 - (0 if past is None else past.shape[2])  # frames of past that are zeros
-        s = self.space
-        return super().forward(F.pad(x, (s, s, s, s, missing, 0)) if missing or s else x)
+        return super().forward(F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x)
 
 
 class ChannelNorm(nn.Module):
@@ -359,7 +358,7 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         past = cache.get(self)
-        cache[self] = x[:, :, -1:]
+        cache[self] = x[:, :, -1:].clone()
         return x if past is None else self.time_conv(torch.cat([past, x], dim=2))  # (B, C, t/2, h/2, w/2)
 
 
@@ -433,11 +432,17 @@ class Decoder(nn.Module):
         self.upsamples = nn.Sequential(*layers)
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(), CausalConv3d(c, 3, (3, 3, 3)))
 
-    def forward(self, x, cache):
+    def begin(self, x, cache):
+        """The layers at the latents' size, among them the only one that looks at a whole frame."""
         x = self.conv1(x, cache)  # (B, C', t, h, w)
-        x = run_layers(self.middle, x, cache)
+        return run_layers(self.middle, x, cache)
+
+    def grow(self, x, cache):
         x = run_layers(self.upsamples, x, cache)  # (B, C, 4t, 8h, 8w)
         return run_layers(self.head, x, cache)  # (B, 3, 4t, 8h, 8w)
+
+    def forward(self, x, cache):
+        return self.grow(self.begin(x, cache), cache)
 
 
 class WanVAE(nn.Module):
@@ -464,16 +469,53 @@ class WanVAE(nn.Module):
         mean, std = latent_statistics(video.device, self.cfg.z)
         return (torch.cat(latents, dim=2)[:, :self.cfg.z].float() - mean) / std  # the rest is log-variance
 
-    def decode_chunks(self, latents):
-        """The decoded video in pieces: (B, 3, 1, h, w) for the first latent frame, then (B, 3, 4, h, w)."""
+    def decode_chunks(self, latents, tile=None):
+        """The decoded video in pieces: (B, 3, 1, h, w) for the first latent frame, then (B, 3, 4, h, w).
+
+        tile: None, or a number of latents, 2 * OVERLAP or more: squares of that side are decoded one after
+        another, so that memory is theirs, and the video is put together on the CPU. Neighbours overlap and
+        are blended; what no overlap touches is as without tiles, as attention has seen the whole frame."""
         mean, std = latent_statistics(latents.device, self.cfg.z)
         cache = {}
-        for z in chunks((latents * std + mean).to(self.dtype), 1):
-            yield self.decoder(self.conv2(z, cache), cache).float().clamp(-1, 1)
+        small = (self.decoder.begin(self.conv2(z, cache), cache)
+                 for z in chunks((latents * std + mean).to(self.dtype), 1))
+        if tile is None:
+            for x in small:
+                yield self.decoder.grow(x, cache).float().clamp(-1, 1)
+            return
+        small, (b, _, frames, h, w) = list(small), latents.shape
+        video = torch.zeros(b, 3, 4 * frames - 3, 8 * h, 8 * w)
+        for top, bottom, rows in tiles(h, tile):
+            for left, right, columns in tiles(w, tile):
+                blend, cache, at = rows[:, None] * columns, {}, 0
+                for x in small:
+                    x = self.decoder.grow(x[..., top:bottom, left:right], cache).float().cpu()
+                    place = video[:, :, at:at + x.shape[2], 8 * top:8 * bottom, 8 * left:8 * right]
+                    place += blend * x  # (B, 3, 4, 8 * tile, 8 * tile)
+                    at += x.shape[2]
+        yield from chunks(video.clamp(-1, 1), 4)
 
     def decode(self, latents):
         """Normalised latents (B, 16, T, H, W) -> video (B, 3, F, h, w) in [-1, 1], float32."""
         return torch.cat(list(self.decode_chunks(latents)), dim=2)
+
+
+OVERLAP = 8  # latents that two tiles share
+
+
+def tiles(length, tile):
+    """Cut `length` latents into overlapping tiles: [(start, stop, weight of each pixel (8 * tile,)), ...].
+    A tile's weight falls towards its edges, but not at the frame's; everywhere the weights add up to 1."""
+    last = max(0, length - tile)
+    starts = [*range(0, last, tile - OVERLAP), last]
+    pixel, weights = (torch.arange(8 * length) + 0.5) / (8 * OVERLAP), []
+    for start in starts:
+        rise = pixel - start / OVERLAP if start > 0 else torch.ones_like(pixel)
+        fall = (start + tile) / OVERLAP - pixel if start < last else torch.ones_like(pixel)
+        weights.append(rise.minimum(fall).clamp(0, 1))
+    total = sum(weights)
+    return [(start, min(start + tile, length), (weight / total)[8 * start:8 * (start + tile)])
+            for start, weight in zip(starts, weights)]
 
 
 def latent_statistics(device, z):
