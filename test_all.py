@@ -1855,7 +1855,7 @@ def fakes(monkeypatch):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, spiece):
+def place(tmp_path, tmp_path_factory, monkeypatch, spiece):
     """A checkout with a demo (headers only), a photo, and nothing else; the current folder."""
     (tmp_path / "demo").mkdir()
     for name in ("vae", "clip"):
@@ -1865,6 +1865,7 @@ def place(tmp_path, monkeypatch, spiece):
     save_file({"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)},
               tmp_path / "demo" / "umt5.safetensors")
     Image.fromarray(picture(150, 200)).save(tmp_path / "photo.png")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(sample, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -2081,6 +2082,60 @@ assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
     assert done.returncode == 0, done.stderr
 
 
+def test_a_prompt_is_encoded_once_and_then_kept(place, fakes):
+    models(place)
+    run = ["photo.png", "--frames", "5", "--size", "64x48", "--cfg", "2", "--negative", "zoom"]
+    features = []
+    for prompt, loads in (("pan left", True), ("pan left", False), ("pan right", True)):
+        fakes.log.clear()
+        sample.main([*run, "--prompt", prompt])
+        assert ("umt5" in fakes.log) == loads
+        features.append(torch.cat([fakes.dit_calls[-2][2], fakes.dit_calls[-1][2]], 1))
+    assert torch.equal(features[0], features[1])
+    assert len(fakes.prompts) == 3  # pan left, zoom, pan right
+    os.utime(place / "models" / "text-encoder.safetensors", (1, 1))  # another model, for all one knows
+    sample.main([*run, "--prompt", "pan left"])
+    assert len(fakes.prompts) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(place, fakes, monkeypatch, capsys):
+    models(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "photo.png"))
+    sample.main(["photo.png", "-o", "a.mp4", "--frames", "5"])
+    assert "features are not kept" in capsys.readouterr().err and (place / "a.mp4").exists()
+
+
+def test_a_picture_with_several_prompts_is_encoded_once(place, fakes):
+    Path("prompts.txt").write_text("pan left\npan right\npan left\n")
+    Path("out").mkdir()
+    encoded = []
+    fakes.clip = lambda pixels: encoded.append(pixels) or torch.ones(1, 5, 6)
+    sample.main(["photo.png", "--prompt-file", "prompts.txt", "-o", "out"])
+    assert len(encoded) == 1 and len(fakes.prompts) == 2 and len(os.listdir("out")) == 3
+
+
+def test_precise_steps_leave_the_first_and_last_step_unquantised(place, fakes):
+    modes = []
+    stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quant.quantize_nvfp4(torch.ones(16, 16))))
+    stored["comfy_quant"] = quant.write_marker({"format": "nvfp4"})
+    layer = quant.QuantLinear.from_tensors("layer", stored, 16, 16, mode="emulate")
+
+    class DiT(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, *rest):
+            modes.append(self.layer.mode)
+            return x
+
+    condition = torch.zeros(1, 20, 1, 2, 2)
+    for precise in (True, False):
+        sample.sample_video(DiT(), condition, None, None, None, sample.sigmas("normal", 4, 5), "lcm", 1.0, 0,
+                            "cpu", precise)
+    assert modes == ["dequantise", "emulate", "emulate", "dequantise"] + ["emulate"] * 4
+
+
 def test_interpolate_doubles_the_frames(place, fakes, flownet, bikes, capsys):
     (place / "models" / "rife").mkdir(parents=True)
     models(place)
@@ -2098,7 +2153,7 @@ def test_interpolate_with_a_missing_file(place, fakes, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(["photo.png", "--interpolate", "flownet.pkl"])
     assert stop.value.code == 2 and fakes.log == []
-    assert "--interpolate flownet.pkl: no such file, nor one of that name under" in capsys.readouterr().err
+    assert "--interpolate flownet.pkl: no such file, nor any of that name in" in capsys.readouterr().err
 
 
 def test_interrupt(place, fakes, capsys):
