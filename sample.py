@@ -423,6 +423,7 @@ def free_name(image, prompt, seed, folder="", taken=()):
 # ----------------------------------------------------------------------------------------------------
 
 AREA, FRAMES = 480 * 832, 81  # the 480P model's own; a file's header may say others
+WORKING = 34  # bytes that a DiT forward needs at its peak, per token and channel: see bench/fullsize.py
 
 
 @contextmanager
@@ -444,7 +445,25 @@ def check_frames(frames):
         raise ValueError(f"--frames {frames}: must be 4k+1; the nearest are {below} and {below + 4}")
 
 
-def encode_text(path, prompts, device, cache=None):
+def settle(network, working, device, offload=False):
+    """Put a network's blocks, so far in CPU memory, on a GPU, where `working` bytes more are needed at the
+    peak; or stream them, if not all of that fits, or with offload."""
+    if device.type == "cpu" and not offload:
+        return  # they are where they belong
+    blocks = network.blocks
+    size = sum(tensor.nbytes for tensor in itertools.chain(blocks.parameters(), blocks.buffers()))
+    free = free_memory(device)
+    stream = offload or size + working > free
+    print(f"{type(network).__name__}: blocks of {size / 2**30:.2f} GiB and {working / 2**30:.2f} to work in, "
+          f"{free / 2**30:.2f} free on {device}: "
+          f"{'streamed from CPU memory, two at a time' if stream else 'all loaded'}")
+    if stream:
+        network.blocks = wan_fp4.StreamedBlocks(blocks, device)
+    else:
+        blocks.to(device)
+
+
+def encode_text(path, prompts, device, cache=None, offload=False):
     """Features (1, L, D) of each prompt, unpadded. They are kept in the folder `cache`, by prompt and model:
     if all are there, the text encoder, the largest network after the DiT, is not loaded."""
     model = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
@@ -455,7 +474,8 @@ def encode_text(path, prompts, device, cache=None):
                 if cache and files[prompt].is_file()}
     missing = [prompt for prompt in files if prompt not in features]
     if missing:
-        tokenizer, umt5 = load_tokenizer(path), wan_fp4.load_umt5(path, device)
+        tokenizer, umt5 = load_tokenizer(path), wan_fp4.load_umt5(path, device, stream=True)
+        settle(umt5, 2**29, device, offload)
     for prompt in missing:
         ids = tokenize(tokenizer, prompt).to(device)
         features[prompt] = umt5(ids, torch.ones_like(ids))
@@ -558,7 +578,7 @@ def decode_video(vae, latents):
 @torch.inference_mode()
 def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, steps=4, shift=5.0,
                  sampler="lcm", scheduler="normal", cfg=1.0, negative="", seed=0, device="cpu", seconds=None,
-                 loras=(), keep=None, rife=None, precise=False, cache=None):
+                 loras=(), keep=None, rife=None, precise=False, cache=None, offload=False):
     """A video from each picture and prompt, one after another: (F, h, w, 3) uint8 on the CPU.
 
     Each network is loaded once, does its part for all, and is gone before the next.
@@ -567,14 +587,15 @@ def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, st
     multiples of 16, to whose aspect ratio a picture is cropped; by default what fit_size gives for `area`,
     to which it is stretched a little, as in Wan's own pipeline. seconds: a dict that gets each stage's time.
     loras: (file, strength) pairs. keep: called with (number, latents) before they are decoded. rife: a file
-    of IFNet's weights, which double the frames. precise: see sample_video; cache: see encode_text. Raises
-    ValueError for bad settings, and what the loaders raise.
+    of IFNet's weights, which double the frames. precise: see sample_video; cache: see encode_text; offload:
+    see settle. Raises ValueError for bad settings, and what the loaders raise.
     """
     check_frames(frames)
     levels = sigmas(scheduler, steps, shift)
     device, seconds = torch.device(device), {} if seconds is None else seconds
     with stage("text", seconds, device):
-        text = encode_text(files["text-encoder"], [*prompts, *[negative] * (cfg != 1)], device, cache)
+        said = [*prompts, *[negative] * (cfg != 1)]
+        text = encode_text(files["text-encoder"], said, device, cache, offload)
     with stage("image", seconds, device):
         tokens = each_once(lambda unique: encode_pictures(files["clip"], unique, device), images)
     with stage("encode", seconds, device):
@@ -584,8 +605,10 @@ def generate_all(images, files, prompts, frames=FRAMES, size=None, area=AREA, st
             return encode_first_frames(files["vae"], first, frames, device)
         y = each_once(encode, images)
     with stage("sample", seconds, device):
-        dit, latents = wan_fp4.load_dit(files["dit"], device, loras=loras), []
+        dit, latents = wan_fp4.load_dit(files["dit"], device, loras=loras, stream=True), []
         print(f"{Path(files['dit']).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
+        longest = max(z[0, 0].numel() // 4 for z in y)  # tokens
+        settle(dit, 2**29 + WORKING * longest * dit.cfg.dim, device, offload)
         for i in range(len(images)):
             z = sample_video(dit, y[i], text[i], text[-1], tokens[i], levels, sampler, cfg, seed, device,
                              precise)
@@ -914,7 +937,7 @@ def run(args):
         [pictures[path] for path, _ in jobs], files, [prompt for _, prompt in jobs], frames, args.size, area,
         args.steps, args.shift, args.sampler, args.scheduler, args.cfg, args.negative, args.seed, device,
         seconds, args.lora, lambda i, latents: save_tensor(kept[i], "latents", latents, about[i]), rife,
-        args.precise_steps, cache)
+        args.precise_steps, cache, args.offload)
     for i, video in enumerate(videos):
         with stage("write", seconds, device), open_video(outputs[i], *sizes[i], about[i]) as write:
             for frame in video:
@@ -954,6 +977,8 @@ def main(argv=None):
     add("--scheduler", choices=SCHEDULERS, default="normal")
     add("--cfg", type=float, default=1.0, help="guidance; other than 1: two forwards a step (default: 1)")
     add("--negative", default="", help="prompt for what to avoid, with --cfg")
+    add("--offload", action="store_true", help="keep the blocks of the DiT and of the text encoder in CPU "
+        "memory and stream them to the GPU (default: where they do not fit it)")
     add("--precise-steps", action="store_true", help="the first and the last step without quantised "
         "activations: nearer to the bf16 model, and slower, where tensor cores multiply")
     add("--seed", type=int, default=0)

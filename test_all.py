@@ -1275,6 +1275,57 @@ def test_loaders_refuse_missing_and_broken_files(tmp_path):
         wan_fp4.load_vae(tmp_path / "broken.safetensors")
 
 
+@torch.no_grad()
+def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
+    """On a CPU: what is copied where, not the overlap in time."""
+    path = REPOSITORY / "demo" / "dit.safetensors"
+    lora = tmp_path / "lora.safetensors"
+    dim = wan_fp4.load_dit(path).cfg.dim
+    save_file({"blocks.1.self_attn.q.lora_down.weight": torch.randn(2, dim),
+               "blocks.1.self_attn.q.lora_up.weight": torch.randn(dim, 2)}, lora)
+    whole, streamed = (wan_fp4.load_dit(path, loras=[(lora, 0.5)], stream=stream) for stream in (False, True))
+    sample.settle(streamed, 0, torch.device("cpu"), offload=True)
+    assert isinstance(streamed.blocks, wan_fp4.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
+    x, y = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 20, 2, 4, 4)
+    text, image = torch.randn(1, 3, whole.cfg.text_dim), torch.randn(1, 65, whole.cfg.image_dim)
+    for t in (900.0, 100.0):
+        arguments = x, torch.tensor([t]), text, image, y
+        assert torch.equal(streamed(*arguments), whole(*arguments))
+    assert quant.describe(streamed) == quant.describe(whole)
+
+
+@torch.no_grad()
+def test_the_text_encoder_streams_too(capsys):
+    path = REPOSITORY / "demo" / "umt5.safetensors"
+    device = torch.device("cpu")
+    whole, = sample.encode_text(path, ["zoom in"], device)
+    streamed, = sample.encode_text(path, ["zoom in"], device, offload=True)
+    assert torch.equal(whole, streamed) and "UMT5Encoder: blocks of 0.00 GiB" in capsys.readouterr().out
+
+
+def test_what_streams_stays_in_cpu_memory_and_computes_for_its_device():
+    dit = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors", "meta", stream=True)
+    assert {p.device.type for p in dit.blocks.parameters()} == {"cpu"}
+    assert {p.device.type for n, p in dit.named_parameters() if not n.startswith("blocks.")} == {"meta"}
+    layer = dit.blocks[0].ffn[0]
+    assert layer.compute_dtype == quant.default_dtype("meta") and layer.mode == quant.default_mode("meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(),
+                    reason="no GPU: that streaming on two CUDA streams gives the same values goes unchecked")
+@torch.no_grad()
+def test_streaming_on_a_gpu():
+    path = REPOSITORY / "demo" / "dit.safetensors"
+    whole, streamed = (wan_fp4.load_dit(path, "cuda", stream=stream) for stream in (False, True))
+    sample.settle(streamed, 0, torch.device("cuda"), offload=True)
+    x, y = torch.randn(1, 16, 2, 4, 4, device="cuda"), torch.randn(1, 20, 2, 4, 4, device="cuda")
+    text = torch.randn(1, 3, whole.cfg.text_dim, device="cuda")
+    image = torch.randn(1, 65, whole.cfg.image_dim, device="cuda")
+    for _ in range(20):
+        arguments = x, torch.tensor([900.0], device="cuda"), text, image, y
+        assert torch.equal(streamed(*arguments), whole(*arguments))
+
+
 def test_load_dit_keeps_the_file_mapped(tmp_path):
     """Loading adds far less memory than the file's size: Linears are views of the mapped file."""
     cfg = wan_fp4.DiTConfig(dim=1024, ffn_dim=4096, layers=6, text_dim=64, image_dim=64)
@@ -1812,14 +1863,15 @@ class Fakes:
             monkeypatch.setattr(wan_fp4, f"load_{name}", self.loader(name), raising=False)
 
     def loader(self, name):
-        def load(path, device="cpu", dtype=None, loras=()):
+        def load(path, device="cpu", dtype=None, loras=(), stream=False):
             assert all(network() is None for network in self.loaded)  # one network in memory at a time
             self.log.append(name)
             module = torch.nn.Module()
             self.loaded.append(weakref.ref(module))
             module.forward = getattr(self, name, None)
             module.encode, module.decode_chunks = self.encode, self.decode_chunks
-            module.image_size, module.cfg, module.dtype = 28, wan_fp4.VAEConfig(), torch.float32
+            module.image_size, module.dtype = 28, torch.float32
+            module.cfg = wan_fp4.DiTConfig() if name == "dit" else wan_fp4.VAEConfig()
             module.loras = [f"{Path(file).name} at {strength}: used" for file, strength in loras]
             return module
         return load

@@ -23,6 +23,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -616,7 +617,8 @@ class UMT5Encoder(nn.Module):
     def forward(self, ids, mask):
         """Token ids (B, L) and their mask (B, L), 1 for the prompt and 0 for padding -> features (B, L, D),
         zeros where the mask is 0."""
-        x = self.token_embedding(ids).to(self.dtype)  # (B, L, D)
+        table = self.token_embedding  # of gigabytes, so it stays in CPU memory: a prompt needs a few rows
+        x = table(ids.to(table.weight.device)).to(ids.device, self.dtype)  # (B, L, D)
         buckets = relative_buckets(ids.shape[1], self.cfg.buckets, ids.device)  # (L, L)
         hide = torch.zeros(mask.shape, device=ids.device).masked_fill(mask == 0, -math.inf)  # (B, L)
         hide = hide[:, None, None]  # (B, 1, 1, L): the same for every head and query
@@ -796,6 +798,69 @@ class IFNet(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Blocks that do not fit the GPU
+# ----------------------------------------------------------------------------------------------------
+
+class StreamedBlocks(nn.ModuleList):
+    """A network's blocks in CPU memory (mapped files too), each on the GPU only while it computes.
+
+    To iterate gives them in order, as callables. While one computes, the next is copied: through one of two
+    pinned buffers, as only those are copied without waiting, to one of two buffers on the GPU, on a stream of
+    its own. A GPU holds two blocks at a time. On a CPU, for tests, the same copies happen in turn.
+    """
+
+    def __init__(self, blocks, device):
+        super().__init__(blocks)
+        self.cuda_device = torch.device(device) if torch.device(device).type == "cuda" else None
+        self.tensors = [dict(b.named_parameters()) | dict(b.named_buffers()) for b in blocks]
+        size = max(sum(padded_bytes(t) for t in tensors.values()) for tensors in self.tensors)
+        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=bool(self.cuda_device)) for _ in "ab"]
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in "ab"]
+        if self.cuda_device:
+            self.side = torch.cuda.Stream(device)
+            self.copied = [torch.cuda.Event() for _ in "ab"]  # pinned buffer -> GPU
+            self.computed = [torch.cuda.Event() for _ in "ab"]  # the block in the GPU's buffer
+
+    def fetch(self, i):
+        """Begin to copy block i. Returns what block i's tensors will be: views of the GPU's buffer."""
+        pinned, slot, views, at = self.pinned[i % 2], self.slots[i % 2], {}, 0
+        if self.cuda_device:
+            self.copied[i % 2].synchronize()  # the pinned buffer is free again
+        for name, tensor in self.tensors[i].items():
+            part = slice(at, at + tensor.nbytes)
+            pinned[part].copy_(tensor.reshape(-1).view(torch.uint8))
+            views[name] = slot[part].view(tensor.dtype).view(tensor.shape)
+            at += padded_bytes(tensor)
+        if not self.cuda_device:
+            slot[:at].copy_(pinned[:at])
+            return views
+        with torch.cuda.stream(self.side):
+            self.side.wait_event(self.computed[i % 2])
+            slot[:at].copy_(pinned[:at], non_blocking=True)
+            self.copied[i % 2].record()
+        return views
+
+    def __iter__(self):
+        views = self.fetch(0)
+        for i in range(len(self)):
+            if self.cuda_device:
+                torch.cuda.current_stream(self.cuda_device).wait_event(self.copied[i % 2])
+            yield partial(run_with, self[i], views)
+            if self.cuda_device:
+                self.computed[i % 2].record(torch.cuda.current_stream(self.cuda_device))
+            if i + 1 < len(self):
+                views = self.fetch(i + 1)  # on the GPU, block i has only just begun
+
+
+def run_with(module, tensors, *args):
+    return torch.func.functional_call(module, tensors, args)
+
+
+def padded_bytes(tensor):
+    return (tensor.nbytes + 255) // 256 * 256  # so that every view is aligned
+
+
+# ----------------------------------------------------------------------------------------------------
 # Checkpoints
 # ----------------------------------------------------------------------------------------------------
 
@@ -938,12 +1003,13 @@ def columns(tensors, layer):
     return shape[1] if shape else weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
 
-def fill(model, tensors, path, device, dtype, float32=()):
+def fill(model, tensors, path, device, dtype, float32=(), stream=False):
     """Give a model on the meta device its tensors, each moved to `device` once; return it in eval mode.
 
     Every Linear becomes a QuantLinear over the tensors as stored, computing in `dtype`, as convolutions do;
     in float32 where the name begins as one in `float32`. Norms, positions and modulations become float32.
-    Raises ValueError for tensors missing, left over or of a wrong shape.
+    What stays where it is: a table of tokens, and with stream the blocks, made to compute on `device` all the
+    same. Raises ValueError for tensors missing, left over or of a wrong shape.
     """
     groups = {}
     for name, tensor in tensors.items():
@@ -952,8 +1018,10 @@ def fill(model, tensors, path, device, dtype, float32=()):
     for name, module in list(model.named_modules()):
         stored = groups.pop(name, {})
         compute = torch.float32 if name.startswith(tuple(float32)) else dtype
+        stays = name == "token_embedding" or stream and name.startswith("blocks.")
         if isinstance(module, nn.Linear):
-            moved = {suffix: t if suffix == "comfy_quant" else t.to(device) for suffix, t in stored.items()}
+            moved = {suffix: t if stays or suffix == "comfy_quant" else t.to(device)
+                     for suffix, t in stored.items()}
             try:
                 layer = QuantLinear.from_tensors(name, moved, module.in_features, module.out_features,
                                                  bias=module.bias is not None, compute_dtype=compute,
@@ -972,10 +1040,11 @@ def fill(model, tensors, path, device, dtype, float32=()):
                 raise ValueError(f"{where}: got shape {tuple(tensor.shape)}, expected "
                                  f"{tuple(parameter.shape)}: is it from a model of another size?")
             if isinstance(module, nn.Embedding):
-                compute = tensor.dtype  # a table of a gigabyte, of which a prompt needs a few rows
+                compute = tensor.dtype
             elif not isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)):
                 compute = torch.float32
-            module.register_parameter(suffix, nn.Parameter(tensor.to(device, compute), requires_grad=False))
+            tensor = tensor.to(tensor.device if stays else device, compute)
+            module.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
         if stored:
             groups[name] = stored
     left = sorted(f"{layer}.{suffix}".lstrip(".") for layer, stored in groups.items() for suffix in stored)
@@ -1007,7 +1076,7 @@ def head_width(dim, metadata, usual, path):
     return head_dim
 
 
-def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None):
+def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False):
     """The diffusion transformer from its tensors by official name and the header's metadata; path is for
     messages. As load_dit otherwise."""
     def config():
@@ -1021,21 +1090,22 @@ def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None):
                          freq_dim=tensors["time_embedding.0.weight"].shape[1])
 
     return fill(build(WanDiT, config, path), tensors, path, device, dtype or default_dtype(device),
-                float32=("patch_embedding", "time_", "img_emb", "head"))
+                ("patch_embedding", "time_", "img_emb", "head"), stream)
 
 
-def load_dit(path, device="cpu", dtype=None, loras=()):
+def load_dit(path, device="cpu", dtype=None, loras=(), stream=False):
     """The diffusion transformer of a plain or quantised checkpoint, in eval mode.
 
     Linears stay as stored and memory-mapped. dtype is what they compute in: by default float32 on a CPU,
     bfloat16 elsewhere. loras: (file, strength) pairs; the model's `loras` then tells of each what was used.
+    stream: `blocks` stay in CPU memory, mapped, for StreamedBlocks.
     Raises FileNotFoundError, and ValueError for tensors that are missing, left over, of a wrong shape or an
     unknown format, for a LoRA that fits nowhere, and for a model that needs its LoRA and did not get it.
     """
     tensors, metadata = read_tensors(path)
     check_loras(path, metadata, loras)
     tensors = {official_dit_name(name): tensor for name, tensor in tensors.items()}
-    dit = dit_from_tensors(tensors, metadata, path, device, dtype)
+    dit = dit_from_tensors(tensors, metadata, path, device, dtype, stream)
     dit.loras = [attach_lora(dit, file, strength) for file, strength in loras]
     return dit
 
@@ -1151,8 +1221,8 @@ def load_vae(path, device="cpu", dtype=None):
     return fill(build(WanVAE, config, path), tensors, path, device, dtype or default_dtype(device))
 
 
-def load_umt5(path, device="cpu", dtype=None):
-    """The text encoder, in eval mode. dtype as for load_dit; raises the same errors."""
+def load_umt5(path, device="cpu", dtype=None, stream=False):
+    """The text encoder, in eval mode. dtype and stream as for load_dit; raises the same errors."""
     tensors, _ = read_tensors(path)
     tensors = {official_name(n, TRANSFORMERS_UMT5): t for n, t in tensors.items()
                if n not in ("spiece_model", "scaled_fp8")}  # no weights
@@ -1164,7 +1234,8 @@ def load_umt5(path, device="cpu", dtype=None):
                           layers=count(tensors, "blocks."), heads=heads,
                           inner=len(tensors["blocks.0.attn.q.weight"]), buckets=buckets)
 
-    return fill(build(UMT5Encoder, config, path), tensors, path, device, dtype or default_dtype(device))
+    return fill(build(UMT5Encoder, config, path), tensors, path, device, dtype or default_dtype(device),
+                stream=stream)
 
 
 def load_clip(path, device="cpu", dtype=None):
