@@ -1294,6 +1294,19 @@ def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
     assert quant.describe(streamed) == quant.describe(whole)
 
 
+def test_the_14b_model_streams_within_8_gb(monkeypatch):
+    """By arithmetic, on the meta device: the estimates that sample.py chooses by are no smaller."""
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    fullsize = importlib.import_module("fullsize")
+    tokens = math.prod(fullsize.GRID) // 4
+    for mode in ("dequantise", "tensor_cores"):
+        working = fullsize.dit_working(mode, fullsize.GRID)
+        assert 4e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
+    vae = types.SimpleNamespace(cfg=wan_fp4.VAEConfig(), dtype=torch.bfloat16)
+    assert sample.decode_tile(vae, *fullsize.GRID[1:], fullsize.vae_working(fullsize.GRID) - 1) is not None
+    assert fullsize.vae_working(fullsize.GRID) < 4e9
+
+
 @torch.no_grad()
 def test_the_text_encoder_streams_too(capsys):
     path = REPOSITORY / "demo" / "umt5.safetensors"
