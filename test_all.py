@@ -769,17 +769,6 @@ def test_dit_equals_diffusers(frames, height, width, length, batch, size, tmp_pa
         assert relative_error(ours(**i), expected) < 1e-5
 
 
-def test_every_diffusers_name_has_its_official_one():
-    """Every tensor of diffusers' own 14B module lands on its own one of ours, of the same shape."""
-    from diffusers import WanTransformer3DModel
-    with torch.device("meta"):
-        theirs = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120).state_dict()
-        ours = wan_fp4.WanDiT().state_dict()
-    mapped = {wan_fp4.official_dit_name(name): tensor.shape for name, tensor in theirs.items()}
-    assert len(mapped) == len(theirs) and mapped == {name: tensor.shape for name, tensor in ours.items()}
-    assert all(wan_fp4.official_dit_name(name) == name for name in ours)
-
-
 def test_a_diffusers_file_loads(tmp_path):
     theirs, i = diffusers_dit(), dit_inputs(1, 4, 6, 5)
     save_file(theirs.state_dict(), tmp_path / "theirs.safetensors", {"head_dim": "32"})

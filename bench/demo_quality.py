@@ -3,7 +3,9 @@
 The bf16 model (demo/train.py leaves it in its work folder) is converted with each set of flags, all layers of
 the blocks to NVFP4 unless the flags say otherwise. Each file makes the videos of two photos never trained on,
 nine moves each, from the same noise as the bf16 model. The figure is the PSNR of its videos against the bf16
-model's: W4A16, and W4A4 in emulation. Calibration sees two training photos, four moves each.
+model's: W4A16; W4A4, which tensor cores compute, in emulation; and W4A4 with --precise-steps, whose first
+and last step are W4A16: half of the recipe's steps without tensor cores is what it costs. Calibration sees
+two training photos, four moves each.
 """
 import argparse
 import io
@@ -44,17 +46,12 @@ def conditions(area, frames):
     return found
 
 
-def videos(dit, found, texts, vae):
+def videos(dit, found, texts, vae, precise=False):
     """All photos and moves -> (18, 3, F, h, w)."""
-    out = []
-    for y, tokens in found:
-        for seed, text in enumerate(texts):
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)
-            z = sample.sample_latents(lambda x, s: dit(x, torch.full((1,), 1000 * s), text, tokens, y), noise,
-                                      sample.sigmas("normal", 4, 5.0), generator=generator)
-            out.append(vae.decode(z))
-    return torch.cat(out)
+    levels = sample.sigmas("normal", 4, 5.0)
+    return torch.cat([
+        vae.decode(sample.sample_video(dit, y, text, None, tokens, levels, "lcm", 1.0, seed, "cpu", precise))
+        for y, tokens in found for seed, text in enumerate(texts)])
 
 
 @torch.inference_mode()
@@ -67,7 +64,7 @@ def main():
     texts = sample.encode_text(ROOT / "demo" / "umt5.safetensors", train.MOVES, "cpu")
     vae = wan_fp4.load_vae(ROOT / "demo" / "vae.safetensors")
     truth = videos(wan_fp4.load_dit(args.dit), found, texts, vae)
-    print(f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}{'W4A16 dB':>10}{'W4A4 dB':>9}")
+    print(f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}{'W4A16 dB':>10}{'W4A4 dB':>9}{'precise':>9}")
     with tempfile.TemporaryDirectory() as folder:
         folder, pictures = Path(folder), []
         for name in ("astronaut", "coffee"):
@@ -89,15 +86,15 @@ def main():
             lora = folder / "out_lora.safetensors"
             loras = [(lora, 1.0)] if lora.exists() else []
             figures = []
-            for mode in ("dequantise", "emulate"):
+            for mode, precise in (("dequantise", False), ("emulate", False), ("emulate", True)):
                 dit = wan_fp4.load_dit(out, loras=loras)
                 for layer in dit.modules():
                     if isinstance(layer, quant.QuantLinear) and layer.format:
                         layer.mode = mode
-                figures.append(train.psnr(videos(dit, found, texts, vae), truth))
+                figures.append(train.psnr(videos(dit, found, texts, vae, precise), truth))
             sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
-            print(f"{way:26}{sizes[0]:6.2f}{sizes[1]:6.2f}{seconds:9.1f}{figures[0]:10.2f}{figures[1]:9.2f}",
-                  flush=True)
+            print(f"{way:26}{sizes[0]:6.2f}{sizes[1]:6.2f}{seconds:9.1f}{figures[0]:10.2f}{figures[1]:9.2f}"
+                  f"{figures[2]:9.2f}", flush=True)
             lora.unlink(missing_ok=True)
 
 
