@@ -8,13 +8,16 @@ Six views of the two held-out photos, nine moves each, against the true camera m
   right move       how often, of all nine true moves, the one nearest to the video is the one asked for
   same picture     SSIM of the last frame with the truth, where it shows what the first frame showed
 
-With --work, train.py's folder, the bf16 model and the undistilled one in forty steps stand beside it.
+With --work, train.py's folder, the bf16 model and the undistilled one in forty steps stand beside it; and
+--picture OUT.gif shows photo.jpg, three moves of it by bf16 and NVFP4, from the same noise.
 """
 import argparse
 import functools
 from pathlib import Path
 
+import numpy
 import torch
+from PIL import Image, ImageDraw
 from skimage.metrics import structural_similarity
 
 import train
@@ -35,7 +38,7 @@ def truth_of(name, window):
     seen, half = torch.zeros_like(photo), width / 2
     seen[:, round(y - half):round(y + half), round(x - half):round(x + half)] = 1
     clips = torch.stack([train.render(photo, move, FRAMES, SIDE, SIDE, window) for move in MOVES])
-    masks = torch.stack([train.render(seen, move, FRAMES, SIDE, SIDE, window)[0, -1] > 0.99 for move in MOVES])
+    masks = torch.stack([train.render(seen, m, FRAMES, SIDE, SIDE, window)[0, -1] > 0.99 for m in MOVES])
     return clips * 2 - 1, masks
 
 
@@ -81,12 +84,45 @@ def pipeline(dit, umt5, clip, vae, tokenizer, steps=4, sampler="lcm", scheduler=
     return make_videos
 
 
+def picture(path, work):
+    """A gif (or what path's extension says): a row of videos by bf16, one by NVFP4, and the photo before."""
+    photo, moves = sample.read_image(HERE / "photo.jpg"), ["pan left", "zoom in", "rotate right"]
+    demo = {flag: HERE / tiny for flag, (tiny, *_) in sample.NETWORKS.items()}
+    rows = []
+    for name, dit in (("bf16", work / "dit.safetensors"), ("NVFP4", HERE / "dit.safetensors")):
+        files, area = demo | {"dit": dit}, int(OWN["area"])
+        videos = list(sample.generate_all([photo] * 3, files, moves, FRAMES, area=area))
+        h, w = videos[0].shape[1:3]
+        still = (sample.resize(photo, w, h) * 255).byte().permute(1, 2, 0).expand(FRAMES, -1, -1, -1)
+        labels = ["the photo", *(f"{move}, {name}" for move in moves)]
+        rows.append(torch.cat([labelled(video, label) for video, label in zip([still, *videos], labels)], 2))
+    sheet = torch.cat(rows, 1)  # (F, h', w', 3)
+    with sample.open_video(path, sheet.shape[2], sheet.shape[1]) as write:
+        for frame in [*sheet, *[sheet[-1]] * 8]:  # half a second at the end
+            write(frame.contiguous())
+
+
+def labelled(video, label, scale=1.5):
+    """Frames (F, h, w, 3) uint8, enlarged, with a line of text above."""
+    h, w = (int(scale * side) // 2 * 2 for side in video.shape[1:3])
+    frames = []
+    for frame in video:
+        sheet = Image.new("RGB", (w + 8, h + 24), "white")
+        sheet.paste(Image.fromarray(frame.numpy()).resize((w, h), Image.BICUBIC), (4, 20))
+        ImageDraw.Draw(sheet).text((6, 4), label, fill="black")
+        frames.append(torch.from_numpy(numpy.array(sheet)))
+    return torch.stack(frames)  # (F, h', w', 3)
+
+
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="train.py's folder")
+    parser.add_argument("--picture", type=Path, metavar="OUT.gif", help="this alone, with --work")
     args = parser.parse_args()
+    if args.picture:
+        return picture(args.picture, args.work)
     vae, umt5 = wan_fp4.load_vae(HERE / "vae.safetensors"), wan_fp4.load_umt5(HERE / "umt5.safetensors")
     clip = wan_fp4.load_clip(HERE / "clip.safetensors")
     tokenizer = sample.load_tokenizer(HERE / "umt5.safetensors")
