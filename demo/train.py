@@ -639,8 +639,8 @@ def main():
     parser.add_argument("--steps", type=int, help="optimiser steps, or views to encode")
     parser.add_argument("--batch", type=int, default=16, help="clips per step of the dit stage")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--fast", action="store_true", help="dit, distil: bfloat16 products and torch.compile, "
-                        "on a GPU or a CPU that has bfloat16; with a C++ compiler")
+    parser.add_argument("--fast", action="store_true", help="dit, distil: bfloat16 products, torch.compile; "
+                        "for a GPU or a CPU that has bfloat16, with a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
