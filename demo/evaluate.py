@@ -9,7 +9,7 @@ Six views of the two held-out photos, nine moves each, against the true camera m
   same picture     SSIM of the last frame with the truth, where it shows what the first frame showed
 
 With --work, train.py's folder, the bf16 model and the undistilled one in forty steps stand beside it; and
---picture OUT.gif shows photo.jpg, three moves of it by bf16 and NVFP4, from the same noise.
+--picture OUT.webp shows photo.jpg, three moves of it by bf16 and NVFP4, from the same noise.
 """
 import argparse
 import functools
@@ -85,7 +85,7 @@ def pipeline(dit, umt5, clip, vae, tokenizer, steps=4, sampler="lcm", scheduler=
 
 
 def picture(path, work):
-    """A gif (or what path's extension says): a row of videos by bf16, one by NVFP4, and the photo before."""
+    """A moving picture: a row of videos by bf16, one by NVFP4, and before each the photo."""
     photo, moves = sample.read_image(HERE / "photo.jpg"), ["pan left", "zoom in", "rotate right"]
     demo = {flag: HERE / tiny for flag, (tiny, *_) in sample.NETWORKS.items()}
     rows = []
@@ -119,7 +119,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="train.py's folder")
-    parser.add_argument("--picture", type=Path, metavar="OUT.gif", help="this alone, with --work")
+    parser.add_argument("--picture", type=Path, metavar="OUT.webp", help="this alone, with --work")
     args = parser.parse_args()
     if args.picture:
         return picture(args.picture, args.work)

@@ -294,7 +294,7 @@ def train_vae(args):
         images = torch.stack([random_clip(photos, "still", 1, 64, 64, rng)[:, 0] for _ in range(1500)])
         pca_start(vae, images)
         fit_linear_decoder(vae, photos, rng, args.device)
-    run = Trainer(vae, path, args.steps or 8000, 8e-4, args.seed, args.device)
+    run = Trainer(vae, path, args.steps or 7000, 8e-4, args.seed, args.device)
     window = 240, 160, 200
     held = [render(load_photo(n), m, 9, 64, 64, window) * 2 - 1 for n in HELD_OUT for m in MOVES[::2]]
     held = torch.stack(held).to(args.device)
@@ -366,7 +366,7 @@ def train_latents(args):
     save(HERE / "vae.safetensors", vae.state_dict(), torch.float16)
     vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device)
     start, views = time.time(), []
-    for i in range(args.steps or 1200):
+    for i in range(args.steps or 900):
         h, w = rng.choice(SIZES)
         photo, looks = rng.choice(photos), rng.random()
         window = random_window(photo, h, w, rng)
@@ -557,7 +557,7 @@ def train_dit(args, distil=False):
         spiece.write_bytes(tokenizer_model())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     nets = networks(tokenizer)
-    path, steps, lr = ("distil.pt", 1500, 3e-4) if distil else ("dit.pt", 7000, 1.5e-3)
+    path, steps, lr = ("distil.pt", 900, 3e-4) if distil else ("dit.pt", 7000, 1.5e-3)
     if distil and not (args.work / path).exists():
         nets.load_state_dict(average_of(args.work / "dit.pt"))
     run = Trainer(nets, args.work / path, args.steps or steps, lr, args.seed, args.device)
