@@ -466,6 +466,7 @@ def settle(network, working, device, offload=False):
 def encode_text(path, prompts, device, cache=None, offload=False):
     """Features (1, L, D) of each prompt, unpadded. They are kept in the folder `cache`, by prompt and model:
     if all are there, the text encoder, the largest network after the DiT, is not loaded."""
+    device = torch.device(device)
     model = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
              for file in wan_fp4.shards(path)]
     keys = {prompt: sha256(repr((model, device.type, prompt)).encode()).hexdigest() for prompt in prompts}
