@@ -44,6 +44,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new memory comes several times faster
 
 import safetensors
 import torch

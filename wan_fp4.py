@@ -150,7 +150,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
+        self.modulation = nn.Parameter(torch.normal(0.0, cfg.dim ** -0.5, (1, 6, cfg.dim)))
         self.self_attn = SelfAttention(cfg.dim, cfg.head_dim)
         self.norm3 = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.cross_attn = CrossAttention(cfg.dim, cfg.head_dim)
@@ -171,7 +171,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim ** 0.5)
+        self.modulation = nn.Parameter(torch.normal(0.0, cfg.dim ** -0.5, (1, 2, cfg.dim)))
         self.head = nn.Linear(cfg.dim, 4 * cfg.out_dim)
 
     def forward(self, x, e):
@@ -279,6 +279,20 @@ class VAEConfig:
     z: int = 16  # latent channels
 
 
+def channels_last(x):
+    """(B, C, t, h, w), on a CPU in the order that oneDNN need not copy; mostly it is in it already."""
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.is_cpu else x
+
+
+def conv3d(x, conv, padding=(0, 0, 0)):
+    """x through an nn.Conv3d; in float32 on a CPU always by oneDNN: for one small video, torch itself takes a
+    loop that is ten times slower."""
+    x = channels_last(x)
+    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, 1)
+    return F.conv3d(x, conv.weight, conv.bias, conv.stride, padding)
+
+
 class CausalConv3d(nn.Conv3d):
     """Convolution over (B, C, t, h, w) that sees, in time, only the present and the past."""
 
@@ -287,18 +301,15 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x, cache):
         if self.kernel_size[0] == 1:
-            return super().forward(x)
+            return conv3d(x, self)
         if self not in cache and x.shape[2] == 1:
             # The very first frame's past is zeros, so only the last temporal tap counts: a third of the work
-            cache[self] = x
+            cache[self] = channels_last(F.pad(x, (0, 0, 0, 0, 1, 0)))  # (B, C, 2, h, w)
             y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
             return y[:, :, None]
-        past = cache.get(self)
-        if past is not None:
-            x = torch.cat([past, x], dim=2)  # (B, C, p + t, h, w)
-        cache[self] = x[:, :, -2:].clone()  # not a view, which would keep all of x
-        missing = 2 - (0 if past is None else past.shape[2])  # frames of past that are zeros
-        return super().forward(F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x)
+        x = torch.cat([cache[self], x], dim=2) if self in cache else F.pad(x, (0, 0, 0, 0, 2, 0))
+        cache[self] = x[:, :, -2:].clone()  # (B, C, 2, h, w); not a view, which would keep all of x
+        return conv3d(x, self, self.padding)
 
 
 class ChannelNorm(nn.Module):
@@ -309,22 +320,33 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ndim))
 
     def forward(self, x):
-        # Not F.normalize: torch's norm over a dimension that is not the last takes ten times longer on a CPU
-        return x * (x.square().mean(1, keepdim=True) + 1e-24).rsqrt() * self.gamma
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
+        return (x * (x.shape[1] ** 0.5 / norm)).mul_(self.gamma)
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
         k = (3, 3, 3)
-        self.residual = nn.Sequential(ChannelNorm(c_in, 3), nn.SiLU(), CausalConv3d(c_in, c_out, k),
-                                      ChannelNorm(c_out, 3), nn.SiLU(), nn.Identity(),  # where dropout was
+        silu = nn.SiLU(inplace=True)
+        self.residual = nn.Sequential(ChannelNorm(c_in, 3), silu, CausalConv3d(c_in, c_out, k),
+                                      ChannelNorm(c_out, 3), silu, nn.Identity(),  # where dropout was
                                       CausalConv3d(c_out, c_out, k))
         self.shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
 
     def forward(self, x, cache):
         skip = x if self.shortcut is None else self.shortcut(x, cache)
         return run_layers(self.residual, x, cache) + skip
+
+
+def to_frames(x):
+    """(B, C, t, h, w) -> (Bt, C, h, w). One video's are a view that is channels last if x is; of a view that
+    merges B = 1 with t = 1, torch could not tell."""
+    return x[0].transpose(0, 1) if len(x) == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def to_video(x, b):
+    return x.unflatten(0, (b, -1)).transpose(1, 2)  # (Bt, C, h, w) -> (B, C, t, h, w)
 
 
 class FrameAttention(nn.Module):
@@ -338,11 +360,11 @@ class FrameAttention(nn.Module):
 
     def forward(self, x):
         b, _, t, h, w = x.shape
-        y = self.to_qkv(self.norm(rearrange(x, "b c t h w -> (b t) c h w")))  # (Bt, 3C, h, w)
+        y = self.to_qkv(self.norm(to_frames(x)))  # (Bt, 3C, h, w)
         q, k, v = rearrange(y, "n (three c) h w -> three n 1 (h w) c", three=3)
         y = F.scaled_dot_product_attention(q, k, v)  # (Bt, 1, hw, C)
         y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=h))
-        return x + rearrange(y, "(b t) c h w -> b c t h w", b=b)
+        return x + to_video(y, b)
 
 
 class Downsample(nn.Module):
@@ -355,13 +377,15 @@ class Downsample(nn.Module):
 
     def forward(self, x, cache):
         b = x.shape[0]
-        x = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))  # (Bt, C, h/2, w/2)
-        x = rearrange(x, "(b t) c h w -> b c t h w", b=b)
+        x = self.resample(to_frames(x))  # (Bt, C, h/2, w/2)
+        x = to_video(x, b)
         if self.time_conv is None:
             return x
         past = cache.get(self)
         cache[self] = x[:, :, -1:].clone()
-        return x if past is None else self.time_conv(torch.cat([past, x], dim=2))  # (B, C, t/2, h/2, w/2)
+        if past is None:
+            return x
+        return conv3d(torch.cat([past, x], dim=2), self.time_conv)  # (B, C, t/2, h/2, w/2)
 
 
 class Upsample(nn.Module):
@@ -377,11 +401,11 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             if self in cache:  # the past of time_conv begins with the second latent frame
                 x = self.time_conv(x, cache)  # (B, 2C, t, h, w)
-                x = rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2)
+                x = channels_last(rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2))
             cache[self] = True
         b = x.shape[0]
-        x = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))  # (Bt, C/2, 2h, 2w)
-        return rearrange(x, "(b t) c h w -> b c t h w", b=b)
+        x = self.resample(to_frames(x))  # (Bt, C/2, 2h, 2w)
+        return to_video(x, b)
 
 
 def run_layers(layers, x, cache):
@@ -409,7 +433,8 @@ class Encoder(nn.Module):
                 layers.append(Downsample(c, cfg.temporal[level]))
         self.downsamples = nn.Sequential(*layers)
         self.middle = middle_layers(c)
-        self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(), CausalConv3d(c, 2 * cfg.z, (3, 3, 3)))
+        self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True),
+                                  CausalConv3d(c, 2 * cfg.z, (3, 3, 3)))
 
     def forward(self, x, cache):
         x = self.conv1(x, cache)  # (B, C, t, h, w)
@@ -432,7 +457,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(c, cfg.temporal[level - 1]))
                 c //= 2
         self.upsamples = nn.Sequential(*layers)
-        self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(), CausalConv3d(c, 3, (3, 3, 3)))
+        self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True), CausalConv3d(c, 3, (3, 3, 3)))
 
     def begin(self, x, cache):
         """The layers at the latents' size, among them the only one that looks at a whole frame."""
@@ -584,7 +609,7 @@ class T5FeedForward(nn.Module):
 class RelativePosition(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.embedding = nn.Embedding(cfg.buckets, cfg.heads)
+        self.embedding = nn.Embedding.from_pretrained(torch.randn(cfg.buckets, cfg.heads), freeze=False)
 
     def forward(self, buckets):
         return self.embedding(buckets).permute(2, 0, 1)  # (L, L) -> (heads, L, L)
@@ -610,7 +635,7 @@ class UMT5Encoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.dtype = torch.float32
-        self.token_embedding = nn.Embedding(cfg.vocab, cfg.dim)
+        self.token_embedding = nn.Embedding.from_pretrained(torch.randn(cfg.vocab, cfg.dim), freeze=False)
         self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.layers))
         self.norm = RMSNorm(cfg.dim)
 
@@ -675,7 +700,7 @@ class CLIPVision(nn.Module):
         self.image_size = cfg.patch * math.isqrt(cfg.tokens - 1)  # 224 pixels a side
         self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch, bias=False)
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, cfg.dim))
-        self.pos_embedding = nn.Parameter(torch.randn(1, cfg.tokens, cfg.dim) * 0.02)
+        self.pos_embedding = nn.Parameter(torch.normal(0.0, 0.02, (1, cfg.tokens, cfg.dim)))
         self.pre_norm = nn.LayerNorm(cfg.dim)
         self.transformer = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.layers))
 
@@ -1058,7 +1083,11 @@ def fill(model, tensors, path, device, dtype, float32=(), stream=False):
 
 def build(network, config, path):
     """The network on the meta device, where it takes no memory. Raises ValueError if a tensor is missing from
-    which config() reads a size."""
+    which config() reads a size.
+
+    The networks make their parameters by functions that C++ has for that device. Others, arithmetic among
+    them, would import torch's compiler: a second and a half.
+    """
     try:
         with torch.device("meta"):
             return network(config())
