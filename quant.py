@@ -56,7 +56,9 @@ matrix of scales is cut into tiles of 128 x 4, and entry (r, c) of a tile moves 
 the bytes. Sources: the OCP Microscaling specification 1.0 for E2M1, E4M3, E8M0; the cuBLAS manual, "Block
 Scaling Factors Layout"; and comfy-kitchen 0.2.40, whose eager backend method="rtn" repeats bit for bit.
 """
+import functools
 import json
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +84,9 @@ def _pad_to(w, rows, cols):
 def _row_chunks(shape, device):
     """Slices of rows that keep temporaries small: to the L2 cache on a CPU, to 128 MB elsewhere."""
     rows, cols = shape
-    small = device.type == "cpu" and not torch.compiler.is_compiling()  # a compiler makes its own loop
-    step = max(1, (1 << 17 if small else 1 << 25) // cols)
+    if torch.compiler.is_compiling():  # a compiler makes its own loop, without temporaries
+        return [slice(0, rows)]
+    step = max(1, (1 << 17 if device.type == "cpu" else 1 << 25) // cols)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
@@ -123,6 +126,8 @@ def round_e2m1(a):
 
 def pack_e2m1(codes):
     """uint8 codes (..., K) -> bytes (..., K/2); the even element goes to the high nibble."""
+    if torch.compiler.is_compiling():  # which then needs no codes in memory
+        return codes[..., ::2] << 4 | codes[..., 1::2]
     pairs = codes.contiguous().view(torch.int16)  # (..., K/2) = even | odd << 8, little-endian
     return (pairs << 4 | pairs >> 8).to(torch.uint8)  # (..., K/2)   keeps the low 8 bits
 
@@ -203,8 +208,15 @@ def _blocks(w, block):
 
 
 def _block_amax(w, block):
-    """The largest magnitude in each block: (M, K) -> (M, N) float32."""
-    return torch.cat([_blocks(w[rows], block).abs().amax(-1) for rows in _row_chunks(w.shape, w.device)])
+    """The largest magnitude in each block: (M, K) -> (M, N) float32.
+
+    Without their sign, the bits of two floats compare as integers do, NaN above all, in half of the time.
+    """
+    w = w if w.element_size() > 1 else w.float()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]
+    bits = w.view(integer).reshape(w.shape[0], -1, block)  # (M, N, B)
+    most = [(bits[rows] & torch.iinfo(integer).max).amax(-1) for rows in _row_chunks(w.shape, w.device)]
+    return torch.cat(most).view(w.dtype).float()
 
 
 def _squared_error(x, approximation):
@@ -614,11 +626,31 @@ def quantize_activation(x, layer, row_multiple=1):
     / (448 * 6): never 1. Nothing here waits for the GPU, so NaNs are not looked for: they stay NaNs.
     """
     x = _pad_to(x, row_multiple, 32)  # of 32 for NVFP4 too: torch._scaled_mm takes rows of whole 16 bytes
-    if layer.format == "mxfp8":
+    fused = x.is_cuda and not torch.compiler.is_compiling()
+    return (_fused_activation(x.device.type) if fused else _activation)(x, layer.format, layer.input_scale)
+
+
+def _activation(x, fmt, input_scale):
+    if fmt == "mxfp8":
         amax = F.threshold(_block_amax(x, MXFP8_BLOCK), E4M3_MAX * 2.0 ** -127, 0.0)  # what has no scale is 0
         return *_quantize_mxfp8(x, amax), None
-    tensor_scale = None if layer.input_scale is None else layer.input_scale.reshape(())
+    tensor_scale = None if input_scale is None else input_scale.reshape(())
     return _quantize_nvfp4(x, _block_amax(x, NVFP4_BLOCK), tensor_scale)
+
+
+@functools.cache
+def _fused_activation(device_type):
+    """_activation, compiled: x is read twice, for the magnitudes and for the codes, and the codes are written.
+    Step by step 30 times as many bytes would move, and take longer than the product: bench/activation.py.
+    Where the compiler does not work (it wants Triton and a C compiler) it stays _activation, with a warning."""
+    exact = {"eager_numerics.division_rounding": True}  # the same bits as step by step
+    fused = torch.compile(_activation, dynamic=True, options=exact)
+    try:
+        fused(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
+    except Exception as error:
+        warnings.warn(f"activations are quantised step by step, which is slow: torch.compile failed: {error}")
+        return _activation
+    return fused
 
 
 def dequantize_activation(data, block_scale, tensor_scale, shape):

@@ -431,6 +431,28 @@ def test_linear_returns_the_dtype_of_its_input(fmt, dtype):
     torch.testing.assert_close(y.float(), F.linear(x.float(), w), rtol=0.03, atol=0.03)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("fmt, input_scale, columns", [("nvfp4", None, 96), ("nvfp4", 0.003, 1536),
+                                                       ("mxfp8", None, 96)])
+def test_the_compiled_quantiser_of_activations_gives_the_same_bits(fmt, input_scale, columns):
+    """On a CPU; by Triton on a GPU it has not been run."""
+    x = torch.randn(256, columns).bfloat16()
+    x[3] = 0
+    scale = None if input_scale is None else torch.tensor(input_scale)
+    with torch.inference_mode():
+        got, expected = quant._fused_activation("cpu")(x, fmt, scale), quant._activation(x, fmt, scale)
+    for a, b in zip(got, expected):
+        assert a is b is None or a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.float(), b.float())
+
+
+def test_activations_are_quantised_step_by_step_where_the_compiler_does_not_work(monkeypatch):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no C compiler")
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
+    with pytest.warns(UserWarning, match="step by step, which is slow: torch.compile failed: no C compiler"):
+        assert quant._fused_activation.__wrapped__("cpu") is quant._activation
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("shape", [(5, 56), (2, 3, 56), (0, 56), (56,)])
 def test_linear_is_the_same_with_gradients_and_without(fmt, shape):

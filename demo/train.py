@@ -424,7 +424,8 @@ def tokenizer_model():
 def networks(tokenizer):
     umt5 = wan_fp4.UMT5Config(vocab=tokenizer.vocab_size(), **UMT5)
     nets = torch.nn.ModuleDict({"dit": wan_fp4.WanDiT(DIT), "umt5": wan_fp4.UMT5Encoder(umt5),
-                                "clip": wan_fp4.CLIPVision(CLIP), "place": torch.nn.Linear(DIT.dim, 2)})
+                                "clip": wan_fp4.CLIPVision(CLIP), "place": torch.nn.Linear(DIT.dim, 2),
+                                "source": torch.nn.Linear(DIT.dim, 4)})
     torch.nn.init.zeros_(nets["dit"].head.head.weight)
     look_nearby(nets["dit"])
     hear_the_prompt(nets["dit"])
@@ -480,24 +481,45 @@ def encode_prompts(umt5, tokenizer, prompts):
     return umt5(ids[:-1].to(device), mask[:-1].to(device))
 
 
-def with_place(nets, x, t, text, image, y):
-    """The DiT's velocity, and how far from the truth `place` reads each token's row and column, in units of
-    half the frame, off the second block's output.
+def places(frames, height, width):
+    """Where each of frames * height * width tokens is: (row, column) in tokens from the centre, (N, 2)."""
+    rows, columns = (torch.arange(n) - (n - 1) / 2 for n in (height, width))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1).repeat(frames, 1)
+
+
+def sources(move, frames, height, width):
+    """How far each token's content is, in tokens (row, column), from where the first frame shows it, (N, 2)."""
+    place, out = places(1, height, width), []
+    for f in range(frames):
+        dx, dy, zoom, angle = camera(move, max(0, 4 * f - 1.5) / (4 * frames - 4))  # a latent holds 4 frames
+        turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) / zoom
+        out.append(place @ turn + torch.tensor([dy * height, dx * width]) - place)
+    return torch.cat(out)
+
+
+def with_readers(nets, x, t, text, image, y, moves):
+    """The DiT's velocity, and how wrong two linear readers are that help to train it, no part of the model:
+    `place` reads each token's row and column off the second block's output, and `source`, off the third's,
+    how far away the first frame shows what the token is to show.
 
     To zoom or rotate, a token must know where it is. RoPE only says how far apart two tokens are; where the
-    frame ends shows in the empty frames' latents, faintly. Left alone, training does not find that for
-    thousands of steps; asked for it, within hundreds. The reader is not part of the model.
+    frame ends shows in the empty frames' latents, faintly. And what the prompt asks for, it must turn into a
+    distance to look at; attention finds a distance by its cosine and sine. Left alone, training does not find
+    either for thousands of steps; asked for it, within hundreds.
     """
     dit, (_, _, frames, height, width) = nets["dit"], x.shape
+    grid = frames, height // 2, width // 2
     tokens, e, context = dit.prepare(x, t, text, image, y)
     for i, block in enumerate(dit.blocks):
         tokens = block(tokens, *context)  # (B, N, D)
         if i == 1:
-            read = nets["place"](tokens).float()  # (B, N, 2)
-    rows, columns = (torch.linspace(-1, 1, n // 2, device=x.device) for n in (height, width))
-    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)  # (H/2, W/2, 2)
-    place = place.flatten(0, 1).repeat(frames, 1)  # (N, 2)
-    return dit.finish(tokens, e, x.shape[2:]), (read - place).square().mean()
+            place = nets["place"](tokens).float()  # (B, N, 2)
+        if i == 2:
+            source = nets["source"](tokens).float()  # (B, N, 4)
+    where = places(*grid).to(x.device) / 4
+    far = torch.stack([sources(m, *grid) for m in moves]).to(x.device)  # (B, N, 2)
+    wrong = (place - where).square().mean() + (source - torch.cat([far.cos(), far.sin()], -1)).square().mean()
+    return dit.finish(tokens, e, x.shape[2:]), wrong
 
 
 @torch.no_grad()
@@ -557,7 +579,7 @@ def train_dit(args, distil=False):
         spiece.write_bytes(tokenizer_model())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     nets = networks(tokenizer)
-    path, steps, lr = ("distil.pt", 900, 3e-4) if distil else ("dit.pt", 7000, 1.5e-3)
+    path, steps, lr = ("distil.pt", 900, 3e-4) if distil else ("dit.pt", 5000, 1.5e-3)
     if distil and not (args.work / path).exists():
         nets.load_state_dict(average_of(args.work / "dit.pt"))
     run = Trainer(nets, args.work / path, args.steps or steps, lr, args.seed, args.device)
@@ -575,12 +597,12 @@ def train_dit(args, distil=False):
         x0 = torch.stack([v["clips"][i] for v, i in picked]).float().to(args.device)
         y = sample.image_condition(torch.stack([v["condition"] for v, _ in picked]).float().to(args.device))
         image = nets["clip"](torch.stack([v["pixels"] for v, _ in picked]).float().to(args.device))
-        prompts = [run.rng.choice(phrases(MOVES[v["moves"][i]])) for v, i in picked]
-        text = encode_prompts(nets["umt5"], tokenizer, prompts)
+        moves = [MOVES[v["moves"][i]] for v, i in picked]
+        text = encode_prompts(nets["umt5"], tokenizer, [run.rng.choice(phrases(move)) for move in moves])
 
         def velocity(x, sigma):
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.fast):
-                return with_place(nets, x, 1000 * sigma.expand(len(x)), text, image, y)
+                return with_readers(nets, x, 1000 * sigma.expand(len(x)), text, image, y, moves)
 
         noise = torch.randn_like(x0)
         if distil:
@@ -601,7 +623,7 @@ def train_dit(args, distil=False):
         loss = (weights * error.float().square()).mean() + 0.1 * lost
         run.update(loss)
         if run.step % 50 == 0:
-            run.say(f"loss {loss.item():.4f}  place {lost.item():.4f}")
+            run.say(f"loss {loss.item():.4f}  readers {lost.item():.4f}")
         if run.step % 1000 == 0 or run.step == run.steps:
             with run.averaged(), torch.compiler.set_stance("force_eager"):
                 ours, still, bound, right = evaluate(nets, tokenizer, vae, args.device)
