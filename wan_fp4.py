@@ -150,7 +150,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.modulation = nn.Parameter(torch.normal(0.0, cfg.dim ** -0.5, (1, 6, cfg.dim)))
+        self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim))
         self.self_attn = SelfAttention(cfg.dim, cfg.head_dim)
         self.norm3 = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.cross_attn = CrossAttention(cfg.dim, cfg.head_dim)
@@ -171,7 +171,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.modulation = nn.Parameter(torch.normal(0.0, cfg.dim ** -0.5, (1, 2, cfg.dim)))
+        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim))
         self.head = nn.Linear(cfg.dim, 4 * cfg.out_dim)
 
     def forward(self, x, e):
@@ -700,7 +700,7 @@ class CLIPVision(nn.Module):
         self.image_size = cfg.patch * math.isqrt(cfg.tokens - 1)  # 224 pixels a side
         self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch, bias=False)
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, cfg.dim))
-        self.pos_embedding = nn.Parameter(torch.normal(0.0, 0.02, (1, cfg.tokens, cfg.dim)))
+        self.pos_embedding = nn.Parameter(torch.randn(1, cfg.tokens, cfg.dim))
         self.pre_norm = nn.LayerNorm(cfg.dim)
         self.transformer = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.layers))
 
@@ -1085,8 +1085,8 @@ def build(network, config, path):
     """The network on the meta device, where it takes no memory. Raises ValueError if a tensor is missing from
     which config() reads a size.
 
-    The networks make their parameters by functions that C++ has for that device. Others, arithmetic among
-    them, would import torch's compiler: a second and a half.
+    The networks make their parameters by functions that C++ has for that device, unscaled: arithmetic on it
+    would import torch's compiler, a second and a half.
     """
     try:
         with torch.device("meta"):

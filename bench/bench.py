@@ -1,10 +1,11 @@
 """Us and what a user would take instead, side by side: python bench/bench.py [--only NAME] [--rounds 5]
 
 Each row runs in a process of its own: ours and the peer alternate on the same work, after a turn each that
-does not count, and the medians are printed: seconds, and the peer's time over ours. Memory is what the work
-adds to the peak of a process that does nothing else, MiB of each side. CPU, float32 unless the row says
-otherwise, as many threads as torch takes. Random weights. Needs requirements-test.txt; and the rows that
-convert: pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
+does not count, unless it is a whole program, and the medians are printed: seconds, and the peer's time over
+ours. Memory is what the work adds to the peak of a process that does nothing else, MiB of each side. CPU,
+float32 unless the row says otherwise, as many threads as torch takes. Random weights. What the machine could
+do at best: bench/floors.py. Needs requirements-test.txt; and the rows that convert:
+pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
 """
 import argparse
 import contextlib
@@ -192,6 +193,7 @@ def program(before, folder):
 
 
 BEFORE = "cbe52c7"  # where the work on speed began
+PROGRAMS = "convert", "sample"  # how the names of rows begin that run processes of their own
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = [  # the work, the peer, what the ratio should be, and how to make the two functions
     *((f"NVFP4 {what}", peer, target, partial(work, peer, *dtype))
@@ -234,7 +236,7 @@ def child(row, rounds, side):
             print(json.dumps(peak() - before))
             return
         seconds = [], []
-        for i in range(rounds + 1):
+        for i in range(ROWS[row][0].startswith(PROGRAMS), rounds + 1):
             for run, taken in zip(both, seconds):
                 start = time.perf_counter()
                 run()
@@ -269,7 +271,7 @@ def main():
             continue
         theirs, ours = ask("--child", row, "--rounds", args.rounds)
         line = f"{name:36}{peer:>17}{theirs:9.3f}{ours:9.3f}{theirs / ours:7.2f}x{target:7}x"
-        if not name.startswith(("convert", "sample")):  # they are processes of their own
+        if not name.startswith(PROGRAMS):
             line += "".join(f"{ask('--child', row, '--side', side):8.0f}" for side in (0, 1))
         print(line, flush=True)
 

@@ -426,6 +426,9 @@ def networks(tokenizer):
     nets = torch.nn.ModuleDict({"dit": wan_fp4.WanDiT(DIT), "umt5": wan_fp4.UMT5Encoder(umt5),
                                 "clip": wan_fp4.CLIPVision(CLIP), "place": torch.nn.Linear(DIT.dim, 2),
                                 "source": torch.nn.Linear(DIT.dim, 4)})
+    for name, parameter in nets.named_parameters():
+        if name.endswith(("modulation", "clip.pos_embedding")):
+            parameter.data /= DIT.dim ** 0.5 if name.endswith("modulation") else 50
     torch.nn.init.zeros_(nets["dit"].head.head.weight)
     look_nearby(nets["dit"])
     hear_the_prompt(nets["dit"])
@@ -488,7 +491,7 @@ def places(frames, height, width):
 
 
 def sources(move, frames, height, width):
-    """How far each token's content is, in tokens (row, column), from where the first frame shows it, (N, 2)."""
+    """How far from each token the first frame shows what it is to show: (row, column) in tokens, (N, 2)."""
     place, out = places(1, height, width), []
     for f in range(frames):
         dx, dy, zoom, angle = camera(move, max(0, 4 * f - 1.5) / (4 * frames - 4))  # a latent holds 4 frames
