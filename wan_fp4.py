@@ -432,13 +432,17 @@ class Encoder(nn.Module):
             if level < len(cfg.temporal):
                 layers.append(Downsample(c, cfg.temporal[level]))
         self.downsamples = nn.Sequential(*layers)
+        self.full = cfg.blocks + (not cfg.temporal[0])  # layers that see frames at full size
         self.middle = middle_layers(c)
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True),
                                   CausalConv3d(c, 2 * cfg.z, (3, 3, 3)))
 
     def forward(self, x, cache):
-        x = self.conv1(x, cache)  # (B, C, t, h, w)
-        x = run_layers(self.downsamples, x, cache)  # (B, C', t/4, h/8, w/8)
+        # At full size, where most of the memory goes, frame by frame: to the caches it is all the same
+        small = [run_layers(self.downsamples[:self.full], self.conv1(frame, cache), cache)
+                 for frame in x.split(1, dim=2)]
+        x = torch.cat(small, dim=2)  # (B, C, t, h/2, w/2)
+        x = run_layers(self.downsamples[self.full:], x, cache)  # (B, C', t/4, h/8, w/8)
         x = run_layers(self.middle, x, cache)
         return run_layers(self.head, x, cache)  # (B, 2z, t/4, h/8, w/8)
 
