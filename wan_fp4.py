@@ -438,9 +438,9 @@ class Encoder(nn.Module):
                                   CausalConv3d(c, 2 * cfg.z, (3, 3, 3)))
 
     def forward(self, x, cache):
-        # At full size, where most of the memory goes, frame by frame: to the caches it is all the same
-        small = [run_layers(self.downsamples[:self.full], self.conv1(frame, cache), cache)
-                 for frame in x.split(1, dim=2)]
+        # At full size, where most of the memory goes, two frames at a time: to the caches it is all the same
+        small = [run_layers(self.downsamples[:self.full], self.conv1(frames, cache), cache)
+                 for frames in x.split(2, dim=2)]
         x = torch.cat(small, dim=2)  # (B, C, t, h/2, w/2)
         x = run_layers(self.downsamples[self.full:], x, cache)  # (B, C', t/4, h/8, w/8)
         x = run_layers(self.middle, x, cache)
@@ -461,6 +461,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(c, cfg.temporal[level - 1]))
                 c //= 2
         self.upsamples = nn.Sequential(*layers)
+        self.full = len(layers) - cfg.blocks - 2  # the last upsampling; from it on, frames are at full size
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True), CausalConv3d(c, 3, (3, 3, 3)))
 
     def begin(self, x, cache):
@@ -469,8 +470,10 @@ class Decoder(nn.Module):
         return run_layers(self.middle, x, cache)
 
     def grow(self, x, cache):
-        x = run_layers(self.upsamples, x, cache)  # (B, C, 4t, 8h, 8w)
-        return run_layers(self.head, x, cache)  # (B, 3, 4t, 8h, 8w)
+        x = run_layers(self.upsamples[:self.full], x, cache)  # (B, C, 4t, 4h, 4w)
+        large = [run_layers(self.head, run_layers(self.upsamples[self.full:], frames, cache), cache)
+                 for frames in x.split(2, dim=2)]  # as in the encoder
+        return torch.cat(large, dim=2)  # (B, 3, 4t, 8h, 8w)
 
     def forward(self, x, cache):
         return self.grow(self.begin(x, cache), cache)
