@@ -328,7 +328,7 @@ def _decode_e8m0(byte):
 
 
 def _decode_e4m3(data):
-    """float8_e4m3fn -> float32: on a CPU by way of float16, ten times faster than .float().
+    """float8_e4m3fn -> float32: on a CPU by way of float16, several times faster than .float().
 
     A byte moved up by 7 bits, the sign by 8, is the float16 of 1/256 of its value: float16's exponent has one
     bit more and a bias of 15, not 7. Only NaN, the byte of all ones but the sign, has no such twin.

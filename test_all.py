@@ -1839,8 +1839,8 @@ def psnr(a, b):
 
 
 def decode(path):
-    """An mp4's frames, rate, codec and metadata. (x264 reads memory that nobody wrote: of the same frames it
-    makes one file in twenty that differs, by up to 40 dB.)"""
+    """An mp4's frames, rate, codec and metadata. (Of the same frames x264 does not always make the same file:
+    up to one in five differs, with 40 dB of PSNR between them.)"""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
