@@ -474,7 +474,6 @@ def quantize_weight(w, fmt, hessian=None, method="search", num_iter=NUM_ITER):
     method    "search": block scales of the least squared error; "rtn": from each block's largest weight
     num_iter  with a Hessian, the most sweeps over the codes after the first rounding
 
-    A weight on the meta device gives tensors of the right shapes and dtypes, if method is "rtn".
     Raises ValueError for an unknown format, shapes that do not fit, and values that are not finite.
     """
     if fmt == "bf16":
@@ -741,8 +740,12 @@ class Calibration:
 
 @functools.cache
 def _stored_layout(fmt, shape, dtype):
-    stored = quantize_weight(torch.empty(shape, dtype=dtype, device="meta"), fmt, method="rtn")
-    return {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()}
+    """What quantize_weight makes of such a weight: {suffix: (dtype, shape)}."""
+    if fmt == "bf16":
+        return {"weight": (dtype, shape)}
+    required, _ = quant.stored_tensors(fmt, *shape)
+    stored = {suffix: (dtypes[0], stored_shape) for suffix, (dtypes, stored_shape, _) in required.items()}
+    return stored | {"comfy_quant": (torch.uint8, tuple(quant.write_marker(marker(fmt, shape, dtype)).shape))}
 
 
 def layout(source, formats, static=()):

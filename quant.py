@@ -449,8 +449,12 @@ def default_dtype(device):
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def _stored_tensors(fmt, out_features, in_features):
-    """(required, optional) for a layer of this format: suffix -> (dtypes or None, shape, hint)."""
+def stored_tensors(fmt, out_features, in_features):
+    """What a layer of this format stores, and may store: two dicts, suffix -> (dtypes, shape, hint).
+
+    The first dtype is the usual one; None stands for every float dtype. The hint is for a wrong shape. fmt is
+    a key of FORMATS, or None for a plain layer.
+    """
     hint = "is it another layer's, or another model size?"
     number = ((torch.float32,), (), "expected one number")
     optional = {"bias": (None, (out_features,), hint)}
@@ -473,7 +477,7 @@ def _stored_tensors(fmt, out_features, in_features):
 
 
 def _check_stored(name, tensors, fmt, out_features, in_features):
-    required, optional = _stored_tensors(fmt, out_features, in_features)
+    required, optional = stored_tensors(fmt, out_features, in_features)
     kind = FORMATS.get(fmt, "plain")
     for suffix in required:
         if suffix not in tensors:

@@ -2602,20 +2602,30 @@ def test_quantize_weight_gives_what_quant_linear_takes(fmt):
         convert.quantize_weight(w, "fp4")
 
 
+def test_converts_without_torchs_compiler(tmp_path):
+    """Its import takes a second."""
+    program = "import sys, convert; convert.main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
+    argv = ["-i", write_checkpoint(tmp_path / "m.safetensors"), "--extract-lora", "--lora-rank", "4"]
+    run = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=REPOSITORY)
+    assert run.returncode == 0, run.stderr
+
+
 # Memory and failures
 
-def test_memory_holds_one_weight_not_the_model(tmp_path):
-    """The peak of the process rises by less than a third of a 193 MB file over that of a small one."""
-    big = checkpoint(torch.float32, blocks=12, linears={"self_attn.q": (2048, 2048)})
-    program = ("import resource, sys, convert; convert.main(sys.argv[1:]); "
-               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
-    peaks = []
-    for name, tensors in (("small", checkpoint()), ("big", big)):
-        file = write_checkpoint(tmp_path / name, tensors)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
+def test_memory_holds_a_few_weights_not_the_model(tmp_path):
+    """Of 200 MB more in the file, the process's peak rises by less than a third."""
+    program = ("import sys, convert; convert.main(sys.argv[1:]); "  # (getrusage's peak is the parent's too)
+               "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])")
+    peaks, sizes = [], []
+    for blocks in (4, 16):
+        tensors = checkpoint(torch.float32, blocks=blocks, linears={"self_attn.q": (2048, 2048)})
+        file = write_checkpoint(tmp_path / "m", tensors)
         argv = [sys.executable, "-c", program, "-i", file, "-o", tmp_path / "out", "--simple"]
         run = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=REPOSITORY)
-        peaks.append(int(run.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < file.stat().st_size / 3
+        peaks.append(int(run.stdout.split()[-1]) * 1024)
+        sizes.append(file.stat().st_size)
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3
 
 
 def interrupt(monkeypatch, failure, after):
@@ -2623,8 +2633,8 @@ def interrupt(monkeypatch, failure, after):
     calls, quantize = [], convert.quantize_weight
 
     def fails(w, *args, **kwargs):
-        calls.append(not w.is_meta)
-        if sum(calls) == after and not w.is_meta:
+        calls.append(w)
+        if len(calls) == after:
             raise failure
         return quantize(w, *args, **kwargs)
 
@@ -2659,9 +2669,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, cap
     assert text in capsys.readouterr().err
     rounded, quantize = [], convert.quantize_weight
     monkeypatch.setattr(convert, "quantize_weight",
-                        lambda w, *rest, **more: rounded.append(not w.is_meta) or quantize(w, *rest, **more))
+                        lambda *args, **kwargs: rounded.append(args) or quantize(*args, **kwargs))
     convert.main([*argv, "--resume"])
-    assert 0 < sum(rounded) <= 10 - 4  # of ten weights four were done, and perhaps one that ran ahead
+    assert 0 < len(rounded) <= 10 - 4  # of ten weights four were done, and perhaps one that ran ahead
     assert all(file.read_bytes() == data for file, data in whole.items())
     assert len(list(tmp_path.iterdir())) == 3  # no .part, no journal
 

@@ -2,10 +2,10 @@
 
 Each row runs in a process of its own: ours and the peer alternate on the same work, after a turn each that
 does not count, unless it is a whole program, and the medians are printed: seconds, and the peer's time over
-ours. Memory is what the work adds to the peak of a process that does nothing else, MiB of each side. CPU,
-float32 unless the row says otherwise, as many threads as torch takes. Random weights. What the machine could
-do at best: bench/floors.py. Needs requirements-test.txt; and the rows that convert:
-pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
+ours. Memory, MiB of each side, is what the work adds to the peak of a process that does nothing else, or all
+that a program held. CPU, float32 unless the row says otherwise, as many threads as torch takes. Random
+weights. What the machine could do at best: bench/floors.py. Needs requirements-test.txt; and the rows that
+convert: pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
 """
 import argparse
 import contextlib
@@ -165,10 +165,19 @@ def checkpoint(folder, blocks):
     return folder / "model.safetensors"
 
 
+HELD = []  # the most memory that each program run held, in MiB
+# A program's own figure begins with its parent's memory, which here is large: this small one starts it.
+WATCH = """import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print("\\n", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(code)"""
+
+
 def silently(command):
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WATCH, *command], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    HELD.append(float(done.stdout.split()[-1]))
 
 
 def conversion(blocks, ours, theirs, folder):
@@ -242,7 +251,7 @@ def child(row, rounds, side):
                 run()
                 if i:
                     taken.append(time.perf_counter() - start)
-        print(json.dumps([statistics.median(taken) for taken in seconds]))
+        print(json.dumps([statistics.median(taken) for taken in seconds] + HELD[-2:]))
 
 
 def ask(*arguments):
@@ -269,11 +278,10 @@ def main():
     for row, (name, peer, target, _) in enumerate(ROWS):
         if args.only not in name:
             continue
-        theirs, ours = ask("--child", row, "--rounds", args.rounds)
+        theirs, ours, *held = ask("--child", row, "--rounds", args.rounds)
         line = f"{name:36}{peer:>17}{theirs:9.3f}{ours:9.3f}{theirs / ours:7.2f}x{target:7}x"
-        if not name.startswith(PROGRAMS):
-            line += "".join(f"{ask('--child', row, '--side', side):8.0f}" for side in (0, 1))
-        print(line, flush=True)
+        held = held or [ask("--child", row, "--side", side) for side in (0, 1)]
+        print(line + "".join(f"{mib:8.0f}" for mib in held), flush=True)
 
 
 if __name__ == "__main__":
