@@ -523,7 +523,6 @@ def _energy(x, hessian):
 # It runs beside the layer, y = Q x + up (down x), and is never merged: the sum would have to be rounded
 # again, and rounding takes it away. Rounding errors are nearly white, so rank 64 of 5120 holds some 4 % of
 # their energy. With a Hessian the energy is that of the output's error, which sits in far fewer directions.
-
 #
 # Mode "absorb" goes further: the best rank r of the weight itself is taken out before rounding, so what is
 # rounded is smaller, and so is its error (SVDQuant, Li et al. 2024, arXiv:2411.05007). The factors are then
