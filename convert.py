@@ -17,7 +17,7 @@ How it goes, and in which order to read this file:
              its place: memory holds a few weights, whatever the size of the model. The file has a temporary
              name until it is complete, and an interrupted run can go on from there.
 
-What is written for a quantised layer L, in quant.py's layout: L.weight, L.weight_scale, for NVFP4
+What is written for a quantized layer L, in quant.py's layout: L.weight, L.weight_scale, for NVFP4
 L.weight_scale_2, and the marker L.comfy_quant, which ComfyUI reads. Older tools read the same in the header,
 under _quantization_metadata: both are always there. The header also keeps the source's own entries
 (head_dim and so on), and says how the file was made.
@@ -57,7 +57,7 @@ import quant
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
-FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
+PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
 BLOCK = {"mxfp8": quant.MXFP8_BLOCK, "nvfp4": quant.NVFP4_BLOCK}
 DIFFUSERS = re.compile(r"attn[12]\.|ffn\.net\.|norm2\.|condition_embedder\.|scale_shift_table|proj_out\.")
 
@@ -114,7 +114,7 @@ class Source:
             with _open(file) as f:
                 self.metadata |= f.metadata() or {}
                 if "_quantization_metadata" in self.metadata:
-                    raise Refusal(f"{file}: already quantised, its header says: convert the bf16 model")
+                    raise Refusal(f"{file}: already quantized, its header says: convert the bf16 model")
                 for stored in f.keys():
                     self._add(f, file, stored)
         if not any(re.match(r"blocks\.\d+\.self_attn\.", name) for name in self.shapes):
@@ -135,7 +135,7 @@ class Source:
             raise Refusal(f"{file}: {name} is already 8-bit ({dtype}): its rounding error would add to "
                           f"NVFP4's, and black frames are reported. Convert the bf16 model")
         if name.endswith((".comfy_quant", ".weight_scale")):
-            raise Refusal(f"{file}: already quantised, it has {name}: convert the bf16 model")
+            raise Refusal(f"{file}: already quantized, it has {name}: convert the bf16 model")
         if DTYPES.get(dtype) not in (torch.float32, torch.float16, torch.bfloat16):
             if dtype not in DTYPES or name.endswith(".weight"):
                 raise Refusal(f"{file}: {name} is {dtype}, expected BF16, F16 or F32")
@@ -160,7 +160,7 @@ class Source:
 # Plan: which weight gets which format
 # ----------------------------------------------------------------------------------------------------
 
-# The Linears of the blocks hold 98 % of the weights. Of the others only those in OPTIONAL may be quantised,
+# The Linears of the blocks hold 98 % of the weights. Of the others only those in OPTIONAL may be quantized,
 # and only when asked for by name: the time layers and the head decide every pixel, and norms, biases and
 # modulation are too small to matter.
 BLOCK_WEIGHT = re.compile(r"blocks\.(\d+)\.(.+)\.weight")
@@ -256,7 +256,7 @@ def plan_by_score(scores):
 def stored_bytes(shape, dtype):
     """What a weight takes in each format: {format: bytes}."""
     return {fmt: sum(math.prod(s) * d.itemsize for d, s in _stored_layout(fmt, shape, dtype).values())
-            for fmt in FORMATS}
+            for fmt in PLAN_FORMATS}
 
 
 def plan_by_error(errors, sizes, budget):
@@ -295,11 +295,11 @@ def weight_errors(w):
     """{format: relative squared error of the weight itself}, on 256 of its rows, rounded to nearest."""
     w = w[::-(-len(w) // 256)].float()  # (256, K)
     return {fmt: 0.0 if fmt == "bf16" else 10 ** (-snr(w, dequantize_weight(
-        quantize_weight(w, fmt, method="rtn"), w.shape)) / 10) for fmt in FORMATS}
+        quantize_weight(w, fmt, method="rtn"), w.shape)) / 10) for fmt in PLAN_FORMATS}
 
 
 def output_errors(w, x):
-    """{format: relative squared error of the layer's outputs} for inputs x (R, K), both sides quantised."""
+    """{format: relative squared error of the layer's outputs} for inputs x (R, K), both sides quantized."""
     y, errors = x @ w.float().T, {"bf16": 0.0}  # (R, M)
     for fmt in ("mxfp8", "nvfp4"):
         layer = quant.QuantLinear.from_tensors("weight", quantize_weight(w, fmt), w.shape[1], w.shape[0],
@@ -478,8 +478,8 @@ def quantize_weight(w, fmt, hessian=None, method="search", num_iter=NUM_ITER):
     """
     if fmt == "bf16":
         return {"weight": w}
-    if fmt not in FORMATS:
-        raise ValueError(f"quantize_weight: got format {fmt!r}, expected one of {', '.join(FORMATS)}")
+    if fmt not in PLAN_FORMATS:
+        raise ValueError(f"quantize_weight: got format {fmt!r}, expected one of {', '.join(PLAN_FORMATS)}")
     if hessian is not None:
         stored = _round_compensated(w, fmt, hessian, num_iter)
     elif fmt == "nvfp4":
@@ -660,7 +660,7 @@ class Calibration:
             for i in range(self.layers):
                 h = self.block(i)(h, *context)
                 progress.update()
-            return self.dit.finish(h, e, x.shape[2:])
+            return self.dit.unpatchify(self.dit.head(h, e), x.shape[2:])
 
         with progress:
             sample.sample_latents(denoise, noise, [*self.steps, 0.0], generator=generator)
@@ -673,7 +673,7 @@ class Calibration:
                    for name in self.source.shapes if name.startswith(prefix)}
         with torch.device("meta"):
             block = wan_fp4.Block(self.dit.cfg)
-        return wan_fp4.fill(block, tensors, self.source.path, self.device, self.dit.dtype)
+        return wan_fp4.load_weights(block, tensors, self.source.path, self.device, self.dit.dtype)
 
     @contextmanager
     def _observing(self, module, prefix):
@@ -726,7 +726,7 @@ class Calibration:
         tensors = stored | ({"bias": old.bias} if old.bias is not None else {})
         new = quant.QuantLinear.from_tensors(
             layer, {suffix: tensor.to(self.device) for suffix, tensor in tensors.items()}, old.in_features,
-            old.out_features, compute_dtype=self.dit.dtype, mode="dequantise")
+            old.out_features, compute_dtype=self.dit.dtype, mode="dequantize")
         if factors:
             new.attach_lora(*(factor.to(self.device) for factor in factors))
         self.module.set_submodule(name, new)
@@ -742,7 +742,7 @@ def _stored_layout(fmt, shape, dtype):
     """What quantize_weight makes of such a weight: {suffix: (dtype, shape)}."""
     if fmt == "bf16":
         return {"weight": (dtype, shape)}
-    required, _ = quant.stored_tensors(fmt, *shape)
+    required, _ = quant.stored_tensors(fmt, *shape[::-1])
     stored = {suffix: (dtypes[0], stored_shape) for suffix, (dtypes, stored_shape, _) in required.items()}
     return stored | {"comfy_quant": (torch.uint8, tuple(quant.write_marker(marker(fmt, shape, dtype)).shape))}
 
@@ -931,7 +931,7 @@ class Settings:
 
 def _round(source, name, fmt, how, seen, device):
     """One tensor of the source -> the tensors of the converted file and of the LoRA, by full name; and, if it
-    is quantised, {measure: dB}. `seen`: its Inputs, or None."""
+    is quantized, {measure: dB}. `seen`: its Inputs, or None."""
     tensor, layer = source.tensor(name), name.removesuffix(".weight")
     if fmt == "bf16":
         return {name: tensor}, {}, {}
@@ -968,7 +968,7 @@ def convert(source, formats, out, how=Settings(), made=None, lora_file=None, cal
     calibration  a Calibration: rounding then minimises the error of the layers' outputs
     resume       go on from what an interrupted run left; the files come out the same, byte for byte
 
-    Returns {name: quality}, for each quantised weight its signal-to-noise ratios in dB and, with a LoRA, the
+    Returns {name: quality}, for each quantized weight its signal-to-noise ratios in dB and, with a LoRA, the
     share of the error's energy that it holds. Whatever interrupts it, the files do not get their names.
     """
     made, about = made or {}, {**(made or {}), "base": out.name}
@@ -1052,12 +1052,12 @@ def plan_report(shapes, formats):
     for name in shapes:
         if BLOCK_WEIGHT.fullmatch(name):
             kind = _kind(name) if name in formats else "norms"
-            counts.setdefault(kind, dict.fromkeys(FORMATS, 0))[formats.get(name, "bf16")] += 1
-    counts["total"] = {fmt: sum(row[fmt] for row in counts.values()) for fmt in FORMATS}
-    yield f"{'percent of layers':17}" + "".join(f"{FORMATS[fmt]:>8}" for fmt in FORMATS)
+            counts.setdefault(kind, dict.fromkeys(PLAN_FORMATS, 0))[formats.get(name, "bf16")] += 1
+    counts["total"] = {fmt: sum(row[fmt] for row in counts.values()) for fmt in PLAN_FORMATS}
+    yield f"{'percent of layers':17}" + "".join(f"{PLAN_FORMATS[fmt]:>8}" for fmt in PLAN_FORMATS)
     for kind, row in counts.items():
-        yield f"{kind:17}" + "".join(f"{100 * row[fmt] / sum(row.values()):8.1f}" for fmt in FORMATS)
-    extra = [f"{name}: {FORMATS[fmt]}" for name, fmt in formats.items() if not BLOCK_WEIGHT.fullmatch(name)]
+        yield f"{kind:17}" + "".join(f"{100 * row[fmt] / sum(row.values()):8.1f}" for fmt in PLAN_FORMATS)
+    extra = [f"{name}: {PLAN_FORMATS[fmt]}" for name, fmt in formats.items() if not BLOCK_WEIGHT.fullmatch(name)]
     yield from sorted(extra)
 
 
@@ -1082,7 +1082,7 @@ def plan_map(formats, colour):
     rows, blocks = _grid(formats)
     for kind, row in rows.items():
         yield f"{kind:17} " + "".join(cell(row[i]) if i in row else " " for i in range(blocks))
-    yield f"{'block 0 and on':17} " + ", ".join(f"{cell(fmt)} {FORMATS[fmt]}" for fmt in LETTERS)
+    yield f"{'block 0 and on':17} " + ", ".join(f"{cell(fmt)} {PLAN_FORMATS[fmt]}" for fmt in LETTERS)
 
 
 def plan_svg(formats):
@@ -1096,12 +1096,12 @@ def plan_svg(formats):
     for y, (kind, row) in enumerate(rows.items()):
         lines.append(f'<text x="4" y="{top + y * size + 11}">{kind}</text>')
         lines += [f'<rect x="{left + i * size}" y="{top + y * size}" width="{size - 1}" height="{size - 1}" '
-                  f'fill="rgb{COLOURS[fmt]}"><title>blocks.{i}.{kind}: {FORMATS[fmt]}</title></rect>'
+                  f'fill="rgb{COLOURS[fmt]}"><title>blocks.{i}.{kind}: {PLAN_FORMATS[fmt]}</title></rect>'
                   for i, fmt in row.items()]
     for i, fmt in enumerate(COLOURS):
         lines.append(f'<rect x="{left + i * 80}" y="{height - 22}" width="12" height="12" '
                      f'fill="rgb{COLOURS[fmt]}"/><text x="{left + i * 80 + 17}" y="{height - 12}">'
-                     f'{FORMATS[fmt]}</text>')
+                     f'{PLAN_FORMATS[fmt]}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
@@ -1119,7 +1119,7 @@ def quality_report(quality, formats):
     yield (f"{key} SNR               layers  mean dB  worst dB"
            + "   LoRA: layers  holds  mean dB  with it" * with_lora)
     for (_, kind, fmt), group in sorted(groups.items(), key=lambda item: item[0]):
-        values, line = [m[key] for m in group], f"{kind:16} {FORMATS[fmt]:7}"
+        values, line = [m[key] for m in group], f"{kind:16} {PLAN_FORMATS[fmt]:7}"
         line += f" {len(values):6} {sum(values) / len(values):8.2f} {min(values):9.2f}"
         if corrected := [m for m in group if "share" in m]:
             share, alone, both = (sum(m[k] for m in corrected) / len(corrected)
@@ -1150,7 +1150,7 @@ def _size(text):
     return int(number * (1024 if match[3] else 1000) ** unit)
 
 
-def _parser():
+def make_parser():
     parser = argparse.ArgumentParser(
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
         description="A Wan2.1 checkpoint in bf16, fp16 or fp32 -> NVFP4 and MXFP8.",
@@ -1163,10 +1163,10 @@ def _parser():
     base = plan.add_mutually_exclusive_group()
     for fmt in ("nvfp4", "mxfp8"):
         base.add_argument(f"--{fmt}", action="store_const", dest="base", const=fmt,
-                          help=f"{FORMATS[fmt]} for every layer that no regex names")
+                          help=f"{PLAN_FORMATS[fmt]} for every layer that no regex names")
     plan.add_argument("--custom-layers", metavar="REGEX",
                       help="layers that take --custom-type; wins over --exclude-layers")
-    plan.add_argument("--custom-type", choices=FORMATS, help="format of --custom-layers")
+    plan.add_argument("--custom-type", choices=PLAN_FORMATS, help="format of --custom-layers")
     plan.add_argument("--exclude-layers", metavar="REGEX", help="layers that stay as they are")
     plan.add_argument("--plan", choices=("score", "recipe", "measured"), help="score: by kurtosis, dynamic "
         "range and aspect ratio of each weight; recipe: the published one for the 14B; measured: by each "
@@ -1354,7 +1354,7 @@ def main(argv=None):
     Raises SystemExit(2) after one line on stderr for what it refuses, SystemExit(130) after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     try:
         _run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))

@@ -13,7 +13,7 @@ NVFP4 in one equation
 
 All three multiply; nothing stored is a reciprocal. A weight costs 4 + 8/16 = 4.5 bits.
 
-To quantise, work from the outside in, all in float32. 448 and 6 are the largest E4M3 and E2M1 values:
+To quantize, work from the outside in, all in float32. 448 and 6 are the largest E4M3 and E2M1 values:
 
     tensor_scale = amax(w) / (448 * 6)
     block_scale  = e4m3(min(amax(block) / 6 / tensor_scale, 448))
@@ -34,7 +34,7 @@ The matrix has amax 0.5376, so tensor_scale = 0.5376 / 2688 = 0.0002. One of its
 
 The last weight is a tie: .75 lies half way between codes 1 and 2, and takes 2. Two codes share a byte, and
 the EVEN element sits in the HIGH nibble: 6 then B is 6B. Some other tools put it in the low nibble. A matmul
-comes out right in either order if both operands agree, so a swapped file shows only when it is dequantised.
+comes out right in either order if both operands agree, so a swapped file shows only when it is dequantized.
 
 MXFP8
 -----
@@ -179,7 +179,7 @@ def unswizzle(scale, rows, cols):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Quantise and dequantise
+# Quantize and dequantize
 # ----------------------------------------------------------------------------------------------------
 
 def _check_input(caller, w, method):
@@ -188,7 +188,7 @@ def _check_input(caller, w, method):
     if w.dim() != 2 or w.numel() == 0:
         raise ValueError(f"{caller}: got shape {tuple(w.shape)}, expected a non-empty (M, K): reshape it")
     if not w.is_floating_point():
-        raise ValueError(f"{caller}: got {w.dtype}, expected a float dtype: dequantise or cast it first")
+        raise ValueError(f"{caller}: got {w.dtype}, expected a float dtype: dequantize or cast it first")
 
 
 def _check_finite(caller, amax):
@@ -417,7 +417,7 @@ def dequantize_mxfp8(data, block_scale, shape=None, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------
 
 FORMATS = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # as stored -> as printed
-MODES = ("tensor_cores", "dequantise", "emulate")
+MODES = ("tensor_cores", "dequantize", "emulate")
 
 
 def write_marker(info):
@@ -438,10 +438,10 @@ def read_marker(marker, name="comfy_quant"):
 
 
 def default_mode(device):
-    """"tensor_cores" on a CUDA device of sm_100 or later, else "dequantise"."""
+    """"tensor_cores" on a CUDA device of sm_100 or later, else "dequantize"."""
     device = torch.device(device)
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return "tensor_cores" if nvidia and torch.cuda.get_device_capability(device) >= (10, 0) else "dequantise"
+    return "tensor_cores" if nvidia and torch.cuda.get_device_capability(device) >= (10, 0) else "dequantize"
 
 
 def default_dtype(device):
@@ -449,7 +449,7 @@ def default_dtype(device):
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def stored_tensors(fmt, out_features, in_features):
+def stored_tensors(fmt, in_features, out_features):
     """What a layer of this format stores, and may store: two dicts, suffix -> (dtypes, shape, hint).
 
     The first dtype is the usual one; None stands for every float dtype. The hint is for a wrong shape. fmt is
@@ -476,8 +476,8 @@ def stored_tensors(fmt, out_features, in_features):
             "weight_scale": ((torch.uint8, torch.float8_e8m0fnu), scale_shape, scale_hint)}, optional
 
 
-def _check_stored(name, tensors, fmt, out_features, in_features):
-    required, optional = stored_tensors(fmt, out_features, in_features)
+def _check_stored(name, tensors, fmt, in_features, out_features):
+    required, optional = stored_tensors(fmt, in_features, out_features)
     kind = FORMATS.get(fmt, "plain")
     for suffix in required:
         if suffix not in tensors:
@@ -496,7 +496,7 @@ def _check_stored(name, tensors, fmt, out_features, in_features):
             raise ValueError(f"{name}.{suffix}: got {tuple(tensor.shape)}, expected {shape}: {hint}")
 
 
-def _linear(x, weight, bias=None):
+def linear(x, weight, bias=None):
     """F.linear. In float32 on a CPU by oneDNN, where torch takes MKL, which on AMD's processors uses half of
     the vector width and so twice the time. The operator has no public name and no gradient."""
     if (x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -509,11 +509,11 @@ class QuantLinear(nn.Module):
     """y = x @ W.T + bias, with W kept as the checkpoint stores it: NVFP4, MXFP8, FP8, or plain.
 
     mode, chosen once, when the layer is made:
-      tensor_cores  the activation is quantised on the fly, and torch._scaled_mm multiplies (sm_100 and later)
-      dequantise    W is dequantised for this call, and multiplied in compute_dtype
-      emulate       what tensor_cores computes, on any device: both operands dequantised, times in float32
-    FP8 and plain layers, and those marked full_precision_matrix_mult, always dequantise; an FP8 layer's
-    input_scale is then kept but has no part. No dequantised copy outlives a call.
+      tensor_cores  the activation is quantized on the fly, and torch._scaled_mm multiplies (sm_100 and later)
+      dequantize    W is dequantized for this call, and multiplied in compute_dtype
+      emulate       what tensor_cores computes, on any device: both operands dequantized, times in float32
+    FP8 and plain layers, and those marked full_precision_matrix_mult, always dequantize; an FP8 layer's
+    input_scale is then kept but has no part. No dequantized copy outlives a call.
 
     x has any float dtype and any leading dimensions, and y has x's dtype. Build one with from_tensors.
     """
@@ -537,7 +537,7 @@ class QuantLinear(nn.Module):
         fmt = info.get("format")
         if marker is None and "weight_scale" in tensors and tensors["weight_scale"].numel() == 1:
             fmt = "float8_e4m3fn"  # files older than the marker know no other format
-        _check_stored(name, tensors, fmt, out_features, in_features)
+        _check_stored(name, tensors, fmt, in_features, out_features)
         if bias is not None and bias != ("bias" in tensors):
             got, expected = ("nothing", "a tensor") if bias else ("a tensor", "none")
             raise ValueError(f"{name}.bias: got {got}, expected {expected}: is it another layer's?")
@@ -549,7 +549,7 @@ class QuantLinear(nn.Module):
         device = tensors["weight"].device
         layer.compute_dtype = compute_dtype or default_dtype(device)
         one_way = fmt not in ("nvfp4", "mxfp8") or info.get("full_precision_matrix_mult", False)
-        layer.mode = "dequantise" if one_way else mode or default_mode(device)
+        layer.mode = "dequantize" if one_way else mode or default_mode(device)
         if fmt == "nvfp4":
             tensors["weight_scale"] = tensors["weight_scale"].view(torch.float8_e4m3fn)
         layer.weight = nn.Parameter(tensors["weight"], requires_grad=False)
@@ -600,10 +600,10 @@ class QuantLinear(nn.Module):
         else:
             if self.mode == "emulate":
                 scaled = dequantize_activation(*quantize_activation(scaled, self), scaled.shape)
-            y = _linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, O)
+            y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, O)
         for i, scale in enumerate(self.lora_scales):
             up, down = getattr(self, f"lora_up_{i}").to(dtype), getattr(self, f"lora_down_{i}").to(dtype)
-            y = y + scale * _linear(_linear(flat.to(dtype), down), up)
+            y = y + scale * linear(linear(flat.to(dtype), down), up)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn, recurse=True):
@@ -631,10 +631,10 @@ def quantize_activation(x, layer, row_multiple=1):
     """
     x = _pad_to(x, row_multiple, 32)  # of 32 for NVFP4 too: torch._scaled_mm takes rows of whole 16 bytes
     fused = x.is_cuda and not torch.compiler.is_compiling()
-    return (_fused_activation(x.device.type) if fused else _activation)(x, layer.format, layer.input_scale)
+    return (compiled_quantize_rows(x.device.type) if fused else quantize_rows)(x, layer.format, layer.input_scale)
 
 
-def _activation(x, fmt, input_scale):
+def quantize_rows(x, fmt, input_scale):
     if fmt == "mxfp8":
         amax = F.threshold(_block_amax(x, MXFP8_BLOCK), E4M3_MAX * 2.0 ** -127, 0.0)  # what has no scale is 0
         return *_quantize_mxfp8(x, amax), None
@@ -643,19 +643,19 @@ def _activation(x, fmt, input_scale):
 
 
 @functools.cache
-def _fused_activation(device_type):
-    """_activation, compiled: x is read twice, for the magnitudes and for the codes, which are written once.
+def compiled_quantize_rows(device_type):
+    """quantize_rows, compiled: x is read twice, for the magnitudes and for the codes, which are written once.
 
     Step by step 30 times as many bytes would move, and take longer than the product: bench/activation.py.
-    Where the compiler does not work (it wants Triton and a C compiler) it stays _activation, with a warning.
+    Where the compiler does not work (it wants Triton and a C compiler) it stays quantize_rows, with a warning.
     """
     exact = {"eager_numerics.division_rounding": True}  # the same bits as step by step
-    fused = torch.compile(_activation, dynamic=True, options=exact)
+    fused = torch.compile(quantize_rows, dynamic=True, options=exact)
     try:
         fused(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
     except Exception as error:
-        warnings.warn(f"activations are quantised step by step, which is slow: torch.compile failed: {error}")
-        return _activation
+        warnings.warn(f"activations are quantized step by step, which is slow: torch.compile failed: {error}")
+        return quantize_rows
     return fused
 
 

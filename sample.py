@@ -34,6 +34,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -45,6 +46,7 @@ if __name__ == "__main__":  # torch warns while it is imported; nothing here nee
 import av
 import torch
 import torch.nn.functional as F
+from torch import nn
 from av.video.reformatter import Colorspace
 from safetensors import TensorSpec, safe_open, serialize_file
 from sentencepiece import SentencePieceProcessor
@@ -444,6 +446,65 @@ def check_frames(frames):
         raise ValueError(f"--frames {frames}: must be 4k+1; the nearest are {below} and {below + 4}")
 
 
+class StreamedBlocks(nn.ModuleList):
+    """A network's blocks in CPU memory (mapped files too), each on the GPU only while it computes.
+
+    To iterate gives them in order, as callables. While one computes, the next is copied: through one of two
+    pinned buffers, as only those are copied without waiting, to one of two buffers on the GPU, on a stream of
+    its own. A GPU holds two blocks at a time. On a CPU, for tests, the same copies happen in turn.
+    """
+
+    def __init__(self, blocks, device):
+        super().__init__(blocks)
+        self.cuda_device = torch.device(device) if torch.device(device).type == "cuda" else None
+        self.tensors = [dict(b.named_parameters()) | dict(b.named_buffers()) for b in blocks]
+        size = max(sum(padded_bytes(t) for t in tensors.values()) for tensors in self.tensors)
+        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=bool(self.cuda_device)) for _ in "ab"]
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in "ab"]
+        if self.cuda_device:
+            self.side = torch.cuda.Stream(device)
+            self.copied = [torch.cuda.Event() for _ in "ab"]  # pinned buffer -> GPU
+            self.computed = [torch.cuda.Event() for _ in "ab"]  # the block in the GPU's buffer
+
+    def fetch(self, i):
+        """Begin to copy block i. Returns what block i's tensors will be: views of the GPU's buffer."""
+        pinned, slot, views, at = self.pinned[i % 2], self.slots[i % 2], {}, 0
+        if self.cuda_device:
+            self.copied[i % 2].synchronize()  # the pinned buffer is free again
+        for name, tensor in self.tensors[i].items():
+            part = slice(at, at + tensor.nbytes)
+            pinned[part].copy_(tensor.reshape(-1).view(torch.uint8))
+            views[name] = slot[part].view(tensor.dtype).view(tensor.shape)
+            at += padded_bytes(tensor)
+        if not self.cuda_device:
+            slot[:at].copy_(pinned[:at])
+            return views
+        with torch.cuda.stream(self.side):
+            self.side.wait_event(self.computed[i % 2])
+            slot[:at].copy_(pinned[:at], non_blocking=True)
+            self.copied[i % 2].record()
+        return views
+
+    def __iter__(self):
+        views = self.fetch(0)
+        for i in range(len(self)):
+            if self.cuda_device:
+                torch.cuda.current_stream(self.cuda_device).wait_event(self.copied[i % 2])
+            yield partial(run_with, self[i], views)
+            if self.cuda_device:
+                self.computed[i % 2].record(torch.cuda.current_stream(self.cuda_device))
+            if i + 1 < len(self):
+                views = self.fetch(i + 1)  # on the GPU, block i has only just begun
+
+
+def run_with(module, tensors, *args):
+    return torch.func.functional_call(module, tensors, args)
+
+
+def padded_bytes(tensor):
+    return (tensor.nbytes + 255) // 256 * 256  # so that every view is aligned
+
+
 def settle(network, working, device, offload=False):
     """Put a network's blocks, so far in CPU memory, on a GPU, where `working` bytes more are needed at the
     peak; or stream them, if not all of that fits, or with offload."""
@@ -457,7 +518,7 @@ def settle(network, working, device, offload=False):
           f"{free / 2**30:.2f} free on {device}: "
           f"{'streamed from CPU memory, two at a time' if stream else 'all loaded'}")
     if stream:
-        network.blocks = wan_fp4.StreamedBlocks(blocks, device)
+        network.blocks = StreamedBlocks(blocks, device)
     else:
         blocks.to(device)
 
@@ -510,7 +571,7 @@ def encode_first_frames(path, images, frames, device):
 
 def sample_video(dit, y, text, negative, image, levels, sampler, cfg, seed, device, precise=False):
     """Conditions -> latents (1, 16, T, H, W). text, negative: features of the prompts. precise: tensor cores
-    have no part in the first step and the last, whose activations stay unquantised."""
+    have no part in the first step and the last, whose activations stay unquantized."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)  # (1, 16, T, H, W)
     usual = [(layer, layer.mode) for layer in dit.modules() if isinstance(layer, quant.QuantLinear)]
@@ -518,7 +579,7 @@ def sample_video(dit, y, text, negative, image, levels, sampler, cfg, seed, devi
 
     def denoise(x, sigma):
         for layer, mode in usual:
-            layer.mode = "dequantise" if sigma in ends else mode
+            layer.mode = "dequantize" if sigma in ends else mode
         t = torch.full((1,), 1000 * sigma, device=device)
         v = dit(x, t, text, image, y)
         if cfg == 1:
@@ -788,7 +849,7 @@ def peak_memory(device):
 
 def check(device):
     """Says which path NVFP4 and MXFP8 take on this device, and why; multiplies once in each and compares with
-    the product of the dequantised operands. True if all agree."""
+    the product of the dequantized operands. True if all agree."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         where = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor} (tensor cores do, from sm_100 on)"
@@ -801,7 +862,7 @@ def check(device):
         stored["comfy_quant"] = quant.write_marker({"format": fmt})
         layer = quant.QuantLinear.from_tensors(fmt, stored, 512, 256, mode=quant.default_mode(device))
         expected = quant.QuantLinear.from_tensors(
-            fmt, stored, 512, 256, mode="emulate" if layer.mode == "tensor_cores" else "dequantise")(x)
+            fmt, stored, 512, 256, mode="emulate" if layer.mode == "tensor_cores" else "dequantize")(x)
         layer = layer.to(device)
         layer.compute_dtype = quant.default_dtype(device)
         try:
@@ -814,7 +875,7 @@ def check(device):
         good = difference < 0.01  # bfloat16's rounding makes 0.002
         agree &= good
         print(f"{quant.FORMATS[fmt]}: {layer.mode.replace('_', ' ')}, as {where}; the product differs from "
-              f"the dequantised one by {difference:.1e}: {'good' if good else 'WRONG'}")
+              f"the dequantized one by {difference:.1e}: {'good' if good else 'WRONG'}")
     return agree
 
 
@@ -979,7 +1040,7 @@ def main(argv=None):
     add("--negative", default="", help="prompt for what to avoid, with --cfg")
     add("--offload", action="store_true", help="keep the blocks of the DiT and of the text encoder in CPU "
         "memory and stream them to the GPU (default: where they do not fit it)")
-    add("--precise-steps", action="store_true", help="the first and the last step without quantised "
+    add("--precise-steps", action="store_true", help="the first and the last step without quantized "
         "activations: nearer to the bf16 model, and slower, where tensor cores multiply")
     add("--seed", type=int, default=0)
     add("--interpolate", metavar="RIFE_WEIGHTS", help="one more frame between every two, 81 become 161: the "

@@ -164,7 +164,7 @@ def test_swizzle_refuses_wrong_shapes():
         quant.unswizzle(torch.zeros(128, 4), 96, 5)
 
 
-# Quantise, against comfy-kitchen
+# Quantize, against comfy-kitchen
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,9 +245,9 @@ def test_the_worked_block_of_the_docstring():
     assert f"stored as byte {block_scale.view(torch.uint8)[0, 0].item()}" in quant.__doc__
 
 
-# Dequantise
+# Dequantize
 
-def test_every_e2m1_byte_and_e4m3_scale_dequantises_to_the_product():
+def test_every_e2m1_byte_and_e4m3_scale_dequantizes_to_the_product():
     data = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(8, 1)      # every byte, eight times
     scale = torch.arange(0, 127, dtype=torch.uint8)
     scale = F.pad(scale, (0, 1)).view(128, 1).repeat(1, 2).view(torch.float8_e4m3fn)
@@ -259,7 +259,7 @@ def test_every_e2m1_byte_and_e4m3_scale_dequantises_to_the_product():
             assert got[r, 2 * c] == signed[byte >> 4] * s and got[r, 2 * c + 1] == signed[byte & 15] * s
 
 
-def test_every_e8m0_byte_dequantises_to_its_power_of_two():
+def test_every_e8m0_byte_dequantizes_to_its_power_of_two():
     bytes_ = torch.arange(256, dtype=torch.uint8).view(256, 1)
     got = quant.dequantize_mxfp8(torch.ones(256, 32).to(torch.float8_e4m3fn), quant.swizzle(bytes_))[:, 0]
     assert got[1:255].tolist() == [2.0 ** (b - 127) for b in range(1, 255)]
@@ -267,7 +267,7 @@ def test_every_e8m0_byte_dequantises_to_its_power_of_two():
 
 
 @pytest.mark.parametrize("bytes_", [range(256), [*range(127), 0, *range(128, 255), 0]])  # without NaNs too
-def test_every_e4m3_byte_dequantises_as_torch_casts_it(bytes_):
+def test_every_e4m3_byte_dequantizes_as_torch_casts_it(bytes_):
     data = torch.tensor(bytes_, dtype=torch.uint8).view(torch.float8_e4m3fn).view(32, 8).repeat(1, 4)
     got = quant.dequantize_mxfp8(data, quant.swizzle(torch.full((32, 1), 127, dtype=torch.uint8)))
     torch.testing.assert_close(got, data.float(), rtol=0, atol=0, equal_nan=True)
@@ -275,7 +275,7 @@ def test_every_e4m3_byte_dequantises_as_torch_casts_it(bytes_):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_dequantise_crops_and_casts_from_float32(dtype):
+def test_dequantize_crops_and_casts_from_float32(dtype):
     w = example("odd", torch.float32)
     for dequantize, parts in ((quant.dequantize_nvfp4, quant.quantize_nvfp4(w)),
                               (quant.dequantize_mxfp8, quant.quantize_mxfp8(w))):
@@ -285,7 +285,7 @@ def test_dequantise_crops_and_casts_from_float32(dtype):
         assert full.shape in ((144, 80), (160, 96)) and full[133:].eq(0).all() and full[:, 77:].eq(0).all()
 
 
-def test_dequantise_refuses_parts_that_do_not_fit():
+def test_dequantize_refuses_parts_that_do_not_fit():
     data, block_scale, tensor_scale = quant.quantize_nvfp4(torch.ones(32, 32))
     with pytest.raises(ValueError, match="expected uint8"):
         quant.dequantize_nvfp4(data.int(), block_scale, tensor_scale)
@@ -367,12 +367,12 @@ def test_small_chunks_do_not_change_a_bit(monkeypatch):
     (torch.tensor([[1.0, -math.inf]]), "got NaN or infinite"),
     (torch.tensor([[1e300]], dtype=torch.float64), "got NaN or infinite"),
 ])
-def test_quantise_refuses_what_it_cannot_store(quantize, w, message):
+def test_quantize_refuses_what_it_cannot_store(quantize, w, message):
     with pytest.raises(ValueError, match=message):
         quantize(w)
 
 
-def test_quantise_refuses_unknown_methods_and_bad_scales():
+def test_quantize_refuses_unknown_methods_and_bad_scales():
     for quantize in (quant.quantize_nvfp4, quant.quantize_mxfp8):
         with pytest.raises(ValueError, match="got method 'best', expected 'rtn'"):
             quantize(torch.ones(16, 16), method="best")
@@ -424,11 +424,11 @@ FORMATS = ["nvfp4", "mxfp8", "float8_e4m3fn", None]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_linear_dequantise_is_an_ordinary_linear_with_the_dequantised_weight(fmt):
+def test_linear_dequantize_is_an_ordinary_linear_with_the_dequantized_weight(fmt):
     layer, w = make(fmt)
     x = torch.randn(2, 3, 56)
     y = layer(x)
-    assert layer.mode == "dequantise" and layer.compute_dtype == torch.float32
+    assert layer.mode == "dequantize" and layer.compute_dtype == torch.float32
     assert y.shape == (2, 3, 40) and y.dtype == torch.float32
     torch.testing.assert_close(y, F.linear(x, w, layer.bias), rtol=1e-5, atol=1e-5)
     assert torch.equal(layer.dequantized(torch.float32), w)
@@ -447,23 +447,23 @@ def test_linear_returns_the_dtype_of_its_input(fmt, dtype):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("fmt, input_scale, columns", [("nvfp4", None, 96), ("nvfp4", 0.003, 1536),
                                                        ("mxfp8", None, 96)])
-def test_the_compiled_quantiser_of_activations_gives_the_same_bits(fmt, input_scale, columns):
+def test_the_compiled_quantizer_of_activations_gives_the_same_bits(fmt, input_scale, columns):
     """On a CPU; by Triton on a GPU it has not been run."""
     x = torch.randn(256, columns).bfloat16()
     x[3] = 0
     scale = None if input_scale is None else torch.tensor(input_scale)
     with torch.inference_mode():
-        got, expected = quant._fused_activation("cpu")(x, fmt, scale), quant._activation(x, fmt, scale)
+        got, expected = quant.compiled_quantize_rows("cpu")(x, fmt, scale), quant.quantize_rows(x, fmt, scale)
     for a, b in zip(got, expected):
         assert a is b is None or a.dtype == b.dtype and torch.equal(a.float(), b.float())
 
 
-def test_activations_are_quantised_step_by_step_where_the_compiler_does_not_work(monkeypatch):
+def test_activations_are_quantized_step_by_step_where_the_compiler_does_not_work(monkeypatch):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("no C compiler")
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
     with pytest.warns(UserWarning, match="step by step, which is slow: torch.compile failed: no C compiler"):
-        assert quant._fused_activation.__wrapped__("cpu") is quant._activation
+        assert quant.compiled_quantize_rows.__wrapped__("cpu") is quant.quantize_rows
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -481,7 +481,7 @@ def test_linear_is_the_same_with_gradients_and_without(fmt, shape):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_linear_emulation_is_the_product_of_the_quantised_operands():
+def test_linear_emulation_is_the_product_of_the_quantized_operands():
     for fmt, in_features in (("nvfp4", 5120), ("mxfp8", 1000), ("nvfp4", 88)):
         layer, w = make(fmt, 48, in_features, mode="emulate")
         x = torch.randn(37, in_features)
@@ -510,7 +510,7 @@ def test_linear_without_input_scale_does_not_depend_on_the_activations_range():
     torch.testing.assert_close(layer(x * 2.0 ** -30) * 2.0 ** 30, layer(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["dequantise", "emulate"])
+@pytest.mark.parametrize("mode", ["dequantize", "emulate"])
 def test_linear_multiplies_the_input_by_pre_quant_scale(mode):
     smooth = torch.rand(56) + 0.5
     layer, _ = make("nvfp4", mode=mode, extra={"pre_quant_scale": smooth})
@@ -520,11 +520,11 @@ def test_linear_multiplies_the_input_by_pre_quant_scale(mode):
     assert not torch.allclose(layer(x), plain(x))
 
 
-def test_linear_marked_full_precision_dequantises_in_every_mode():
+def test_linear_marked_full_precision_dequantizes_in_every_mode():
     for mode in quant.MODES:
         layer, w = make("nvfp4", mode=mode, full_precision_matrix_mult=True)
         x = torch.randn(4, 56)
-        assert layer.mode == "dequantise"
+        assert layer.mode == "dequantize"
         torch.testing.assert_close(layer(x), F.linear(x, w, layer.bias), rtol=1e-5, atol=1e-5)
 
 
@@ -615,7 +615,7 @@ def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
 @pytest.mark.parametrize("shape", [(3, 40, 56), (130, 24, 48), (1, 16, 7)])
-def test_tensor_core_operands_dequantise_to_the_emulated_product(fmt, shape, monkeypatch):
+def test_tensor_core_operands_dequantize_to_the_emulated_product(fmt, shape, monkeypatch):
     """forward by tensor cores, with _scaled_mm replaced by what its documentation says it computes."""
     rows, out_features, in_features = shape
 
@@ -685,15 +685,15 @@ def test_marker_round_trip():
     assert bytes(quant.write_marker({"format": "nvfp4"}).tolist()) == b'{"format": "nvfp4"}'
 
 
-def test_the_default_mode_on_a_cpu_is_to_dequantise_in_float32():
-    assert quant.default_mode("cpu") == "dequantise" and quant.default_dtype("cpu") == torch.float32
+def test_the_default_mode_on_a_cpu_is_to_dequantize_in_float32():
+    assert quant.default_mode("cpu") == "dequantize" and quant.default_dtype("cpu") == torch.float32
 
 
 def test_describe_counts_layers_by_format():
     wanted = ("nvfp4", "emulate"), ("nvfp4", "emulate"), ("mxfp8", None), (None, None)
     layers = [make(fmt, mode=mode)[0] for fmt, mode in wanted]
     line = quant.describe(torch.nn.Sequential(*layers))
-    assert line == "NVFP4 2 layers (emulate), MXFP8 1 layers (dequantise), float32 1 layers"
+    assert line == "NVFP4 2 layers (emulate), MXFP8 1 layers (dequantize), float32 1 layers"
     assert "56 -> 40, NVFP4, emulate" in repr(layers[0])
 
 
@@ -715,7 +715,7 @@ assert not {"safetensors", "einops", "comfy_kitchen", "torchao", "wan_fp4"} & se
     run_python(code, cwd=tmp_path)
 
 
-def test_nvfp4_is_three_times_as_fast_as_comfy_kitchen_to_quantise_and_twice_to_dequantise():
+def test_nvfp4_is_three_times_as_fast_as_comfy_kitchen_to_quantize_and_twice_to_dequantize():
     w = torch.randn(5120, 5120).mul_(0.02).bfloat16()
     data, block_scale, scale = quant.quantize_nvfp4(w)
 
@@ -784,7 +784,7 @@ def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, text=24, image=40):
         added_kv_proj_dim=heads * head_dim)
     theirs = random_weights(theirs)
     # Angles reach 1000 radians, where float32, diffusers' choice, is off by 6e-5; officially it is float64
-    theirs.condition_embedder.timesteps_proj.forward = lambda t: wan_fp4.sinusoid(t, 256)
+    theirs.condition_embedder.timesteps_proj.forward = lambda t: wan_fp4.timestep_embedding(t, 256)
     return theirs
 
 
@@ -832,7 +832,7 @@ def test_dit_sinusoid_is_diffusers_timestep_embedding():
     from diffusers.models.embeddings import Timesteps
     t = torch.tensor([0.0, 0.5, 1.0, 3.0])
     expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(t)
-    torch.testing.assert_close(wan_fp4.sinusoid(t, 256), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(wan_fp4.timestep_embedding(t, 256), expected, rtol=0, atol=1e-6)
 
 
 def test_dit_zeros_past_the_prompt_change_nothing(tmp_path):
@@ -908,7 +908,7 @@ def test_vae_equals_diffusers(frames, height, width, dims, tmp_path):
 
 
 def test_vae_takes_several_videos_at_once():
-    vae = random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), blocks=1)))
+    vae = random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), num_res_blocks=1)))
     videos = torch.rand(2, 3, 9, 16, 24) * 2 - 1
     with torch.no_grad():
         latents = vae.encode(videos)
@@ -918,7 +918,7 @@ def test_vae_takes_several_videos_at_once():
 
 
 def test_vae_does_not_depend_on_how_the_video_is_cut():
-    vae = random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), blocks=1)))
+    vae = random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), num_res_blocks=1)))
     z = torch.randn(1, 16, 4, 2, 3)
     with torch.no_grad():
         cache = {}
@@ -950,7 +950,7 @@ def test_vae_decodes_in_tiles_what_it_decodes_whole():
 
 
 def test_vae_refuses_other_frame_counts():
-    vae = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 8, 8, 8), blocks=1))
+    vae = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 8, 8, 8), num_res_blocks=1))
     with pytest.raises(ValueError, match="got 4 frames of 16 x 16, expected 4k"):
         vae.encode(torch.zeros(1, 3, 4, 16, 16))
 
@@ -1124,7 +1124,7 @@ def test_ifnet_finds_the_frame_between_two_real_ones(dtype, flownet, bikes):
     (lambda t: t.update({"encode.cnn3.weight": torch.zeros(6, 4, 3, 3)}),
      r"encode.cnn3.weight: got shape \(6, 4, 3, 3\), expected \(6, 4, 4, 4\)")])
 def test_load_ifnet_names_what_is_wrong(change, error, tmp_path):
-    small = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), layers=4, encoder=6))
+    small = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6))
     path, tensors = tmp_path / "flownet.pkl", small.state_dict()
     torch.save(tensors, path)
     assert wan_fp4.load_ifnet(path).cfg == small.cfg
@@ -1137,7 +1137,7 @@ def test_load_ifnet_names_what_is_wrong(change, error, tmp_path):
 @pytest.mark.parametrize("a, b", [((1, 3, 8, 8), (1, 3, 8, 9)), ((1, 3, 8, 8), (2, 3, 8, 8)),
                                   ((3, 8, 8), (3, 8, 8)), ((1, 4, 8, 8), (1, 4, 8, 8))])
 def test_ifnet_refuses_frames_of_other_sizes(a, b):
-    ifnet = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(4,) * 5, layers=1))
+    ifnet = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(4,) * 5, num_convs=1))
     with pytest.raises(ValueError, match=re.escape(f"got frames {a} and {b}, expected both (B, 3, h, w)")):
         ifnet(torch.zeros(a), torch.zeros(b))
 
@@ -1205,7 +1205,7 @@ def test_every_tensor_of_the_full_size_finds_its_place(network, parameters, monk
 
 
 def test_umt5_loads_with_scaled_fp8_under_transformers_names(tmp_path):
-    """As ComfyUI's umt5_xxl_fp8_e4m3fn_scaled: the same weights as their dequantised doubles."""
+    """As ComfyUI's umt5_xxl_fp8_e4m3fn_scaled: the same weights as their dequantized doubles."""
     from transformers import UMT5Config, UMT5EncoderModel
     theirs = random_weights(UMT5EncoderModel(UMT5Config(
         vocab_size=50, d_model=48, d_kv=8, d_ff=56, num_layers=1, num_heads=4)))
@@ -1261,7 +1261,7 @@ def test_folders_that_are_no_model_are_refused(tmp_path):
 # checkpoints
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
-def test_load_dit_reads_quantised_files_with_any_prefix(prefix, tmp_path):
+def test_load_dit_reads_quantized_files_with_any_prefix(prefix, tmp_path):
     theirs = diffusers_dit()
     path = dit_file(theirs, tmp_path / "dit.safetensors")
     tensors, exact = {}, load_file(path)
@@ -1277,11 +1277,11 @@ def test_load_dit_reads_quantised_files_with_any_prefix(prefix, tmp_path):
             tensors[prefix + name] = w
     save_file(tensors, tmp_path / "q.safetensors", {"head_dim": "32"})
     save_file(exact, path, {"head_dim": "32"})
-    quantised, plain = wan_fp4.load_dit(tmp_path / "q.safetensors"), wan_fp4.load_dit(path)
-    assert quantised.blocks[0].ffn[0].format == "nvfp4" and plain.blocks[0].ffn[0].format is None
+    quantized, plain = wan_fp4.load_dit(tmp_path / "q.safetensors"), wan_fp4.load_dit(path)
+    assert quantized.blocks[0].ffn[0].format == "nvfp4" and plain.blocks[0].ffn[0].format is None
     i = dit_inputs(1, 4, 4, 5)
     with torch.no_grad():
-        assert relative_error(quantised(**i), plain(**i)) < 1e-5
+        assert relative_error(quantized(**i), plain(**i)) < 1e-5
 
 
 def change_dit(tmp_path, change):
@@ -1335,7 +1335,7 @@ def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
                "blocks.1.self_attn.q.lora_up.weight": torch.randn(dim, 2)}, lora)
     whole, streamed = (wan_fp4.load_dit(path, loras=[(lora, 0.5)], stream=stream) for stream in (False, True))
     sample.settle(streamed, 0, torch.device("cpu"), offload=True)
-    assert isinstance(streamed.blocks, wan_fp4.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
+    assert isinstance(streamed.blocks, sample.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
     x, y = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 20, 2, 4, 4)
     text, image = torch.randn(1, 3, whole.cfg.text_dim), torch.randn(1, 65, whole.cfg.image_dim)
     for t in (900.0, 100.0):
@@ -1349,7 +1349,7 @@ def test_the_14b_model_streams_within_8_gb(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
     fullsize = importlib.import_module("fullsize")
     tokens = math.prod(fullsize.GRID) // 4
-    for mode in ("dequantise", "tensor_cores"):
+    for mode in ("dequantize", "tensor_cores"):
         working = fullsize.dit_working(mode, fullsize.GRID)
         assert 4e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
     vae = types.SimpleNamespace(cfg=wan_fp4.VAEConfig(), dtype=torch.bfloat16)
@@ -1391,7 +1391,7 @@ def test_streaming_on_a_gpu():
 
 def test_load_dit_keeps_the_file_mapped(tmp_path):
     """Loading adds far less memory than the file's size: Linears are views of the mapped file."""
-    cfg = wan_fp4.DiTConfig(dim=1024, ffn_dim=4096, layers=6, text_dim=64, image_dim=64)
+    cfg = wan_fp4.DiTConfig(dim=1024, ffn_dim=4096, num_blocks=6, text_dim=64, image_dim=64)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in wan_fp4.WanDiT(cfg).named_parameters()}
     path = tmp_path / "dit.safetensors"
@@ -1401,7 +1401,7 @@ import torch, wan_fp4
 def private():
     return sum(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
 with torch.device("meta"):
-    wan_fp4.WanDiT(wan_fp4.DiTConfig(layers=1))  # what torch imports for its first meta tensor is not ours
+    wan_fp4.WanDiT(wan_fp4.DiTConfig(num_blocks=1))  # what torch imports for its first meta tensor is not ours
 before = private()
 model = wan_fp4.load_dit({str(path)!r})
 print(private() - before)
@@ -1508,14 +1508,14 @@ def test_several_loras_add_up(tmp_path):
 
 
 def test_lora_says_what_it_skipped(tmp_path):
-    """Of a LoRA for a quantised model: a whole difference of a weight, a layer that is not there."""
+    """Of a LoRA for a quantized model: a whole difference of a weight, a layer that is not there."""
     convert.main(["-i", dit_file(diffusers_dit(), tmp_path / "dit", dtype=torch.bfloat16), "-o",
                   tmp_path / "q", "--nvfp4"])
     lora = {"blocks.0.ffn.0.lora_up.weight": torch.zeros(96, 2), "blocks.0.ffn.0.diff": torch.zeros(96, 64),
             "blocks.0.ffn.0.lora_down.weight": torch.zeros(2, 64), "blocks.0.norm9.diff": torch.zeros(64)}
     save_file(lora, tmp_path / "lora")
     line, = wan_fp4.load_dit(tmp_path / "q", loras=[(tmp_path / "lora", 1.0)]).loras
-    assert line.endswith("1 layers, skipped 2: blocks.0.ffn.0 (its weight is quantised: a difference cannot "
+    assert line.endswith("1 layers, skipped 2: blocks.0.ffn.0 (its weight is quantized: a difference cannot "
                          "be added)")
 
 
@@ -2252,7 +2252,7 @@ def test_a_picture_with_several_prompts_is_encoded_once(place, fakes):
     assert len(encoded) == 1 and len(fakes.prompts) == 2 and len(os.listdir("out")) == 3
 
 
-def test_precise_steps_leave_the_first_and_last_step_unquantised(place, fakes):
+def test_precise_steps_leave_the_first_and_last_step_unquantized(place, fakes):
     modes = []
     stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quant.quantize_nvfp4(torch.ones(16, 16))))
     stored["comfy_quant"] = quant.write_marker({"format": "nvfp4"})
@@ -2271,7 +2271,7 @@ def test_precise_steps_leave_the_first_and_last_step_unquantised(place, fakes):
     for precise in (True, False):
         sample.sample_video(DiT(), condition, None, None, None, sample.sigmas("normal", 4, 5), "lcm", 1.0, 0,
                             "cpu", precise)
-    assert modes == ["dequantise", "emulate", "emulate", "dequantise"] + ["emulate"] * 4
+    assert modes == ["dequantize", "emulate", "emulate", "dequantize"] + ["emulate"] * 4
 
 
 def test_interpolate_doubles_the_frames(place, fakes, flownet, bikes, capsys):
@@ -2430,7 +2430,7 @@ def test_check_multiplies_in_both_formats(capsys):
         sample.main(["--check", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0 and [line.split(":")[0] for line in lines] == ["NVFP4", "MXFP8"]
-    assert all("dequantise, as cpu has no tensor cores" in line and line.endswith("good") for line in lines)
+    assert all("dequantize, as cpu has no tensor cores" in line and line.endswith("good") for line in lines)
 
 
 @pytest.mark.parametrize("broken", ["wrong", "missing"])
@@ -2764,7 +2764,7 @@ def damaged(value):
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "already 8-bit"),
     (checkpoint() | {"scaled_fp8": torch.ones(2)}, "already 8-bit"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).int()}, "is I32, expected BF16"),
-    (checkpoint() | {"blocks.0.ffn.0.comfy_quant": torch.ones(2)}, "already quantised"),
+    (checkpoint() | {"blocks.0.ffn.0.comfy_quant": torch.ones(2)}, "already quantized"),
     (checkpoint() | {"diffusion_model.head.head.bias": torch.ones(2)}, "head.head.bias is there twice"),
 ])
 def test_sources_that_are_refused(tmp_path, capsys, tensors, error):
@@ -2775,7 +2775,7 @@ def test_sources_that_are_refused(tmp_path, capsys, tensors, error):
 
 def test_own_output_is_refused_as_a_source(tmp_path, capsys):
     convert.main(["-i", write_checkpoint(tmp_path / "m.safetensors")])
-    assert "already quantised" in refused(capsys, "-i", tmp_path / "m-nvfp4.safetensors")
+    assert "already quantized" in refused(capsys, "-i", tmp_path / "m-nvfp4.safetensors")
 
 
 def test_paths_that_are_refused(tmp_path, capsys):
@@ -2859,7 +2859,7 @@ class Shapes(dict):
 
 
 def recipe_flags():
-    args = convert._parser().parse_args(["-i", "x", *shlex.split(RECIPE)])
+    args = convert.make_parser().parse_args(["-i", "x", *shlex.split(RECIPE)])
     return args.base, args.custom_type, args.custom_layers, args.exclude_layers
 
 
@@ -2933,7 +2933,7 @@ def test_plan_recipe_and_its_flags_are_the_command_of_the_card():
     assert (custom, exclude) == (convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
     formats = convert.plan(shapes, base, kind, custom, exclude)
     text = convert.flags(formats | {"text_embedding.0.weight": "mxfp8"})
-    args = convert._parser().parse_args(["-i", "x", *shlex.split(text)])
+    args = convert.make_parser().parse_args(["-i", "x", *shlex.split(text)])
     again = convert.plan(shapes, args.base, args.custom_type, args.custom_layers, args.exclude_layers)
     assert again == formats | {"text_embedding.0.weight": "mxfp8"}
     assert convert.flags({"blocks.0.ffn.0.weight": "nvfp4"}) == "--nvfp4"
@@ -2980,7 +2980,7 @@ def test_plan_by_error_is_optimal_but_for_its_last_step():
     errors = {name: {"nvfp4": 30 * x, "mxfp8": x * rng.uniform(1, 25), "bf16": 0.0}
               for name, x in zip(names, [rng.expovariate(1) for _ in names])}
     plans = [[sum(table[n][f] for n, f in zip(names, plan)) for table in (sizes, errors)]
-             for plan in itertools.product(convert.FORMATS, repeat=7)]
+             for plan in itertools.product(convert.PLAN_FORMATS, repeat=7)]
     for budget in range(400, 1400, 50):
         formats = convert.plan_by_error(errors, sizes, budget)
         size, error = (sum(table[n][f] for n, f in formats.items()) for table in (sizes, errors))
@@ -3179,7 +3179,7 @@ def small_dit(tmp_path_factory):
     demo, g = REPOSITORY / "demo", torch.Generator().manual_seed(0)
     text = wan_fp4.load_umt5(demo / "umt5.safetensors").cfg.dim
     image = wan_fp4.load_clip(demo / "clip.safetensors").cfg.dim
-    cfg = wan_fp4.DiTConfig(dim=64, ffn_dim=96, layers=2, head_dim=32, text_dim=text, image_dim=image)
+    cfg = wan_fp4.DiTConfig(dim=64, ffn_dim=96, num_blocks=2, head_dim=32, text_dim=text, image_dim=image)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tensors = wan_fp4.WanDiT(cfg).state_dict()
@@ -3408,7 +3408,7 @@ def test_demo_is_under_12_mb():
 
 def test_demo_dit_is_nvfp4():
     dit = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors")
-    assert quant.describe(dit.blocks) == f"NVFP4 {12 * len(dit.blocks)} layers (dequantise)"
+    assert quant.describe(dit.blocks) == f"NVFP4 {12 * len(dit.blocks)} layers (dequantize)"
 
 
 def test_demo_videos_show_the_moves_asked_for(monkeypatch):

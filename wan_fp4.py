@@ -23,7 +23,6 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -46,7 +45,7 @@ TEXT_TOKENS = 512  # the DiT was trained with every prompt padded to this length
 class DiTConfig:
     dim: int = 5120
     ffn_dim: int = 13824
-    layers: int = 40
+    num_blocks: int = 40
     head_dim: int = 128
     in_dim: int = 36  # 16 noisy latents, 4 mask, 16 latents of the picture
     out_dim: int = 16
@@ -55,7 +54,7 @@ class DiTConfig:
     freq_dim: int = 256
 
 
-def sinusoid(t, dim):
+def timestep_embedding(t, dim):
     """Times (B,) -> (B, dim): cosines, then sines, of t * 10000 ** (-i / (dim / 2)). In float64, as angles
     reach 1000 radians."""
     freqs = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
@@ -80,7 +79,7 @@ def rope_3d(frames, height, width, head_dim, device):
     return rope.flatten(0, 2)  # (N, d/2)
 
 
-def rotate(x, rope):
+def apply_rope(x, rope):
     """Turn the interleaved pairs of x (B, heads, N, d) by rope (N, d/2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, N, d/2)
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)  # (B, heads, N, d)
@@ -118,8 +117,8 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)  # over all heads at once
 
     def forward(self, x, rope):
-        q = rotate(split_heads(self.norm_q(self.q(x)), self.head_dim), rope)  # (B, heads, N, d)
-        k = rotate(split_heads(self.norm_k(self.k(x)), self.head_dim), rope)
+        q = apply_rope(split_heads(self.norm_q(self.q(x)), self.head_dim), rope)  # (B, heads, N, d)
+        k = apply_rope(split_heads(self.norm_k(self.k(x)), self.head_dim), rope)
         v = split_heads(self.v(x), self.head_dim)
         return self.o(join_heads(F.scaled_dot_product_attention(q, k, v)))  # (B, N, D)
 
@@ -203,7 +202,7 @@ class WanDiT(nn.Module):
                                             nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.img_emb = ImageEmbedding(cfg)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_blocks))
         self.head = Head(cfg)
 
     def embed_text(self, text):
@@ -231,15 +230,14 @@ class WanDiT(nn.Module):
         x = self.patch_embedding(torch.cat([x.float(), y.float()], dim=1))  # (B, D, T, H/2, W/2)
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         rope = rope_3d(frames, height // 2, width // 2, self.cfg.head_dim, x.device)  # (N, d/2)
-        e = self.time_embedding(sinusoid(t, self.cfg.freq_dim))  # (B, D)
+        e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim))  # (B, D)
         e0 = self.time_projection(e).unflatten(1, (6, -1))  # (B, 6, D)
         text, text_bias = self.embed_text(text)  # (B, L + 1, D)
         image = self.img_emb(image.float()).to(self.dtype)  # (B, 257, D)
         return x, e, (e0, rope, text, text_bias, image)
 
-    def finish(self, x, e, grid):
-        """The last block's x (B, N, D) -> velocity (B, 16, T, H, W), grid = (T, H, W)."""
-        x = self.head(x, e)  # (B, N, 64)
+    def unpatchify(self, x, grid):
+        """The head's x (B, N, 64) -> velocity (B, 16, T, H, W), grid = (T, H, W)."""
         return rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=grid[0], h=grid[1] // 2, p=2, q=2)
 
     def forward(self, x, t, text, image, y):
@@ -253,7 +251,7 @@ class WanDiT(nn.Module):
         x, e, context = self.prepare(x, t, text, image, y)
         for block in self.blocks:
             x = block(x, *context)  # (B, N, D)
-        return self.finish(x, e, grid)
+        return self.unpatchify(self.head(x, e), grid)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -274,9 +272,9 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 @dataclass(frozen=True)
 class VAEConfig:
     dims: tuple = (96, 192, 384, 384)  # channels of each level, full resolution first
-    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
-    temporal: tuple = (False, True, True)  # which of the steps down also halve time
-    z: int = 16  # latent channels
+    num_res_blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    temporal_downsample: tuple = (False, True, True)  # which of the steps down also halve time
+    z_dim: int = 16  # latent channels
 
 
 def channels_last(x):
@@ -426,16 +424,16 @@ class Encoder(nn.Module):
         c, layers = cfg.dims[0], []
         self.conv1 = CausalConv3d(3, c, (3, 3, 3))
         for level, dim in enumerate(cfg.dims):
-            for _ in range(cfg.blocks):
+            for _ in range(cfg.num_res_blocks):
                 layers.append(ResidualBlock(c, dim))
                 c = dim
-            if level < len(cfg.temporal):
-                layers.append(Downsample(c, cfg.temporal[level]))
+            if level < len(cfg.temporal_downsample):
+                layers.append(Downsample(c, cfg.temporal_downsample[level]))
         self.downsamples = nn.Sequential(*layers)
-        self.full = cfg.blocks + (not cfg.temporal[0])  # at full size, and a halving of single frames
+        self.full = cfg.num_res_blocks + (not cfg.temporal_downsample[0])  # at full size, and a halving of single frames
         self.middle = middle_layers(c)
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True),
-                                  CausalConv3d(c, 2 * cfg.z, (3, 3, 3)))
+                                  CausalConv3d(c, 2 * cfg.z_dim, (3, 3, 3)))
 
     def forward(self, x, cache):
         # At full size, where most of the memory goes, two frames at a time: to the caches it is all the same
@@ -451,17 +449,17 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         c, layers = cfg.dims[-1], []
-        self.conv1 = CausalConv3d(cfg.z, c, (3, 3, 3))
+        self.conv1 = CausalConv3d(cfg.z_dim, c, (3, 3, 3))
         self.middle = middle_layers(c)
         for level, dim in reversed(list(enumerate(cfg.dims))):
-            for _ in range(cfg.blocks + 1):
+            for _ in range(cfg.num_res_blocks + 1):
                 layers.append(ResidualBlock(c, dim))
                 c = dim
             if level > 0:
-                layers.append(Upsample(c, cfg.temporal[level - 1]))
+                layers.append(Upsample(c, cfg.temporal_downsample[level - 1]))
                 c //= 2
         self.upsamples = nn.Sequential(*layers)
-        self.full = len(layers) - cfg.blocks - 2  # the last upsampling; from it on, frames are at full size
+        self.full = len(layers) - cfg.num_res_blocks - 2  # the last upsampling; from it on, frames are at full size
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True), CausalConv3d(c, 3, (3, 3, 3)))
 
     def begin(self, x, cache):
@@ -487,8 +485,8 @@ class WanVAE(nn.Module):
         self.cfg = cfg
         self.dtype = torch.float32  # what it computes in; the loader sets it
         self.encoder = Encoder(cfg)
-        self.conv1 = CausalConv3d(2 * cfg.z, 2 * cfg.z, (1, 1, 1))
-        self.conv2 = CausalConv3d(cfg.z, cfg.z, (1, 1, 1))
+        self.conv1 = CausalConv3d(2 * cfg.z_dim, 2 * cfg.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, (1, 1, 1))
         self.decoder = Decoder(cfg)
 
     def encode(self, video):
@@ -500,8 +498,8 @@ class WanVAE(nn.Module):
                              f"both sides multiples of 8")
         cache = {}
         latents = [self.conv1(self.encoder(x.to(self.dtype), cache), cache) for x in chunks(video, 4)]
-        mean, std = latent_statistics(video.device, self.cfg.z)
-        return (torch.cat(latents, dim=2)[:, :self.cfg.z].float() - mean) / std  # the rest is log-variance
+        mean, std = latent_statistics(video.device, self.cfg.z_dim)
+        return (torch.cat(latents, dim=2)[:, :self.cfg.z_dim].float() - mean) / std  # the rest is log-variance
 
     def decode_chunks(self, latents, tile=None):
         """The decoded video in pieces: (B, 3, 1, h, w) for the first latent frame, then (B, 3, 4, h, w).
@@ -509,7 +507,7 @@ class WanVAE(nn.Module):
         tile: None, or a number of latents, 2 * OVERLAP or more: squares of that side are decoded one after
         another, so that memory is theirs, and the video is put together on the CPU. Neighbours overlap and
         are blended; what no overlap touches is as without tiles, as attention has seen the whole frame."""
-        mean, std = latent_statistics(latents.device, self.cfg.z)
+        mean, std = latent_statistics(latents.device, self.cfg.z_dim)
         cache = {}
         small = (self.decoder.begin(self.conv2(z, cache), cache)
                  for z in chunks((latents * std + mean).to(self.dtype), 1))
@@ -571,7 +569,7 @@ class UMT5Config:
     vocab: int = 256384
     dim: int = 4096
     ffn_dim: int = 10240
-    layers: int = 24
+    num_blocks: int = 24
     heads: int = 64
     inner: int = 4096  # heads * head width
     buckets: int = 32
@@ -643,7 +641,7 @@ class UMT5Encoder(nn.Module):
         self.cfg = cfg
         self.dtype = torch.float32
         self.token_embedding = nn.Embedding.from_pretrained(torch.randn(cfg.vocab, cfg.dim), freeze=False)
-        self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.layers))
+        self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.num_blocks))
         self.norm = RMSNorm(cfg.dim)
 
     def forward(self, ids, mask):
@@ -667,7 +665,7 @@ class UMT5Encoder(nn.Module):
 class CLIPConfig:
     dim: int = 1280
     ffn_dim: int = 5120
-    layers: int = 31  # of the 32 in the file: the DiT is fed by the last but one
+    num_blocks: int = 31  # of the 32 in the file: the DiT is fed by the last but one
     head_dim: int = 80
     patch: int = 14
     tokens: int = 257  # CLS and 16 x 16 patches
@@ -709,7 +707,7 @@ class CLIPVision(nn.Module):
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         self.pos_embedding = nn.Parameter(torch.randn(1, cfg.tokens, cfg.dim))
         self.pre_norm = nn.LayerNorm(cfg.dim)
-        self.transformer = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.layers))
+        self.transformer = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.num_blocks))
 
     def forward(self, pixels):
         """Normalised pixels (B, 3, 224, 224) -> tokens (B, 257, D) of the last block but one, not normed."""
@@ -736,7 +734,7 @@ IFNET_SCALES = (16, 8, 4, 2, 1)  # by how much each block sees the frames reduce
 @dataclass(frozen=True)
 class IFNetConfig:
     dims: tuple = (192, 128, 96, 64, 32)  # channels of each block
-    layers: int = 8  # residual convolutions a block
+    num_convs: int = 8  # residual convolutions a block
     encoder: int = 16  # channels inside the encoder
     features: int = 4  # that it gives each frame
     hidden: int = 8  # that a block hands to the next
@@ -782,7 +780,7 @@ class IFBlock(nn.Module):
         self.conv0 = nn.Sequential(*(
             nn.Sequential(nn.Conv2d(c, c_out, 3, stride=2, padding=1), nn.LeakyReLU(0.2))
             for c, c_out in ((c_in, dim // 2), (dim // 2, dim))))
-        self.convblock = nn.Sequential(*(ResConv(dim) for _ in range(cfg.layers)))
+        self.convblock = nn.Sequential(*(ResConv(dim) for _ in range(cfg.num_convs)))
         self.lastconv = nn.Sequential(nn.ConvTranspose2d(dim, 4 * (5 + cfg.hidden), 4, stride=2, padding=1),
                                       nn.PixelShuffle(2))
 
@@ -827,69 +825,6 @@ class IFNet(nn.Module):
             rest = [out[:, 4:], flow / (scale / 2)]  # in pixels as the next block sees them
         a, b = warped[:, :3].chunk(2)  # each (B, 3, h', w')
         return torch.lerp(b, a, out[:, 4:5].sigmoid())[..., :h, :w].clamp(0, 1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Blocks that do not fit the GPU
-# ----------------------------------------------------------------------------------------------------
-
-class StreamedBlocks(nn.ModuleList):
-    """A network's blocks in CPU memory (mapped files too), each on the GPU only while it computes.
-
-    To iterate gives them in order, as callables. While one computes, the next is copied: through one of two
-    pinned buffers, as only those are copied without waiting, to one of two buffers on the GPU, on a stream of
-    its own. A GPU holds two blocks at a time. On a CPU, for tests, the same copies happen in turn.
-    """
-
-    def __init__(self, blocks, device):
-        super().__init__(blocks)
-        self.cuda_device = torch.device(device) if torch.device(device).type == "cuda" else None
-        self.tensors = [dict(b.named_parameters()) | dict(b.named_buffers()) for b in blocks]
-        size = max(sum(padded_bytes(t) for t in tensors.values()) for tensors in self.tensors)
-        self.pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=bool(self.cuda_device)) for _ in "ab"]
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in "ab"]
-        if self.cuda_device:
-            self.side = torch.cuda.Stream(device)
-            self.copied = [torch.cuda.Event() for _ in "ab"]  # pinned buffer -> GPU
-            self.computed = [torch.cuda.Event() for _ in "ab"]  # the block in the GPU's buffer
-
-    def fetch(self, i):
-        """Begin to copy block i. Returns what block i's tensors will be: views of the GPU's buffer."""
-        pinned, slot, views, at = self.pinned[i % 2], self.slots[i % 2], {}, 0
-        if self.cuda_device:
-            self.copied[i % 2].synchronize()  # the pinned buffer is free again
-        for name, tensor in self.tensors[i].items():
-            part = slice(at, at + tensor.nbytes)
-            pinned[part].copy_(tensor.reshape(-1).view(torch.uint8))
-            views[name] = slot[part].view(tensor.dtype).view(tensor.shape)
-            at += padded_bytes(tensor)
-        if not self.cuda_device:
-            slot[:at].copy_(pinned[:at])
-            return views
-        with torch.cuda.stream(self.side):
-            self.side.wait_event(self.computed[i % 2])
-            slot[:at].copy_(pinned[:at], non_blocking=True)
-            self.copied[i % 2].record()
-        return views
-
-    def __iter__(self):
-        views = self.fetch(0)
-        for i in range(len(self)):
-            if self.cuda_device:
-                torch.cuda.current_stream(self.cuda_device).wait_event(self.copied[i % 2])
-            yield partial(run_with, self[i], views)
-            if self.cuda_device:
-                self.computed[i % 2].record(torch.cuda.current_stream(self.cuda_device))
-            if i + 1 < len(self):
-                views = self.fetch(i + 1)  # on the GPU, block i has only just begun
-
-
-def run_with(module, tensors, *args):
-    return torch.func.functional_call(module, tensors, args)
-
-
-def padded_bytes(tensor):
-    return (tensor.nbytes + 255) // 256 * 256  # so that every view is aligned
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1028,14 +963,14 @@ def count(tensors, prefix):
     return 1 + max((int(n[len(prefix):].split(".")[0]) for n in tensors if n.startswith(prefix)), default=-1)
 
 
-def columns(tensors, layer):
-    """The input width of a Linear, quantised or not."""
+def in_features(tensors, layer):
+    """The input width of a Linear, quantized or not."""
     weight, marker = tensors[layer + ".weight"], tensors.get(layer + ".comfy_quant")
     shape = read_marker(marker, layer).get("orig_shape") if marker is not None else None
     return shape[1] if shape else weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
 
-def fill(model, tensors, path, device, dtype, float32=(), stream=False):
+def load_weights(model, tensors, path, device, dtype, float32=(), stream=False):
     """Give a model on the meta device its tensors, each moved to `device` once; return it in eval mode.
 
     Every Linear becomes a QuantLinear over the tensors as stored, computing in `dtype`, as convolutions do;
@@ -1118,19 +1053,19 @@ def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=F
     def config():
         dim, in_dim = tensors["patch_embedding.weight"].shape[:2]
         return DiTConfig(dim=dim, ffn_dim=len(tensors["blocks.0.ffn.0.bias"]),
-                         layers=count(tensors, "blocks."),
+                         num_blocks=count(tensors, "blocks."),
                          head_dim=head_width(dim, metadata, 128, path), in_dim=in_dim,
                          out_dim=len(tensors["head.head.bias"]) // 4,
-                         text_dim=columns(tensors, "text_embedding.0"),
+                         text_dim=in_features(tensors, "text_embedding.0"),
                          image_dim=len(tensors["img_emb.proj.0.weight"]),
                          freq_dim=tensors["time_embedding.0.weight"].shape[1])
 
-    return fill(build(WanDiT, config, path), tensors, path, device, dtype or default_dtype(device),
+    return load_weights(build(WanDiT, config, path), tensors, path, device, dtype or default_dtype(device),
                 ("patch_embedding", "time_", "img_emb", "head"), stream)
 
 
 def load_dit(path, device="cpu", dtype=None, loras=(), stream=False):
-    """The diffusion transformer of a plain or quantised checkpoint, in eval mode.
+    """The diffusion transformer of a plain or quantized checkpoint, in eval mode.
 
     Linears stay as stored and memory-mapped. dtype is what they compute in: by default float32 on a CPU,
     bfloat16 elsewhere. loras: (file, strength) pairs; the model's `loras` then tells of each what was used.
@@ -1214,7 +1149,7 @@ def attach_lora(model, path, strength=1.0):
             if old is None:
                 skipped.append(f"{name} (has no {part})")
             elif part == "weight" and getattr(module, "format", None):
-                skipped.append(f"{name} (its weight is quantised: a difference cannot be added)")
+                skipped.append(f"{name} (its weight is quantized: a difference cannot be added)")
             elif old.shape != parts[part].shape:
                 raise ValueError(f"{path}: {name}: got a difference of shape {tuple(parts[part].shape)}, "
                                  f"expected that of its {part}, {tuple(old.shape)}: for another model?")
@@ -1251,10 +1186,10 @@ def load_vae(path, device="cpu", dtype=None):
             else:
                 c = len(tensors[layer + "residual.6.bias"])
                 blocks += not dims
-        return VAEConfig(dims=(*dims, c), blocks=blocks, temporal=tuple(temporal),
-                         z=len(tensors["conv2.bias"]))
+        return VAEConfig(dims=(*dims, c), num_res_blocks=blocks, temporal_downsample=tuple(temporal),
+                         z_dim=len(tensors["conv2.bias"]))
 
-    return fill(build(WanVAE, config, path), tensors, path, device, dtype or default_dtype(device))
+    return load_weights(build(WanVAE, config, path), tensors, path, device, dtype or default_dtype(device))
 
 
 def load_umt5(path, device="cpu", dtype=None, stream=False):
@@ -1267,10 +1202,10 @@ def load_umt5(path, device="cpu", dtype=None, stream=False):
         (vocab, dim), (buckets, heads) = (tensors[n].shape for n in (
             "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"))
         return UMT5Config(vocab=vocab, dim=dim, ffn_dim=len(tensors["blocks.0.ffn.fc1.weight"]),
-                          layers=count(tensors, "blocks."), heads=heads,
+                          num_blocks=count(tensors, "blocks."), heads=heads,
                           inner=len(tensors["blocks.0.attn.q.weight"]), buckets=buckets)
 
-    return fill(build(UMT5Encoder, config, path), tensors, path, device, dtype or default_dtype(device),
+    return load_weights(build(UMT5Encoder, config, path), tensors, path, device, dtype or default_dtype(device),
                 stream=stream)
 
 
@@ -1292,11 +1227,11 @@ def load_clip(path, device="cpu", dtype=None):
 
     def config():
         dim, _, patch, _ = tensors["patch_embedding.weight"].shape
-        return CLIPConfig(dim=dim, ffn_dim=len(tensors["transformer.0.mlp.0.bias"]), layers=last,
+        return CLIPConfig(dim=dim, ffn_dim=len(tensors["transformer.0.mlp.0.bias"]), num_blocks=last,
                           head_dim=head_width(dim, metadata, 80, path), patch=patch,
                           tokens=tensors["pos_embedding"].shape[1])
 
-    return fill(build(CLIPVision, config, path), tensors, path, device, dtype or default_dtype(device),
+    return load_weights(build(CLIPVision, config, path), tensors, path, device, dtype or default_dtype(device),
                 float32=("patch_embedding",))
 
 
@@ -1308,9 +1243,9 @@ def load_ifnet(path, device="cpu", dtype=None):
 
     def config():
         return IFNetConfig(dims=tuple(len(tensors[f"block{i}.lastconv.0.weight"]) for i in range(5)),
-                           layers=count(tensors, "block0.convblock."),
+                           num_convs=count(tensors, "block0.convblock."),
                            encoder=len(tensors["encode.cnn0.bias"]),
                            features=len(tensors["encode.cnn3.bias"]),
                            hidden=len(tensors["block0.lastconv.0.bias"]) // 4 - 5)
 
-    return fill(build(IFNet, config, path), tensors, path, device, dtype or default_dtype(device))
+    return load_weights(build(IFNet, config, path), tensors, path, device, dtype or default_dtype(device))

@@ -1,4 +1,4 @@
-"""What quantising an activation for the tensor cores moves through memory: python bench/activation.py
+"""What quantizing an activation for the tensor cores moves through memory: python bench/activation.py
 
 Step by step, counted on the meta device: the bytes that every operation reads and writes, over the bytes of
 the activation (32,768 x 5120, bf16). Compiled: the buffers in the compiler's program, each written, and read
@@ -37,14 +37,14 @@ class Moved(TorchDispatchMode):
 def step_by_step(fmt):
     x = torch.empty(32768, 5120, dtype=torch.bfloat16, device="meta")
     with Moved() as moved:
-        quant._activation(x, fmt, None)
+        quant.quantize_rows(x, fmt, None)
     return moved.bytes / x.nbytes
 
 
 def compiled(fmt):
     """The dtype and shape of every buffer, for x of 4096 x 5120 on the CPU."""
     x = torch.randn(4096, 5120).bfloat16()
-    _, programs = run_and_get_code(torch.compile(quant._activation), x, fmt, None)
+    _, programs = run_and_get_code(torch.compile(quant.quantize_rows), x, fmt, None)
     buffers = re.findall(r"buf\d+ = empty_strided_cpu\((\(.*?\)), \(.*?\), torch\.(\w+)\)", programs[0])
     return [f"{dtype} {shape}" for shape, dtype in buffers]
 

@@ -45,7 +45,7 @@ def saved(model, folder, load):
 
 # Each row: an empty folder -> (peer, ours), two functions that do the same. What they need is made before.
 
-def quantise_nvfp4(peer, folder):
+def quantize_nvfp4(peer, folder):
     w = weight()
     scale = quant.quantize_nvfp4(w)[2]  # comfy-kitchen gets it for nothing; we find it
     if peer == "torchao":
@@ -55,7 +55,7 @@ def quantise_nvfp4(peer, folder):
     return lambda: quantization.quantize_nvfp4(w, scale), lambda: quant.quantize_nvfp4(w)
 
 
-def quantise_mxfp8(peer, folder):
+def quantize_mxfp8(peer, folder):
     w = weight()
     if peer == "torchao":
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
@@ -64,7 +64,7 @@ def quantise_mxfp8(peer, folder):
     return lambda: quantization.quantize_mxfp8(w), lambda: quant.quantize_mxfp8(w)
 
 
-def dequantise_nvfp4(peer, dtype, folder):
+def dequantize_nvfp4(peer, dtype, folder):
     w = weight()
     data, block_scale, scale = quant.quantize_nvfp4(w)
     if peer == "torchao":
@@ -77,7 +77,7 @@ def dequantise_nvfp4(peer, dtype, folder):
             lambda: quant.dequantize_nvfp4(data, block_scale, scale, dtype=dtype))
 
 
-def dequantise_mxfp8(peer, dtype, folder):
+def dequantize_mxfp8(peer, dtype, folder):
     w = weight()
     data, block_scale = quant.quantize_mxfp8(w)
     if peer == "torchao":
@@ -206,14 +206,14 @@ PROGRAMS = "convert", "sample"  # how the names of rows begin that run processes
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = [  # the work, the peer, what the ratio should be, and how to make the two functions
     *((f"NVFP4 {what}", peer, target, partial(work, peer, *dtype))
-      for what, target, work, dtype in (("quantise bf16", 5, quantise_nvfp4, ()),
-                                        ("dequantise to bf16", 3, dequantise_nvfp4, (BF16,)),
-                                        ("dequantise to float32", 3, dequantise_nvfp4, (F32,)))
+      for what, target, work, dtype in (("quantize bf16", 5, quantize_nvfp4, ()),
+                                        ("dequantize to bf16", 3, dequantize_nvfp4, (BF16,)),
+                                        ("dequantize to float32", 3, dequantize_nvfp4, (F32,)))
       for peer in ("comfy-kitchen", "torchao")),
     *((f"MXFP8 {what}", peer, 2, partial(work, peer, *dtype))
-      for what, work, dtype in (("quantise bf16", quantise_mxfp8, ()),
-                                ("dequantise to bf16", dequantise_mxfp8, (BF16,)),
-                                ("dequantise to float32", dequantise_mxfp8, (F32,)))
+      for what, work, dtype in (("quantize bf16", quantize_mxfp8, ()),
+                                ("dequantize to bf16", dequantize_mxfp8, (BF16,)),
+                                ("dequantize to float32", dequantize_mxfp8, (F32,)))
       for peer in ("comfy-kitchen", "torchao")),
     ("DiT, 2 layers of 1536, 1950 tokens", "diffusers", 1.3, dit),
     ("the same with NVFP4 weights", "ours, plain", 0.9, dit_nvfp4),

@@ -86,7 +86,7 @@ def main():
             lora = folder / "out_lora.safetensors"
             loras = [(lora, 1.0)] if lora.exists() else []
             figures = []
-            for mode, precise in (("dequantise", False), ("emulate", False), ("emulate", True)):
+            for mode, precise in (("dequantize", False), ("emulate", False), ("emulate", True)):
                 dit = wan_fp4.load_dit(out, loras=loras)
                 for layer in dit.modules():
                     if isinstance(layer, quant.QuantLinear) and layer.format:

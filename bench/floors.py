@@ -35,17 +35,17 @@ def rates():
     video = wan_fp4.channels_last(video)
     flops = 2 * 27 * 192 * 192 * 4 * 120 * 208
     return {"products by F.linear": 2 * 2048 ** 3 / seconds(lambda: F.linear(x, w)),
-            "products": 2 * 2048 ** 3 / seconds(lambda: quant._linear(x, w)),
+            "products": 2 * 2048 ** 3 / seconds(lambda: quant.linear(x, w)),
             "convolutions": flops / seconds(lambda: wan_fp4.conv3d(video, kernel, kernel.padding))}
 
 
 def networks():
     """name -> (kind of operation, forward on the meta device), at the sizes of bench.py."""
     new = torch.empty
-    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=1536, ffn_dim=8960, layers=2))
+    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=1536, ffn_dim=8960, num_blocks=2))
     vae = wan_fp4.WanVAE()
-    umt5 = wan_fp4.UMT5Encoder(wan_fp4.UMT5Config(vocab=1000, layers=2))
-    clip = wan_fp4.CLIPVision(wan_fp4.CLIPConfig(layers=4))
+    umt5 = wan_fp4.UMT5Encoder(wan_fp4.UMT5Config(vocab=1000, num_blocks=2))
+    clip = wan_fp4.CLIPVision(wan_fp4.CLIPConfig(num_blocks=4))
     ids = torch.ones(1, 512, dtype=torch.long)
     return {"DiT": ("products", lambda: dit(new(1, 16, 3, 50, 52), new(1), new(1, 30, 4096),
                                             new(1, 257, 1280), new(1, 20, 3, 50, 52))),

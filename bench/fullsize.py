@@ -118,7 +118,7 @@ class PeakMemory(TorchDispatchMode):
 def dit_working(mode, grid):
     """Peak bytes of a forward besides the weights, with all blocks' Linears in NVFP4, bf16 activations."""
     with torch.device("meta"):
-        two = wan_fp4.WanDiT(wan_fp4.DiTConfig(layers=2))
+        two = wan_fp4.WanDiT(wan_fp4.DiTConfig(num_blocks=2))
     shapes = {name: tuple(p.shape) for name, p in two.named_parameters()}
     stored, tensors = layout(shapes, convert.plan(shapes))
     tensors |= {name: torch.empty(shape, dtype=dtype, device="meta")
@@ -142,7 +142,7 @@ def vae_working(grid):
     with torch.device("meta"):
         vae = wan_fp4.WanVAE().bfloat16().eval()
     vae.dtype = torch.bfloat16
-    small = torch.empty(1, vae.cfg.z, *grid, device="meta", dtype=torch.bfloat16)
+    small = torch.empty(1, vae.cfg.z_dim, *grid, device="meta", dtype=torch.bfloat16)
     with torch.inference_mode(), PeakMemory() as memory:
         cache = {}
         for z in wan_fp4.chunks(small, 1):
@@ -167,7 +167,7 @@ def arithmetic():
     gib, tokens = 2 ** 30, math.prod(GRID) // 4
     print(f"14B in the recipe's mix: {(rest + sum(blocks)) / gib:.2f} GiB, a block at most "
           f"{max(blocks) / gib:.2f}; {tokens} tokens")
-    for mode in ("dequantise", "tensor_cores"):
+    for mode in ("dequantize", "tensor_cores"):
         working = dit_working(mode, GRID)
         print(f"{mode}: a forward needs {working / gib:.2f} GiB besides the weights, "
               f"{working / tokens / 5120:.1f} bytes a token and channel; in all, loaded "

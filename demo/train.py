@@ -184,7 +184,7 @@ class Trainer:
         print(f"step {self.step}/{self.steps}  {text}  {rate:.2f} s/step", flush=True)
 
 
-VAE = wan_fp4.VAEConfig(dims=(16, 32, 64, 80), blocks=1)
+VAE = wan_fp4.VAEConfig(dims=(16, 32, 64, 80), num_res_blocks=1)
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def pca_start(vae, images):
         blocks = rearrange(f, "b c (h p) (w q) -> (b h w) (c p q)", p=2, q=2)
         mean, (values, vectors) = blocks.mean(0), torch.linalg.eigh(torch.cov(blocks.T))
         conv, last = down.resample[1], level == len(downs) - 1
-        k = VAE.z if last else min(len(conv.bias) - 1, len(values))
+        k = VAE.z_dim if last else min(len(conv.bias) - 1, len(values))
         basis = vectors[:, -k:] / values[-k:].sqrt() if last else vectors[:, -k:]  # the last: of variance 1
         for sign, rows in ((1, slice(1, 1 + k)), (-1, slice(1 + k, 1 + 2 * k)))[:1 + last]:
             conv.weight[rows], conv.bias[rows] = 0, -sign * mean @ basis
@@ -237,8 +237,8 @@ def pca_start(vae, images):
     head, dim = vae.encoder.head[2], VAE.dims[-1]
     length = (1.5 ** 2 * VAE.dims[-2] + 2 * k) ** 0.5
     head.weight.zero_(), head.bias.zero_()
-    head.bias[VAE.z:] = -4  # log-variance
-    for i in range(VAE.z):
+    head.bias[VAE.z_dim:] = -4  # log-variance
+    for i in range(VAE.z_dim):
         head.weight[i, 1 + i, 2, 1, 1] = length / dim ** 0.5
         head.weight[i, 1 + k + i, 2, 1, 1] = -length / dim ** 0.5
     for conv in (vae.conv1, vae.conv2):
@@ -404,9 +404,9 @@ def phrases(move):
     return [p.replace("out closer", "away") for p in out]
 
 
-DIT = wan_fp4.DiTConfig(dim=192, ffn_dim=768, layers=6, head_dim=64, text_dim=64, image_dim=64)
-UMT5 = dict(dim=64, ffn_dim=128, layers=2, heads=4, inner=64)
-CLIP = wan_fp4.CLIPConfig(dim=64, ffn_dim=256, layers=2, head_dim=32, patch=14, tokens=65)
+DIT = wan_fp4.DiTConfig(dim=192, ffn_dim=768, num_blocks=6, head_dim=64, text_dim=64, image_dim=64)
+UMT5 = dict(dim=64, ffn_dim=128, num_blocks=2, heads=4, inner=64)
+CLIP = wan_fp4.CLIPConfig(dim=64, ffn_dim=256, num_blocks=2, head_dim=32, patch=14, tokens=65)
 CLIP_SIZE = 112
 
 
@@ -523,7 +523,7 @@ def with_readers(nets, x, t, text, image, y, moves):
     where = places(*grid).to(x.device) / 4
     far = torch.stack([sources(m, *grid) for m in moves]).to(x.device)  # (B, N, 2)
     wrong = (place - where).square().mean() + (source - torch.cat([far.cos(), far.sin()], -1)).square().mean()
-    return dit.finish(tokens, e, x.shape[2:]), wrong
+    return dit.unpatchify(dit.head(tokens, e), x.shape[2:]), wrong
 
 
 @torch.no_grad()
