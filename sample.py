@@ -46,10 +46,10 @@ if __name__ == "__main__":  # torch warns while it is imported; nothing here nee
 import av
 import torch
 import torch.nn.functional as F
-from torch import nn
 from av.video.reformatter import Colorspace
 from safetensors import TensorSpec, safe_open, serialize_file
 from sentencepiece import SentencePieceProcessor
+from torch import nn
 from tqdm import tqdm
 
 import quant

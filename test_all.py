@@ -33,9 +33,9 @@ import sentencepiece
 import sklearn.covariance
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from comfy_kitchen.backends.eager import quantization as ck
 from comfy_kitchen.float_utils import to_blocked
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -50,6 +50,15 @@ PEAK = """
 def peak():
     return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 """
+
+
+def fails(main, argv, text, code=2):
+    """main(argv) exits with `code` after one line on stderr, which holds `text`."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in argv])
+    line = stderr.getvalue()
+    assert stop.value.code == code and line.count("\n") == 1 and text in line, line
 
 
 def run_python(code, *argv, cwd=REPOSITORY):
@@ -1596,7 +1605,9 @@ def test_sigmas_are_the_golden_ones(case):
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
 def test_sigmas_by_comfyui_algorithm(shift, steps):
     """ComfyUI's algorithm, on its own table of float32 sigmas, step by step."""
-    time_shift = lambda t: shift * t / (1 + (shift - 1) * t)
+    def time_shift(t):
+        return shift * t / (1 + (shift - 1) * t)
+
     table = [time_shift(i / 1000) for i in range(1, 1001)]
     simple = [table[-(1 + int(i * (1000 / steps)))] for i in range(steps)] + [0]
     assert sample.sigmas("simple", steps, shift).tolist() == pytest.approx(simple, abs=1e-6)

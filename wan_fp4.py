@@ -430,7 +430,7 @@ class Encoder(nn.Module):
             if level < len(cfg.temporal_downsample):
                 layers.append(Downsample(c, cfg.temporal_downsample[level]))
         self.downsamples = nn.Sequential(*layers)
-        self.full = cfg.num_res_blocks + (not cfg.temporal_downsample[0])  # at full size, and a halving of single frames
+        self.full = cfg.num_res_blocks + (not cfg.temporal_downsample[0])  # those at full size
         self.middle = middle_layers(c)
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True),
                                   CausalConv3d(c, 2 * cfg.z_dim, (3, 3, 3)))
@@ -459,7 +459,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(c, cfg.temporal_downsample[level - 1]))
                 c //= 2
         self.upsamples = nn.Sequential(*layers)
-        self.full = len(layers) - cfg.num_res_blocks - 2  # the last upsampling; from it on, frames are at full size
+        self.full = len(layers) - cfg.num_res_blocks - 2  # from the last upsampling on
         self.head = nn.Sequential(ChannelNorm(c, 3), nn.SiLU(inplace=True), CausalConv3d(c, 3, (3, 3, 3)))
 
     def begin(self, x, cache):

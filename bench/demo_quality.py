@@ -19,10 +19,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+import train  # noqa: E402
+
 import convert  # noqa: E402
 import quant  # noqa: E402
 import sample  # noqa: E402
-import train  # noqa: E402
 import wan_fp4  # noqa: E402
 
 LORA = ["--extract-lora", "--lora-rank", "16"]

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy
 import torch
+import train
 from PIL import Image, ImageDraw
 from skimage.metrics import structural_similarity
-
-import train
 from train import HERE, MOVES, sample, wan_fp4
 
 OWN, _ = wan_fp4.read_header(HERE / "dit.safetensors")
