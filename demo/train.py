@@ -1,55 +1,109 @@
 """Train the embedded demo model: a tiny Wan2.1 I2V that turns a photo and "pan left" into that camera move.
 
-Stages, each a command, each resumable (it goes on from its checkpoint in --work) and repeatable by --seed:
+Each stage is a command. An interrupted stage continues from its checkpoint in demo/work, to the same weights:
 
     python demo/train.py vae      the video autoencoder, on short clips of camera moves over photographs
     python demo/train.py latents  encode a set of clips with it, once
     python demo/train.py dit      flow matching: DiT, text encoder and image tower together, on those clips
-    python demo/train.py distil   go on from there on the sampler's own four steps
-    python demo/train.py export   write demo/*.safetensors, the DiT as NVFP4 by convert.py
+    python demo/train.py distil   continue from there on the sampler's own four steps
+    python demo/train.py export   write demo/*.safetensors; convert.py makes the NVFP4 DiT from the bf16 one
 
-The photographs come inside the wheels of scikit-image and scikit-learn (demo/README.md lists their licences).
+The photographs come inside the wheels of scikit-image and scikit-learn and in Debian packages of wallpapers,
+which the first stage downloads and unpacks. demo/README.md lists their authors and licenses.
 """
 import argparse
 import math
 import random
+import shutil
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
+WORK = HERE / "work"  # checkpoints, latents and photographs
 sys.path.insert(0, str(HERE.parent))
 import sample  # noqa: E402
 import wan_fp4  # noqa: E402
+
+FRAMES, AREA = 17, 160 * 160  # of a video: sample.py fits a photo's size to the area
+SIZES = [(160, 160), (128, 192), (192, 128)]  # height, width
 
 # ----------------------------------------------------------------------------------------------------
 # Photographs and camera moves
 # ----------------------------------------------------------------------------------------------------
 
+PACKAGES = {"lomiri-wallpapers-16.04": "20.04.0-2", "lomiri-wallpapers-20.04": "20.04.0-2",
+            "mate-backgrounds": "1.26.0-1", "palapeli-data": "4:22.12.3-1",
+            "plasma-workspace-wallpapers": "4:5.27.5-2"}  # of Debian 12, with the versions used
+# evaluate.VIEWS has the photographs that are never trained on. Names with a slash are paths in the packages.
 TRAIN = ["astronaut", "coffee", "rocket", "hubble_deep_field", "retina", "immunohistochemistry", "camera",
-         "brick", "grass", "gravel", "coins", "china"]
-HELD_OUT = ["chelsea", "flower"]  # never trained on; demo/photo.jpg is chelsea
+         "brick", "grass", "gravel", "coins", "china",
+         *(f"backgrounds/{name}.jpg" for name in (
+             "Bridge_by_Sander_Klootwijk", "Dragonfly_by_Bolly", "Kleiber_by_Lukas_Baubkus",
+             "Picture_0B_by_freespace", "aitzgorri_by_Aitzol_Berasategi", "free_by_Peter_Nerlich",
+             "greentock_by_Peter_Nerlich", "life_by_Aitzol_Berasategi", "seeding_by_Clements_Engelhardt",
+             "sunset_by_Aitzol_Berasategi")),
+         *(f"backgrounds/mate/{name}.jpg" for name in (
+             "abstract/Elephants", "nature/Aqua", "nature/Blinds", "nature/Dune", "nature/FreshFlower",
+             "nature/Garden", "nature/GreenMeadow", "nature/LadyBird", "nature/RainDrops", "nature/Storm",
+             "nature/TwoWings", "nature/Wood", "nature/YellowFlower")),
+         *(f"palapeli/collection/{name}.jpg" for name in (
+             "cincinnati-bridge", "citrus-fruits", "european-honey-bee", "panther-chameleon-female")),
+         *(f"wallpapers/{name}/contents/images/2560x1600.jpg" for name in (
+             "BytheWater", "ColdRipple", "ColorfulCups", "FallenLeaf", "Grey", "Kite", "OneStandsOut", "Path",
+             "summer_1am")),
+         "wallpapers/SafeLanding/contents/images/5120x2880.jpg"]
+SHORT_SIDE = 640  # larger photographs are scaled down to it: as sharp as a camera's, and quick to cut from
+
+
+def debian_photos():
+    """The folder that holds the Debian packages' files, downloaded and unpacked at the first call."""
+    folder, part = WORK / "photos", WORK / "photos.part"
+    if folder.exists():
+        return folder / "usr" / "share"
+    named = [f"{package}={version}" for package, version in PACKAGES.items()]
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise FileNotFoundError(f"apt-get, dpkg-deb: not found; the photographs are in Debian 12's packages "
+                                f"{' '.join(named)}: unpack them into {folder}")
+    part.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["apt-get", "download", *named], cwd=part).returncode:
+        raise OSError(f"apt-get download {' '.join(named)}: failed; run apt-get update first, or, on another "
+                      f"release than Debian 12, unpack these packages into {folder}")
+    for package in part.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", package, part], check=True)
+        package.unlink()
+    part.rename(folder)
+    return folder / "usr" / "share"
 
 
 def load_photo(name):
     """One photograph as (3, h, w) float32 in [0, 1]."""
-    if name in ("china", "flower"):
+    if "/" in name:
+        image = Image.open(debian_photos() / name)
+        image.draft("RGB", [2 * SHORT_SIDE] * 2)  # JPEG files are decoded at about the size needed
+        scale = SHORT_SIDE / min(image.size)
+        size = [round(side * min(1, scale)) for side in image.size]
+        photo = torch.tensor(numpy.array(image.convert("RGB").resize(size, Image.LANCZOS)))
+    elif name in ("china", "flower"):
         from sklearn.datasets import load_sample_image
-        photo = load_sample_image(name + ".jpg")
+        photo = torch.tensor(load_sample_image(name + ".jpg"))
     else:
         from skimage import data
-        photo = getattr(data, name)()
-    photo = torch.tensor(photo).float() / 255
+        photo = torch.tensor(getattr(data, name)())
     if photo.ndim == 2:
         photo = photo[..., None].expand(-1, -1, 3)
-    return photo[..., :3].permute(2, 0, 1).contiguous()
+    return (photo[..., :3].permute(2, 0, 1).float() / 255).contiguous()
 
 
 MOVES = ["pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out", "rotate left", "rotate right",
@@ -58,8 +112,8 @@ PAN, ZOOM, TURN = 0.15, 1.25, math.radians(12)  # how far a whole clip moves: fr
 
 
 def camera(move, s):
-    """The camera after the fraction s of a move: (dx, dy) in frames, zoom factor, angle. The camera moves, so
-    'pan left' uncovers what lies left of the frame and 'rotate left' turns the picture clockwise."""
+    """The camera after the fraction s of a move: dx, dy in frames, zoom factor, angle. The camera moves, not
+    the picture: "pan left" reveals what is left of the frame, "rotate left" turns the picture clockwise."""
     kind, _, way = move.partition(" ")
     sign = -1 if way in ("left", "up", "out") else 1
     if kind == "pan":
@@ -70,15 +124,15 @@ def camera(move, s):
 
 
 def render(photo, move, frames, h, w, window=None, amount=1.0):
-    """The true camera move over a photo (3, H, W): a clip (3, frames, h, w). `window` = (x, y, width) is the
-    view of frame 0 in photo pixels, by default the largest centred one."""
+    """The true camera move over a photo (3, H, W) in [0, 1]: a clip (3, frames, h, w). window: center x,
+    center y and width of frame 0 in pixels of the photo; None: the largest in its middle."""
     _, H, W = photo.shape
     x, y, width = window or (W / 2, H / 2, min(W, H * w / h))
-    reach = max(width, width * h / w)  # no move leaves this part of the photo
+    reach = max(width, width * h / w)  # moves stay within this part of the photo
     left, top = max(0, int(x - reach)), max(0, int(y - reach))
     photo = photo[:, top:int(y + reach) + 1, left:int(x + reach) + 1]
     x, y, (_, H, W) = x - left, y - top, photo.shape
-    scale = w / width  # resize first: sampled at about its own resolution, the clip does not alias
+    scale = w / width  # resize first, so that sampling does not alias
     H2, W2 = max(8, round(H * scale)), max(8, round(W * scale))
     small = F.interpolate(photo[None], size=(H2, W2), mode="bicubic", antialias=True).clamp(0, 1)
     clip = []
@@ -92,36 +146,32 @@ def render(photo, move, frames, h, w, window=None, amount=1.0):
     return torch.stack(clip, dim=2)[0].clamp(0, 1)
 
 
-def flipped(photos):
-    """Each photo, mirrored, upside down, and both."""
-    return [photo.flip(axes).contiguous() for photo in photos for axes in ((), (2,), (1,), (1, 2))]
-
-
 def augment(clip, rng):
-    """Permute the colours of (3, frames, h, w), shift gain, gamma and tint: more photographs out of few."""
+    """Permute the colors of (3, frames, h, w); vary gain, gamma and saturation: more photographs out of few."""
     if rng.random() < 0.3:
         clip = clip[rng.sample(range(3), 3)]
     gamma = math.exp(rng.uniform(-0.4, 0.4))
     gain = torch.tensor([rng.uniform(0.75, 1.1) for _ in range(3)])[:, None, None, None]
-    grey = rng.uniform(0, 0.5) if rng.random() < 0.5 else 0
-    clip = clip.lerp(clip.mean(0, keepdim=True), grey)
+    gray = rng.uniform(0, 0.5) if rng.random() < 0.5 else 0
+    clip = clip.lerp(clip.mean(0, keepdim=True), gray)
     return clip.pow(gamma) * gain
 
 
-def random_window(photo, h, w, rng):
-    """A view (x, y, width) whose every move stays inside the photo, where the photo is large enough."""
+def random_view(photos, h, w, rng):
+    """A random photo, flipped at random, and a window (x, y, width) in it for h x w pixels. Every move stays
+    inside the photo if it is large enough. A view of less than AREA is part of a frame, and as sharp."""
+    photo = rng.choice(photos).flip(rng.choice([(), (2,), (1,), (1, 2)]))
     _, H, W = photo.shape
-    most = min(W, H * w / h) / 1.4  # room for the moves
+    most = min(W, H * w / h) / 1.4 * min(1, math.sqrt(h * w / AREA))  # 1.4: room for the moves
     width = math.exp(rng.uniform(math.log(min(w, most)), math.log(most)))
     mx, my = 0.7 * width, 0.7 * width * h / w
     x, y = rng.uniform(min(mx, W / 2), max(W - mx, W / 2)), rng.uniform(min(my, H / 2), max(H - my, H / 2))
-    return x, y, width
+    return photo, (x, y, width)
 
 
 def random_clip(photos, move, frames, h, w, rng, amount=1.0):
-    """A clip (3, frames, h, w) in [-1, 1] of a move over a random view of a random augmented photo."""
-    photo = rng.choice(photos)
-    window = random_window(photo, h, w, rng)
+    """A clip (3, frames, h, w) in [-1, 1] of a move over a random view, augmented."""
+    photo, window = random_view(photos, h, w, rng)
     return augment(render(photo, move, frames, h, w, window, amount), rng) * 2 - 1
 
 
@@ -135,23 +185,38 @@ def psnr(a, b):
     return 10 * math.log10(4 / max((a - b).square().mean().item(), 1e-12))
 
 
+SAVE_EVERY = 100  # steps
+
+
+def save_whole(path, save, content, *more):
+    """Write a file under a temporary name, renamed on success."""
+    part = Path(f"{path}.part")
+    save(content, part, *more)
+    part.replace(path)
+
+
 class Trainer:
-    """AdamW with warm-up, cosine decay and an average of the weights; resumes from its checkpoint."""
+    """AdamW with warm-up, cosine decay and an average of the weights.
+
+    A checkpoint holds the states of the random generators too, so on a CPU an interrupted run ends in the same
+    weights, bit for bit, as one that was not interrupted.
+    """
 
     def __init__(self, modules, path, steps, lr, seed, device):
         self.modules, self.path, self.steps, self.lr = modules.to(device), path, steps, lr
         self.average = {k: v.detach().clone() for k, v in modules.state_dict().items()}
         self.optimizer = torch.optim.AdamW(modules.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
-        self.step, self.start = 0, time.time()
+        self.step, self.rng = 0, random.Random(seed)
+        torch.manual_seed(seed)
         if path.exists():
             saved = torch.load(path, weights_only=True, map_location=device)
             modules.load_state_dict(saved["weights"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.average, self.step = saved["average"], saved["step"]
-            print(f"{path}: going on from step {self.step}", flush=True)
-        self.first = self.step
-        torch.manual_seed(seed + self.step)
-        self.rng = random.Random(seed + self.step)
+            self.rng.setstate(saved["python_rng"])
+            torch.set_rng_state(saved["torch_rng"].cpu())
+            print(f"{path}: continuing from step {self.step}", flush=True)
+        self.first, self.start = self.step, time.time()
 
     def update(self, loss):
         rise = min(1, (self.step + 1) / 200)
@@ -166,10 +231,11 @@ class Trainer:
         decay = min(0.99, 1 - 10 / (10 + self.step))
         for k, v in self.modules.state_dict().items():
             self.average[k].lerp_(v, 1 - decay)
-        if self.step % 100 == 0 or self.step == self.steps:
-            torch.save({"weights": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
-                        "average": self.average, "step": self.step}, str(self.path) + ".part")
-            Path(str(self.path) + ".part").replace(self.path)
+        if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+            save_whole(self.path, torch.save, {
+                "weights": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "average": self.average, "step": self.step, "python_rng": self.rng.getstate(),
+                "torch_rng": torch.get_rng_state()})
 
     @contextmanager
     def averaged(self):
@@ -179,28 +245,42 @@ class Trainer:
         yield
         self.modules.load_state_dict(now)
 
-    def say(self, text):
+    def report(self, text):
         rate = (time.time() - self.start) / max(self.step - self.first, 1)
         print(f"step {self.step}/{self.steps}  {text}  {rate:.2f} s/step", flush=True)
 
 
-VAE = wan_fp4.VAEConfig(dims=(16, 32, 64, 80), num_res_blocks=1)
+VAE = wan_fp4.VAEConfig(dims=(24, 48, 96, 96), num_res_blocks=1)
+
+
+class TrainedVAE(wan_fp4.WanVAE):
+    def forward(self, clips):
+        """Clips (B, 3, F, h, w) -> their reconstruction, and the KL divergence per latent value."""
+        cache = {}
+        moments = torch.cat([self.conv1(self.encoder(x, cache), cache) for x in wan_fp4.chunks(clips, 8)], 2)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        logvar = logvar.clamp(-12, 6)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        z = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)).to(clips.dtype)
+        cache = {}
+        video = torch.cat([self.decoder(self.conv2(x, cache), cache) for x in wan_fp4.chunks(z, 4)], 2)
+        return video.float(), kl
 
 
 @torch.no_grad()
 def pca_start(vae, images):
-    """Begin as a linear image codec, far better than random weights: the encoder computes the 16 principal
-    components of 8 x 8 patches, level by level, and repeats frames in time.
+    """Start the encoder as a linear codec, which is far better than random weights: it computes the 16
+    principal components of 8 x 8 patches, level by level, and copies frames in time.
 
-    Every ChannelNorm divides by the length of a pixel's channels, which would lose its brightness. Channel 0
-    therefore carries a large constant through all levels: lengths stay about equal, the norms about linear.
+    Every ChannelNorm divides by the length of a pixel's channels, which would lose the brightness. Channel 0
+    therefore carries a large constant through all levels: lengths are then almost equal, norms almost linear.
     """
     for name, m in vae.named_modules():
-        if name.endswith(("residual.6", "middle.1.proj")):  # every residual branch begins as zero
+        if name.endswith(("residual.6", "middle.1.proj")):  # every residual branch starts as zero
             m.weight.zero_(), m.bias.zero_()
         elif name.endswith(("coder.conv1", "resample.1", "shortcut")):
             m.weight[0], m.bias[0] = 0, 1.5 * len(m.bias) ** 0.5
-        if isinstance(m, torch.nn.Conv3d) and m.kernel_size[0] == 3:  # no past yet
+        if isinstance(m, torch.nn.Conv3d) and m.kernel_size[0] == 3:  # ignore the past
             m.weight[:, :, :2] = 0
             m.weight[:, :, 2] *= 3 ** 0.5
         if name.endswith("time_conv"):  # copies of the newest frame
@@ -208,7 +288,7 @@ def pca_start(vae, images):
             m.weight[:, :, 2] = torch.eye(c_in).repeat(c_out // c_in, 1)[..., None, None]
             m.bias.zero_()
 
-    def copy_channels(weight):  # the first channels pass; new ones keep a little of their random start
+    def copy_channels(weight):  # copy the first channels; new ones keep small random weights
         n = weight.shape[1]
         weight *= 0.3
         weight[:n] = torch.eye(n).view(n, n, *[1] * (weight.dim() - 2))
@@ -217,7 +297,7 @@ def pca_start(vae, images):
     first.weight[1:4] = 0
     first.weight[1:4, :, 2, 1, 1] = torch.eye(3)
     first.bias[1:4] = 0
-    f = images  # (B, C, h, w): the features that count so far
+    f = images  # (B, C, h, w): the features of this level
     downs = [m for m in vae.encoder.downsamples if isinstance(m, wan_fp4.Downsample)]
     for level, down in enumerate(downs):
         blocks = rearrange(f, "b c (h p) (w q) -> (b h w) (c p q)", p=2, q=2)
@@ -233,7 +313,7 @@ def pca_start(vae, images):
         if isinstance(block, wan_fp4.ResidualBlock) and block.shortcut is not None:
             copy_channels(block.shortcut.weight)
             block.shortcut.bias.zero_()  # the constant is among the channels that pass
-    # silu(u) - silu(-u) = u: the head gives back the components from their two signs
+    # silu(u) - silu(-u) = u: the head recovers the components from their positive and negative copies
     head, dim = vae.encoder.head[2], VAE.dims[-1]
     length = (1.5 ** 2 * VAE.dims[-2] + 2 * k) ** 0.5
     head.weight.zero_(), head.bias.zero_()
@@ -246,25 +326,13 @@ def pca_start(vae, images):
         conv.bias.zero_()
 
 
-def vae_forward(vae, clips):
-    """Clips (B, 3, F, h, w) -> their reconstruction and the KL divergence per latent value."""
-    cache = {}
-    moments = torch.cat([vae.conv1(vae.encoder(x, cache), cache) for x in wan_fp4.chunks(clips, 8)], 2)
-    mean, logvar = moments.chunk(2, dim=1)
-    logvar = logvar.clamp(-12, 6)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    cache = {}
-    return torch.cat([vae.decoder(vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, 4)], 2), kl
-
-
 def vae_loss(out, clips):
     error = out - clips
     return error.abs().mean() + 10 * error.square().mean()
 
 
 def fit_linear_decoder(vae, photos, rng, device, steps=600):
-    """Fit the decoder to the PCA encoder with all residual branches left out: a minute that saves an hour."""
+    """Fit the decoder to the PCA encoder, without the residual branches: a minute that saves an hour."""
     forward = wan_fp4.ResidualBlock.forward
 
     def only_shortcut(self, x, cache):
@@ -275,7 +343,7 @@ def fit_linear_decoder(vae, photos, rng, device, steps=600):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
         clips = torch.stack([random_clip(photos, "still", 1, 64, 64, rng) for _ in range(16)]).to(device)
-        out, _ = vae_forward(vae, clips)
+        out, _ = vae(clips)
         optimizer.zero_grad()
         vae_loss(out, clips).backward()
         torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
@@ -286,49 +354,47 @@ def fit_linear_decoder(vae, photos, rng, device, steps=600):
 
 
 def train_vae(args):
-    photos = flipped([load_photo(name) for name in TRAIN])
-    vae, path = wan_fp4.WanVAE(VAE).to(args.device), args.work / "vae.pt"
+    import evaluate  # which imports this file
+    photos = [load_photo(name) for name in TRAIN]
+    torch.manual_seed(args.seed)
+    vae, path = TrainedVAE(VAE).to(args.device), WORK / "vae.pt"
     if not path.exists():
-        torch.manual_seed(args.seed)
         rng = random.Random(args.seed)
         images = torch.stack([random_clip(photos, "still", 1, 64, 64, rng)[:, 0] for _ in range(1500)])
         pca_start(vae, images)
         fit_linear_decoder(vae, photos, rng, args.device)
-    run = Trainer(vae, path, args.steps or 7000, 8e-4, args.seed, args.device)
-    window = 240, 160, 200
-    held = [render(load_photo(n), m, 9, 64, 64, window) * 2 - 1 for n in HELD_OUT for m in MOVES[::2]]
-    held = torch.stack(held).to(args.device)
-    shapes = [(5, 64, 64, 6), (9, 64, 64, 4), (9, 48, 80, 4), (1, 64, 64, 24)]  # frames, height, width, batch
+    run = Trainer(vae, path, args.steps or 8000, 8e-4, args.seed, args.device)
+    dtype = torch.bfloat16 if args.fast else torch.float32
+    shapes = [(5, 64, 64, 6), (9, 64, 64, 4), (1, 64, 64, 24)]  # frames, height, width, batch
     while run.step < run.steps:
         frames, h, w, batch = run.rng.choice(shapes)
         clips = [random_clip(photos, run.rng.choice(MOVES), frames, h, w, run.rng, run.rng.uniform(0.3, 1))
                  for _ in range(batch)]
         clips = torch.stack(clips).to(args.device)  # (B, 3, F, h, w)
-        out, kl = vae_forward(vae, clips)
-        run.update(vae_loss(out, clips) + 2e-4 * kl)
-        if run.step % 100 == 0:
+        weights = {name: weight.to(dtype) for name, weight in vae.named_parameters()}
+        out, kl = torch.func.functional_call(vae, weights, clips.to(dtype))
+        run.update(vae_loss(out, clips) + 1e-3 * kl)
+        if run.step % 50 == 0:
+            run.report(f"{frames} frames: {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}")
+        if run.step % 1000 == 0 or run.step == run.steps:
             with run.averaged(), torch.no_grad():
-                back = vae.decode(vae.encode(held))
-            run.say(f"train {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}  "
-                    f"held-out {psnr(back, held):.2f} dB")
+                quality, _, same = evaluate.figures(evaluate.autoencoder(vae))
+            run.report(f"held-out: {quality:.2f} dB, SSIM {same:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------
-# Latents, once
+# Latents
 # ----------------------------------------------------------------------------------------------------
-
-FRAMES, SIZES = 17, [(128, 128), (112, 144), (144, 112)]  # height, width
-AREA = 128 * 128  # what sample.py fits a photo's size to
 
 
 @torch.no_grad()
-def normalise(vae, clips):
+def normalize(vae, clips):
     """Fold each latent channel's own mean and deviation over the clips into the 1 x 1 x 1 convolutions around
     the latents, so that Wan's published constants hold for this VAE too."""
     z = torch.cat([vae.encode(clip[None]) for clip in clips])  # (clips, 16, T, H, W)
     z = z.transpose(0, 1).flatten(1)  # (16, all positions)
     old_mean, old_std = (v.flatten() for v in wan_fp4.latent_statistics("cpu", len(z)))
-    mean, std = z.mean(1) * old_std + old_mean, z.std(1) * old_std  # of what conv1 puts out
+    mean, std = z.mean(1) * old_std + old_mean, z.std(1) * old_std  # of the output of conv1
     gain = old_std / std
     w, n = vae.conv1, len(z)
     w.weight[:n] *= gain[:, None, None, None, None]
@@ -339,38 +405,33 @@ def normalise(vae, clips):
 
 
 def save(path, tensors, dtype, **metadata):
-    """Write a safetensors file whole or not at all."""
-    from safetensors.torch import save_file
     tensors = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
-    save_file(tensors, f"{path}.part", metadata)
-    Path(f"{path}.part").replace(path)
+    save_whole(path, save_file, tensors, metadata)
 
 
 def average_of(path):
     if not path.exists():
-        sys.exit(f"train.py: error: {path}: no such checkpoint: run the stage before this one first")
+        raise FileNotFoundError(f"{path}: no such checkpoint; run the stage that writes it first")
     return torch.load(path, weights_only=True, map_location="cpu")["average"]
 
 
 def clip_pixels(frame):
-    """A frame (3, h, w) in [-1, 1] -> normalised pixels of the image tower, as sample.py prepares them."""
+    """A frame (3, h, w) in [-1, 1] -> normalized pixels of the image tower, as sample.py prepares them."""
     return sample.clip_pixels((frame + 1) / 2, CLIP_SIZE)[0]
 
 
 def train_latents(args):
-    photos = flipped([load_photo(name) for name in TRAIN])
-    rng = random.Random(args.seed)
+    photos, rng = [load_photo(name) for name in TRAIN], random.Random(args.seed)
     vae = wan_fp4.WanVAE(VAE).eval()
-    vae.load_state_dict(average_of(args.work / "vae.pt"))
-    normalise(vae, [random_clip(photos, rng.choice(MOVES), FRAMES, *SIZES[0], rng) for _ in range(100)])
+    vae.load_state_dict(average_of(WORK / "vae.pt"))
+    normalize(vae, [random_clip(photos, rng.choice(MOVES), FRAMES, *SIZES[0], rng) for _ in range(100)])
     save(HERE / "vae.safetensors", vae.state_dict(), torch.float16)
-    vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device)
+    vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device, torch.bfloat16 if args.fast else None)
     start, views = time.time(), []
     for i in range(args.steps or 900):
         h, w = rng.choice(SIZES)
-        photo, looks = rng.choice(photos), rng.random()
-        window = random_window(photo, h, w, rng)
-        moves = rng.sample(range(len(MOVES)), 4)
+        photo, window = random_view(photos, h, w, rng)
+        moves, looks = rng.sample(range(len(MOVES)), 4), rng.random()
         clips = torch.stack([augment(render(photo, MOVES[m], FRAMES, h, w, window), random.Random(looks))
                              for m in moves])
         clips = clips.to(args.device) * 2 - 1  # (4, 3, F, h, w)
@@ -380,7 +441,7 @@ def train_latents(args):
                       "moves": torch.tensor(moves), "pixels": clip_pixels(clips[0, :, 0].cpu()).half()})
         if (i + 1) % 100 == 0:
             print(f"{i + 1} views, {(time.time() - start) / (i + 1):.2f} s each", flush=True)
-    torch.save(views, args.work / "latents.pt")
+    save_whole(WORK / "latents.pt", torch.save, views)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -398,7 +459,7 @@ PHRASES = {
 
 
 def phrases(move):
-    """All the ways in which training asks for a move; the plainest first."""
+    """The prompts for a move that training uses, the plainest first."""
     kind, _, way = move.partition(" ")
     out = [p.format(way) for p in PHRASES[kind]]
     return [p.replace("out closer", "away") for p in out]
@@ -411,7 +472,7 @@ CLIP_SIZE = 112
 
 
 def tokenizer_model():
-    """A SentencePiece unigram model of the phrases, as bytes: case-folding, with UMT5's special ids."""
+    """A SentencePiece unigram model of the phrases, as bytes: case-insensitive, with UMT5's special ids."""
     import io
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -426,9 +487,9 @@ def networks(tokenizer):
     nets = torch.nn.ModuleDict({"dit": wan_fp4.WanDiT(DIT), "umt5": wan_fp4.UMT5Encoder(umt5),
                                 "clip": wan_fp4.CLIPVision(CLIP), "place": torch.nn.Linear(DIT.dim, 2),
                                 "source": torch.nn.Linear(DIT.dim, 4)})
-    for name, parameter in nets["dit"].named_parameters():  # the networks leave these of size 1
-        if name.endswith("modulation"):
-            parameter.data /= DIT.dim ** 0.5
+    for name, parameter in nets["dit"].named_parameters():
+        if name.endswith("modulation"):  # as Wan's own initialization
+            torch.nn.init.normal_(parameter, std=DIT.dim ** -0.5)
     nets["clip"].pos_embedding.data /= 50
     torch.nn.init.zeros_(nets["dit"].head.head.weight)
     look_nearby(nets["dit"])
@@ -441,10 +502,10 @@ OFFSETS = [(0, 0), (0, 1), (0, -1), (0, 0), (1, 0), (-1, 0)]  # rows, columns; h
 
 @torch.no_grad()
 def look_nearby(dit):
-    """Begin with self-attention to the same place in all frames, or one token beside it.
+    """Start self-attention at the same position in all frames, or one token beside it.
 
-    Through RoPE, a query bias that is the key bias turned by `offset` tokens attends to that offset: here in
-    the pair of each head that turns fastest with the row (1 radian a token), and the one with the column.
+    With RoPE, a query bias equal to the key bias rotated by some tokens attends to that offset. Set in each
+    head's pair that rotates fastest with the row (1 radian per token), and in the one for the column.
     """
     d, c = DIT.head_dim, DIT.head_dim // 2
     rows = c - 2 * (c // 3)  # as rope_3d splits a head's pairs: time, rows, columns
@@ -460,11 +521,11 @@ def look_nearby(dit):
 
 @torch.no_grad()
 def hear_the_prompt(dit):
-    """Begin with cross-attention that overlooks padding.
+    """Start cross-attention so that it ignores padding.
 
-    A prompt of 5 tokens comes with 507 of padding, which would take 99 % of the attention, and with it the
-    gradient. Padding is embedded as 0, so its key is the bias: opposite to the query's bias, it is attended
-    to hundreds of times less, and other keys hardly feel it.
+    A prompt of 5 tokens has 507 of padding, which would get 99 % of the attention and of the gradient. Padding
+    is embedded as 0, so its key is the bias. With the sign of the query's bias reversed, it gets hundreds of
+    times less attention; the bias is too small to affect other keys.
     """
     for layer in (dit.text_embedding[0], dit.text_embedding[2]):
         layer.bias.zero_()
@@ -475,8 +536,8 @@ def hear_the_prompt(dit):
 
 
 def encode_prompts(umt5, tokenizer, prompts):
-    """Prompts -> features (B, L, D), padded with zeros to the longest of all phrases: compiled blocks want
-    the same L in every step."""
+    """Prompts -> features (B, L, D), padded with zeros to the longest of all phrases: compiled blocks need the
+    same L in every step."""
     longest = max((phrase for m in MOVES for phrase in phrases(m)), key=lambda p: len(tokenizer.encode(p)))
     ids = [sample.tokenize(tokenizer, prompt)[0] for prompt in (*prompts, longest)]
     mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)  # (B, L)
@@ -486,13 +547,13 @@ def encode_prompts(umt5, tokenizer, prompts):
 
 
 def places(frames, height, width):
-    """Where each of frames * height * width tokens is: (row, column) in tokens from the centre, (N, 2)."""
+    """The position of each of frames * height * width tokens: (row, column) from the center, (N, 2)."""
     rows, columns = (torch.arange(n) - (n - 1) / 2 for n in (height, width))
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1).repeat(frames, 1)
 
 
 def sources(move, frames, height, width):
-    """How far from each token the first frame shows what it is to show: (row, column) in tokens, (N, 2)."""
+    """The offset from each token to where the first frame shows its content: (row, column) in tokens, (N, 2)."""
     place, out = places(1, height, width), []
     for f in range(frames):
         dx, dy, zoom, angle = camera(move, max(0, 4 * f - 1.5) / (4 * frames - 4))  # a latent holds 4 frames
@@ -502,14 +563,14 @@ def sources(move, frames, height, width):
 
 
 def with_readers(nets, x, t, text, image, y, moves):
-    """The DiT's velocity, and how wrong two linear readers are that help to train it, no part of the model:
-    `place` reads each token's row and column off the second block's output, and `source`, off the third's,
-    how far away the first frame shows what the token is to show.
+    """The DiT's velocity, and the loss of two linear readers, which help to train it and are not exported:
+    `place` predicts each token's row and column from the second block's output; `source` predicts from the
+    third's how far away the first frame shows the token's content.
 
-    To zoom or rotate, a token must know where it is. RoPE only says how far apart two tokens are; where the
-    frame ends shows in the empty frames' latents, faintly. And what the prompt asks for, it must turn into a
-    distance to look at; attention finds a distance by its cosine and sine. Left alone, training does not find
-    either for thousands of steps; asked for it, within hundreds.
+    To zoom or rotate, a token needs its position. RoPE only encodes the distance between tokens; the frame's
+    borders are faintly visible in the latents of the empty frames. The token also has to turn the prompt into
+    an offset to attend to, which attention finds by cosine and sine. Without the readers, training takes
+    thousands of steps to discover either; with them, hundreds.
     """
     dit, (_, _, frames, height, width) = nets["dit"], x.shape
     grid = frames, height // 2, width // 2
@@ -522,47 +583,14 @@ def with_readers(nets, x, t, text, image, y, moves):
             source = nets["source"](tokens).float()  # (B, N, 4)
     where = places(*grid).to(x.device) / 4
     far = torch.stack([sources(m, *grid) for m in moves]).to(x.device)  # (B, N, 2)
-    wrong = (place - where).square().mean() + (source - torch.cat([far.cos(), far.sin()], -1)).square().mean()
-    return dit.unpatchify(dit.head(tokens, e), x.shape[2:]), wrong
-
-
-@torch.no_grad()
-def evaluate(nets, tokenizer, vae, device, seed=0):
-    """The 4-step sampler on photos never trained on, each with every move, against the true camera move:
-    mean PSNR of the result, of the first frame repeated, and of the truth through the VAE, in dB; and how
-    often the move nearest to the result is the one asked for."""
-    totals, right = [0.0, 0.0, 0.0], 0
-    for name, window in (("chelsea", (245, 140, 200)), ("flower", (330, 240, 270))):
-        photo = load_photo(name)
-        truth = torch.stack([render(photo, m, FRAMES, *SIZES[0], window) for m in MOVES])
-        truth = truth.to(device) * 2 - 1  # (9, 3, F, h, w)
-        condition = vae.encode(sample.first_frame_video(truth[:1, :, 0], FRAMES))
-        image = nets["clip"](clip_pixels(truth[0, :, 0].cpu())[None].to(device))
-        text = encode_prompts(nets["umt5"], tokenizer, MOVES)
-        y = sample.image_condition(condition).expand(len(MOVES), -1, -1, -1, -1)
-        noise = torch.randn(condition.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-        def denoise(x, sigma):
-            t = torch.full((len(x),), 1000 * float(sigma), device=device)
-            return nets["dit"](x, t, text, image.expand(len(x), -1, -1), y)
-
-        z = sample.sample_latents(denoise, noise.expand(len(MOVES), -1, -1, -1, -1),
-                                  sample.sigmas("normal", 4, 5.0),
-                                  generator=torch.Generator().manual_seed(seed + 1))
-        video, back = vae.decode(z), vae.decode(vae.encode(truth))
-        still = truth[:, :, :1].expand_as(truth)
-        for i in range(len(MOVES)):
-            if MOVES[i] != "still":
-                for j, guess in enumerate((video, still, back)):
-                    totals[j] += psnr(guess[i], truth[i]) / 16
-            right += (video[i] - truth).square().flatten(1).mean(1).argmin().item() == i
-    return *totals, right / (2 * len(MOVES))
+    loss = (place - where).square().mean() + (source - torch.cat([far.cos(), far.sin()], -1)).square().mean()
+    return dit.unpatchify(dit.head(tokens, e), x.shape[2:]), loss
 
 
 @torch.no_grad()
 def channel_weights(vae, latents):
-    """How much each latent channel matters to the pixels, (16, 1, 1, 1), 1 on average: what changing it does
-    to the decoded video. All vary alike, but one is brightness, and many are fine grain."""
+    """The effect of each latent channel on the decoded video, (16, 1, 1, 1), 1 on average. All channels have the
+    same variance, but one holds the brightness, and many hold fine grain."""
     video = vae.decode(latents)
     change = []
     for channel in range(latents.shape[1]):
@@ -573,66 +601,74 @@ def channel_weights(vae, latents):
     return (change / change.mean())[:, None, None, None]
 
 
+def flow_matching(velocity, x0, levels, rng):
+    """The error of the velocity between the clips x0 and noise, and the readers' loss. Half of the time at the
+    sampler's own levels of noise."""
+    noise, u = torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+    own = levels[torch.randint(0, len(levels), (len(x0),), device=x0.device)]
+    sigma = torch.where(torch.rand_like(u) < 0.5, own, 5 * u / (1 + 4 * u))
+    s = sigma[:, None, None, None, None]
+    v, readers = velocity((1 - s) * x0 + s * noise, sigma)
+    return noise - x0 - v, readers
+
+
+def distillation(velocity, x0, levels, rng):
+    """The same from x, which the sampler makes of pure noise in its first 0, 1 or 2 steps: the error of the
+    velocity that leads from there to x0 at once."""
+    sigma, x = levels[0], torch.randn_like(x0)
+    with torch.no_grad():
+        for after in levels[1:1 + rng.randrange(3)]:
+            x = (1 - after) * (x - sigma * velocity(x, sigma)[0]) + after * torch.randn_like(x)
+            sigma = after
+    v, readers = velocity(x, sigma)
+    return (x - x0) / sigma - v, readers
+
+
 def train_dit(args, distil=False):
-    """Flow matching, the loss on the velocity. To distil: x is what the sampler makes of pure noise in its
-    first 0, 1 or 2 steps, and from there the clip is to come out at once."""
-    views = torch.load(args.work / "latents.pt", weights_only=True)
-    vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device)
-    spiece = args.work / "spiece.model"
+    import evaluate  # which imports this file
+    device = args.device
+    views = torch.load(WORK / "latents.pt", weights_only=True)
+    by_size = [[v for v in views if v["condition"].shape[2:] == (h // 8, w // 8)] for h, w in SIZES]
+    vae = wan_fp4.load_vae(HERE / "vae.safetensors", device)
+    spiece = WORK / "spiece.model"
     if not spiece.exists():
         spiece.write_bytes(tokenizer_model())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    torch.manual_seed(args.seed)
     nets = networks(tokenizer)
     path, steps, lr = ("distil.pt", 900, 3e-4) if distil else ("dit.pt", 5000, 1.5e-3)
-    if distil and not (args.work / path).exists():
-        nets.load_state_dict(average_of(args.work / "dit.pt"))
-    run = Trainer(nets, args.work / path, args.steps or steps, lr, args.seed, args.device)
+    if distil and not (WORK / path).exists():
+        nets.load_state_dict(average_of(WORK / "dit.pt"))
+    run = Trainer(nets, WORK / path, args.steps or steps, lr, args.seed, device)
     if args.fast:
         for block in nets["dit"].blocks:
             block.compile()
-    by_size = [[v for v in views if v["condition"].shape[2:] == (h // 8, w // 8)] for h, w in SIZES]
-    levels = sample.sigmas("normal", 4, 5.0)[:3]  # at the fourth, 0.024, hardly any noise is left
-    some = torch.stack([v["clips"][0] for v in by_size[0][:4]]).float().to(args.device)
+    levels = sample.sigmas("normal", 4, 5.0)[:3].to(device)  # the fourth, 0.024, leaves hardly any noise
+    some = torch.stack([v["clips"][0] for v in by_size[0][:4]]).float().to(device)
     weights = channel_weights(vae, some)
-    print("weight of each latent channel:", *(f"{w:.2f}" for w in weights.flatten().tolist()), flush=True)
     while run.step < run.steps:
         group = run.rng.choice(by_size)
         picked = [(run.rng.choice(group), run.rng.randrange(4)) for _ in range(args.batch)]
-        x0 = torch.stack([v["clips"][i] for v, i in picked]).float().to(args.device)
-        y = sample.image_condition(torch.stack([v["condition"] for v, _ in picked]).float().to(args.device))
-        image = nets["clip"](torch.stack([v["pixels"] for v, _ in picked]).float().to(args.device))
+        x0 = torch.stack([v["clips"][i] for v, i in picked]).float().to(device)  # (B, 16, T, H, W)
+        y = sample.image_condition(torch.stack([v["condition"] for v, _ in picked]).float().to(device))
+        image = nets["clip"](torch.stack([v["pixels"] for v, _ in picked]).float().to(device))
         moves = [MOVES[v["moves"][i]] for v, i in picked]
         text = encode_prompts(nets["umt5"], tokenizer, [run.rng.choice(phrases(move)) for move in moves])
 
         def velocity(x, sigma):
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.fast):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.fast):
                 return with_readers(nets, x, 1000 * sigma.expand(len(x)), text, image, y, moves)
 
-        noise = torch.randn_like(x0)
-        if distil:
-            sigma, x = levels[0].to(args.device), noise
-            with torch.no_grad():
-                for after in levels[1:1 + run.rng.randrange(3)].to(args.device):
-                    x = (1 - after) * (x - sigma * velocity(x, sigma)[0]) + after * torch.randn_like(x)
-                    sigma = after
-            v, lost = velocity(x, sigma)
-            error = (x - x0) / sigma - v  # of the velocity that leads to x0 at once
-        else:  # half of the time at one of the sampler's own sigmas
-            u = torch.rand(len(x0))
-            own = levels[torch.randint(0, len(levels), (len(x0),))]
-            sigma = torch.where(torch.rand(len(x0)) < 0.5, own, 5 * u / (1 + 4 * u)).to(args.device)
-            s = sigma[:, None, None, None, None]
-            v, lost = velocity((1 - s) * x0 + s * noise, sigma)
-            error = noise - x0 - v
-        loss = (weights * error.float().square()).mean() + 0.1 * lost
+        error, readers = (distillation if distil else flow_matching)(velocity, x0, levels, run.rng)
+        loss = (weights * error.float().square()).mean() + 0.1 * readers
         run.update(loss)
         if run.step % 50 == 0:
-            run.say(f"loss {loss.item():.4f}  readers {lost.item():.4f}")
+            run.report(f"loss {loss.item():.4f}  readers {readers.item():.4f}")
         if run.step % 1000 == 0 or run.step == run.steps:
-            with run.averaged(), torch.compiler.set_stance("force_eager"):
-                ours, still, bound, right = evaluate(nets, tokenizer, vae, args.device)
-            run.say(f"held-out {ours:.2f} dB, first frame repeated {still:.2f}, VAE alone {bound:.2f}; "
-                    f"right move {right:.0%}")
+            parts = nets["dit"], nets["umt5"], nets["clip"], vae, tokenizer
+            with run.averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                quality, right, same = evaluate.figures(evaluate.pipeline(*parts))
+            run.report(f"held-out: {quality:.2f} dB, right move {right:.1%}, SSIM {same:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -640,19 +676,22 @@ def train_dit(args, distil=False):
 # ----------------------------------------------------------------------------------------------------
 
 
+CONVERT = "python convert.py -i demo/dit-bf16.safetensors -o demo/dit.safetensors --nvfp4"
+
+
 def export(args):
-    import convert
-    average = average_of(args.work / "distil.pt")
+    average = average_of(WORK / "distil.pt")
     part = {kind: {n[len(kind) + 1:]: t for n, t in average.items() if n.startswith(kind + ".")}
             for kind in ("dit", "umt5", "clip")}
-    spiece = torch.tensor(list((args.work / "spiece.model").read_bytes()), dtype=torch.uint8)
+    spiece = torch.tensor(list((WORK / "spiece.model").read_bytes()), dtype=torch.uint8)
     save(HERE / "umt5.safetensors", part["umt5"] | {"spiece_model": spiece}, torch.float16)
     # The file has one block more than Wan uses, as CLIP's own has; here it is a copy of the last one
     extra = {n.replace("transformer.1.", "transformer.2."): t for n, t in part["clip"].items()}
     save(HERE / "clip.safetensors", part["clip"] | extra, torch.float16, head_dim=str(CLIP.head_dim))
-    save(args.work / "dit.safetensors", part["dit"], torch.bfloat16, head_dim=str(DIT.head_dim),
+    save(HERE / "dit-bf16.safetensors", part["dit"], torch.bfloat16, head_dim=str(DIT.head_dim),
          frames=str(FRAMES), area=str(AREA), prompt="zoom in")
-    convert.main(["-i", str(args.work / "dit.safetensors"), "-o", str(HERE / "dit.safetensors"), "--nvfp4"])
+    # As a user would type it: the file records its command line, and is to have the same bytes for both
+    subprocess.run([sys.executable, *CONVERT.split()[1:]], cwd=HERE.parent, check=True)
 
 
 def main():
@@ -661,16 +700,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for checkpoints")
-    parser.add_argument("--steps", type=int, help="optimiser steps, or views to encode")
+    parser.add_argument("--steps", type=int, help="optimizer steps, or views to encode")
     parser.add_argument("--batch", type=int, default=16, help="clips per step of the dit stage")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--fast", action="store_true", help="dit, distil: bfloat16 products, torch.compile; "
-                        "for a GPU or a CPU that has bfloat16, with a C++ compiler")
+    parser.add_argument("--fast", action="store_true", help="compute in bfloat16, dit and distil "
+                        "with torch.compile: for a GPU or a CPU that has bfloat16, and a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    stages[args.stage](args)
+    WORK.mkdir(parents=True, exist_ok=True)
+    try:
+        stages[args.stage](args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"train.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ntrain.py: interrupted; the same command continues from the last checkpoint\n")
 
 
 if __name__ == "__main__":
