@@ -4,9 +4,9 @@ NVFP4 is NVIDIA's 4-bit floating-point format: 16 neighboring weights share an 8
 one more scale in float32. A weight takes 4.5 bits instead of bfloat16's 16, and Blackwell GPUs multiply such
 matrices in their tensor cores. MXFP8 is its 8-bit relative: larger and more accurate. In three lines:
 
-    parts = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize_nvfp4(w)))    # w: (out, in)
-    parts["comfy_quant"] = write_marker({"format": "nvfp4"})
-    y = QuantLinear.from_tensors("ffn.0", parts, in_features=w.shape[1], out_features=w.shape[0])(x)
+    stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize_nvfp4(w)))  # w: (out, in)
+    stored["comfy_quant"] = write_marker({"format": "nvfp4"})
+    y = QuantLinear.from_tensors("ffn.0", stored, in_features=w.shape[1], out_features=w.shape[0])(x)
 
 This file needs only torch. Copy it into another project, and it works there.
 
@@ -14,8 +14,8 @@ NVFP4 in one equation
 ---------------------
     w = e2m1[code] * block_scale * tensor_scale
 
-  code          4 bits per weight, E2M1: sign, 2 exponent bits, 1 mantissa bit. There are eight magnitudes,
-                0, 0.5, 1, 1.5, 2, 3, 4 and 6, and code = sign << 3 | index: code 5 is 3, code 13 is -3.
+  code          4 bits for every weight, E2M1: sign, 2 exponent bits, 1 mantissa bit. The eight magnitudes are
+                0, 0.5, 1, 1.5, 2, 3, 4, 6, and code = sign << 3 | index: code 5 is 3, code 13 is -3.
   block_scale   8 bits for every 16 consecutive weights of a row, E4M3: sign, 4 exponent bits (bias 7),
                 3 mantissa bits, no infinity; the largest value is 448 (arXiv 2209.05433).
   tensor_scale  one float32 for the whole matrix. It brings the block scales into E4M3's range.
@@ -28,16 +28,19 @@ To quantize, find the scales from the outside in, all in float32. amax is the la
     block_scale  = e4m3(min(amax(block) / 6 / tensor_scale, 448))
     code         = e2m1(clamp(w / (tensor_scale * block_scale), -6, 6))
 
-e4m3 and e2m1 round to the nearest value; a tie takes the even code. The first two lines map the largest
-weight of the matrix to 448 * 6 and the largest of each block to about 6, the largest values of the formats.
-The min acts only on a tensor_scale that the caller chose too small. The clamp acts where a block scale was
-rounded down. A block whose scale rounds to 0 gets codes 0; a matrix of zeros gets tensor_scale 1.
+e4m3 and e2m1 round to the nearest value; a tie takes the even code. The block scale maps the largest weight
+of its block to about 6, the largest E2M1 value. The tensor scale gives the block with the largest weight of
+all the scale 448, the largest E4M3 value; so the min acts only if a caller passes a smaller tensor_scale. The
+clamp acts if a block scale was rounded down. A block whose scale rounds to 0 gets codes 0. A matrix of zeros
+gets tensor_scale 1.
 
 One block, worked
 -----------------
-A matrix with amax 672 has tensor_scale = 672 / 2688 = 0.25. In one of its blocks, amax is 61.5:
+A matrix with amax 672 has tensor_scale = 672 / 2688 = 0.25. In one of its blocks of 16, amax is 61.5:
 
-    block_scale = e4m3(61.5 / 6 / 0.25) = e4m3(41) = 40, the byte 0x62; and 0.25 * 40 = 10 divides the block
+    block_scale = e4m3(61.5 / 6 / 0.25) = e4m3(41) = 40, the byte 0x62 (0 1100 010: 2**(12 - 7) * 1.25)
+
+and the block is divided by 0.25 * 40 = 10. Codes and bytes are printed in hexadecimal:
 
   w          38   -15     4     0 -61.5    25     9    -1 |    19   -31    47   -12    -3    13   -22   7.5
   w / 10    3.8  -1.5   0.4     0 -6.15   2.5   0.9  -0.1 |   1.9  -3.1   4.7  -1.2  -0.3   1.3  -2.2  0.75
@@ -46,70 +49,69 @@ A matrix with amax 672 has tensor_scale = 672 / 2688 = 0.25. In one of its block
   byte             6B          10          F4          28 |          4D          6A          93          C2
   back       40   -15     5     0   -60    20    10    -0 |    20   -30    40   -10    -5    15   -20    10
 
-41 lies between the E4M3 values 40 and 44 and was rounded down, so -61.5 is clipped: -6.15 becomes -6. 2.5 and
-0.75 are ties: 2.5 goes down to code 4, and 0.75 goes up to code 2. Codes and bytes are printed in hexadecimal.
+41 is between the E4M3 values 40 and 44 and was rounded down, so the largest weight is clipped: -6.15 becomes
+-6. 2.5 and 0.75 are ties, halfway between two values: 2.5 goes down to code 4, and 0.75 up to code 2.
 
 Two codes share a byte, and the EVEN element is in the HIGH nibble: 6, then B, is 6B. torchao and torch's own
-float4_e2m1fn_x2 put it in the low nibble. A product is right in either order, but only if both operands use
-the same one. Activations are packed in this file's order, so a weight packed in the other order gives wrong
-results here.
+float4_e2m1fn_x2 put it in the low nibble. A product needs both operands in the same order. This file packs
+activations in its own order, so a weight packed in the other order gives wrong results here.
 
 MXFP8
 -----
     w = e4m3[byte] * 2 ** (scale - 127)
 
-One E4M3 byte per weight, and for every 32 consecutive weights of a row one byte that is a bare exponent
+One E4M3 byte for every weight, and for every 32 consecutive weights of a row one byte that is a bare exponent
 (E8M0): 8.25 bits. scale = ceil(log2(amax(block) / 448)) + 127, rounded up so that the largest weight is not
 clipped (arXiv 2506.08027). There is no tensor scale. E2M1, E4M3 and E8M0 are specified in OCP Microscaling
 Formats 1.0: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 
 What is stored
 --------------
-A weight (M, K) is (out_features, in_features). M16 is M rounded up to a multiple of 16, and so on. Zeros fill
-the padding. L is the layer's name in the checkpoint:
+A weight is (M, K) = (out_features, in_features). M16 is M rounded up to a multiple of 16, and so on; the
+padding is zeros. N is the number of blocks in a row, K16 / 16 or K32 / 32. L is the layer's name:
 
-                checkpoint          NVFP4                                MXFP8
+                in a checkpoint     NVFP4                                MXFP8
   data          L.weight            uint8         (M16, K16 / 2)         float8_e4m3fn (M32, K32)
-  block_scale   L.weight_scale      float8_e4m3fn (M128, (K16 / 16)4)    uint8         (M128, (K32 / 32)4)
-  tensor_scale  L.weight_scale_2    float32       ()                     -
-                L.comfy_quant       uint8, the JSON {"format": "nvfp4"}  uint8, the JSON {"format": "mxfp8"}
+  block_scale   L.weight_scale      float8_e4m3fn (M128, N4)             uint8         (M128, N4)
+  tensor_scale  L.weight_scale_2    float32       ()                     none
+  marker        L.comfy_quant       uint8, JSON: {"format": "nvfp4"}     uint8, JSON: {"format": "mxfp8"}
 
 Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales,
-one row per row of weights and one column per block, is padded to (R128, C4) and cut into tiles of 128 x 4.
-Each tile is 512 consecutive bytes, and the tiles follow one another row by row:
+with a row for each row of the weight, is padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512
+consecutive bytes, and the tiles follow one another row by row. The scale of row r, block c is at
 
-    tile   = (r // 128) * (C4 / 4) + c // 4
+    tile   = (r // 128) * (N4 / 4) + c // 4
     offset = 512 * tile + 16 * (r % 32) + 4 * (r % 128 // 32) + c % 4
 
-A 5120 x 5120 weight in NVFP4 has 5120 x 320 scales, 80 tiles in a row of tiles. The scale in row 200, column 9
-is in tile 1 * 80 + 2 = 82, at offset 512 * 82 + 16 * 8 + 4 * 2 + 1 = 42121. The stored 2-D shape only counts
-the bytes. Source: https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
+A 5120 x 5120 weight in NVFP4 has 5120 x 320 scales, so 80 tiles in a row of tiles. The scale of row 200,
+block 9 is in tile 1 * 80 + 2 = 82, at offset 512 * 82 + 16 * 8 + 4 * 2 + 1 = 42121. The stored 2-D shape only
+counts the bytes. Source: https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 
 How a product is made
 ---------------------
-For y = x @ w.T on Blackwell, the activation x is quantized too, when the layer runs:
+For y = x @ w.T on Blackwell, the activation x is quantized too, each time the layer runs:
 
     y = torch._scaled_mm(x_data, w_data.T, x_block_scale, w_block_scale) * (x_tensor_scale * w_tensor_scale)
 
-and then the padding is cropped and the bias added. On other devices w is dequantized for each call.
+with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. Then the padding is cropped
+and the bias added. On other devices, w is dequantized for each call.
 
 How this differs from torchao and comfy-kitchen
 -----------------------------------------------
-Same formats, same bits: method="rtn" (round to nearest) equals comfy-kitchen 0.2.40's eager backend bit for bit
-(https://github.com/Comfy-Org/comfy-kitchen). torchao (https://github.com/pytorch/ao) packs the other nibble
-first. Both wrap weights in a tensor subclass that intercepts torch's operators, and bring CUDA and Triton
-kernels of their own. Here a weight is two or three plain tensors in an nn.Module, and the only kernels are
-torch's own. What is given up: training, sharding, other layers than Linear, other formats, fused kernels.
+The formats are theirs, and method="rtn" (round to nearest) gives the bits of comfy-kitchen 0.2.40's eager
+backend (https://github.com/Comfy-Org/comfy-kitchen). Both wrap a weight in a tensor subclass that intercepts
+torch's operators, and bring their own CUDA or Triton kernels. Here a weight is two or three plain tensors in
+an nn.Module, and every kernel is torch's own or compiled by it. That gives up training, sharding, layers other
+than Linear, and formats other than these. torchao (https://github.com/pytorch/ao) packs the other nibble first.
 
 Map
 ---
-  for callers    quantize_nvfp4, dequantize_nvfp4, quantize_mxfp8, dequantize_mxfp8; swizzle, unswizzle;
-                 QuantLinear; write_marker, read_marker, stored_tensors, describe, default_mode, default_dtype
-  E2M1           encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1
+  for callers    quantize_nvfp4, dequantize_nvfp4, quantize_mxfp8, dequantize_mxfp8, swizzle, unswizzle,
+                 QuantLinear, write_marker, read_marker, stored_tensors, describe, default_mode, default_dtype
+  for converters encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1, encode_nvfp4, encode_mxfp8, round_e2m1
   plain forms    plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch
-  scale search   search_nvfp4, search_mxfp8: better block scales than amax gives
   operands       quantize_activation, scaled_mm_operands: what torch._scaled_mm multiplies
-  faster         the last section: what makes the above fast, without changing a bit
+  fast paths     the last section: the same bits, sooner
 """
 import functools
 import json
@@ -123,10 +125,11 @@ E2M1_MAX, E4M3_MAX = 6.0, 448.0
 NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
 BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MXFP8_BLOCK}
 FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # as stored: as printed
+MXFP8_SMALLEST = E4M3_MAX * 2.0 ** -127  # the largest amax whose MXFP8 scale is byte 0, which reads as 0
 MODES = ("tensor_cores", "dequantize", "emulate")
 
-# Letters in shapes: (M, K) is a weight, (out, in). (Mp, Kp) is the padded weight: (M16, K16) or (M32, K32).
-# N = Kp / B is the number of blocks in a row, and B that of weights in a block. R is the rows of an activation.
+# Letters in shapes: a weight is (M, K) = (out, in), and (Mp, Kp) when padded: (M16, K16) or (M32, K32). A row has
+# N = Kp / B blocks of B weights. An activation is (R, K). Where (Mp, ...) is taken, any number of rows will do.
 
 
 def round_up(n, multiple):
@@ -677,9 +680,6 @@ def quantize_rows(x, fmt, input_scale):
     return data, swizzle(block_scale), tensor_scale
 
 
-MXFP8_SMALLEST = E4M3_MAX * 2.0 ** -127  # the largest amax whose scale is byte 0, which reads as 0
-
-
 def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | None,
                           shape: tuple[int, int]) -> Tensor:
     """The inverse of quantize_activation: -> float32 of this shape (R, K)."""
@@ -796,6 +796,7 @@ def decode_by_rows(data, scale, dtype):
     return out.flatten(1)  # (Mp, Kp)
 
 
+@functools.cache  # making the table on a GPU would wait for it
 def e2m1_pairs(device):
     """The 256 bytes decoded: (256,) int64, each the bits of two float32. One lookup then decodes two codes."""
     byte = torch.arange(256, dtype=torch.uint8, device=device)
