@@ -192,7 +192,7 @@ def swizzle(scale: Tensor) -> Tensor:
     raw = scale.view(torch.uint8) if scale.element_size() == 1 else scale  # torch cannot pad every float8
     raw = pad_to(raw, 128, 4)  # (R128, C4)
     rows, cols = raw.shape
-    tiles = raw.reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)  # (R128/128, C4/4, 32, 4, 4)
+    tiles = raw.reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)  # tile row, column, 32, 4, 4
     return tiles.reshape(rows, cols).view(scale.dtype)
 
 
@@ -206,7 +206,7 @@ def unswizzle(scale: Tensor, rows: int, cols: int) -> Tensor:
         raise ValueError(f"unswizzle: got {tuple(scale.shape)}, expected {(rows128, cols4)} for {rows} x {cols} "
                          f"scales; pass this layer's scales, swizzled")
     raw = scale.view(torch.uint8) if scale.element_size() == 1 else scale
-    tiles = raw.reshape(rows128 // 128, cols4 // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)  # (R128/128, 4, 32, C4/4, 4)
+    tiles = raw.reshape(rows128 // 128, cols4 // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)  # row, 4, 32, column, 4
     return tiles.reshape(rows128, cols4)[:rows, :cols].view(scale.dtype)
 
 
@@ -215,7 +215,11 @@ def unswizzle(scale: Tensor, rows: int, cols: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------
 
 def plain_nvfp4(w, tensor_scale=None, method="rtn"):
-    """The three equations: padded w (Mp, Kp) -> data (Mp, Kp/2), block_scale (Mp, N), tensor_scale ()."""
+    """The three equations: padded w (Mp, Kp) -> data (Mp, Kp/2), block_scale (Mp, N), tensor_scale ().
+
+    Rows are independent of one another once tensor_scale is given, so quantize_nvfp4 calls this on a few rows
+    at a time (by_rows). block_amax(w, 16) is the amax of each block of 16.
+    """
     amax = block_amax(w, NVFP4_BLOCK)  # (Mp, N)
     if tensor_scale is None:
         tensor_scale = nvfp4_tensor_scale(amax.max())
@@ -252,7 +256,7 @@ def quantize_nvfp4(w: Tensor, tensor_scale: Tensor | float | None = None,
 
     tensor_scale  a positive number; by default amax / (448 * 6), or 1 where that is 0
     method        "rtn": the block scale follows from the block's amax. "search": the block scale of least
-                  squared error, 9 times slower
+                  squared error, about 8 times slower
 
     Raises ValueError if w is not 2-D, not floating-point, empty or not finite, and for a bad scale or method.
     """
@@ -359,6 +363,7 @@ def dequantize_mxfp8(data: Tensor, block_scale: Tensor, shape: tuple[int, int] |
 # ----------------------------------------------------------------------------------------------------
 
 def check_weight(caller, w, method):
+    """Refuse a weight or method that cannot be quantized; return the weight's amax."""
     if method not in ("rtn", "search"):
         raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
     if w.dim() != 2 or w.numel() == 0:
@@ -715,7 +720,7 @@ def row_chunks(rows, cols, device):
 
 
 def by_rows(plain, w, *arguments):
-    """data and block_scale of plain(w, *arguments), computed on a few rows at a time."""
+    """data and block_scale of plain(w, *arguments), a plain form, computed on a few rows at a time."""
     whole = []
     for rows in row_chunks(*w.shape, w.device):
         parts = plain(w[rows], *arguments)[:2]
