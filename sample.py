@@ -611,7 +611,7 @@ def decode_tile(vae, height, width, free):
     each = 64 * 50 * vae.cfg.dims[0] * vae.dtype.itemsize  # bytes per latent at the peak, as measured
     if each * height * width <= free:
         return None
-    tile = max(2 * wan_fp4.OVERLAP, math.isqrt(int(free / each)))
+    tile = max(2 * wan_fp4.TILE_OVERLAP, math.isqrt(int(free / each)))
     print(f"decode: {each * height * width / 2**30:.1f} GiB needed, {free / 2**30:.1f} free: in tiles of "
           f"{8 * tile} pixels")
     return tile
