@@ -416,7 +416,7 @@ def dequantize_mxfp8(data, block_scale, shape=None, dtype=torch.float32):
 # The Linear layer
 # ----------------------------------------------------------------------------------------------------
 
-FORMATS = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # as stored -> as printed
+FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # as stored -> as printed
 MODES = ("tensor_cores", "dequantize", "emulate")
 
 
@@ -431,8 +431,8 @@ def read_marker(marker, name="comfy_quant"):
         info = json.loads(bytes(marker.flatten().tolist()))
     except (ValueError, TypeError) as error:
         raise ValueError(f'{name}: got no JSON ({error}), expected {{"format": ...}}: damaged?') from None
-    if not isinstance(info, dict) or info.get("format") not in FORMATS:
-        raise ValueError(f"{name}: got {info}, expected a format out of {', '.join(FORMATS)}: "
+    if not isinstance(info, dict) or info.get("format") not in FORMAT_NAMES:
+        raise ValueError(f"{name}: got {info}, expected a format out of {', '.join(FORMAT_NAMES)}: "
                          f"convert the layer to one of these")
     return info
 
@@ -453,7 +453,7 @@ def stored_tensors(fmt, in_features, out_features):
     """What a layer of this format stores, and may store: two dicts, suffix -> (dtypes, shape, hint).
 
     The first dtype is the usual one; None stands for every float dtype. The hint is for a wrong shape. fmt is
-    a key of FORMATS, or None for a plain layer.
+    a key of FORMAT_NAMES, or None for a plain layer.
     """
     hint = "is it another layer's, or another model size?"
     number = ((torch.float32,), (), "expected one number")
@@ -478,7 +478,7 @@ def stored_tensors(fmt, in_features, out_features):
 
 def _check_stored(name, tensors, fmt, in_features, out_features):
     required, optional = stored_tensors(fmt, in_features, out_features)
-    kind = FORMATS.get(fmt, "plain")
+    kind = FORMAT_NAMES.get(fmt, "plain")
     for suffix in required:
         if suffix not in tensors:
             raise ValueError(f"{name}.{suffix}: got nothing, expected a tensor, as the layer is {kind}: "
@@ -615,7 +615,7 @@ class QuantLinear(nn.Module):
         return super()._apply(move, recurse)
 
     def extra_repr(self):
-        kind = FORMATS.get(self.format, str(self.weight.dtype).removeprefix("torch."))
+        kind = FORMAT_NAMES.get(self.format, str(self.weight.dtype).removeprefix("torch."))
         lora = f", {len(self.lora_scales)} LoRA" if self.lora_scales else ""
         return f"{self.in_features} -> {self.out_features}, {kind}, {self.mode}{lora}"
 
@@ -686,7 +686,7 @@ def describe(model):
     counts = {}
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
-            kind = FORMATS.get(layer.format, str(layer.weight.dtype).removeprefix("torch."))
+            kind = FORMAT_NAMES.get(layer.format, str(layer.weight.dtype).removeprefix("torch."))
             key = kind, f" ({layer.mode.replace('_', ' ')})" if layer.format else ""
             counts[key] = counts.get(key, 0) + 1
     most_first = sorted(counts.items(), key=lambda item: -item[1])

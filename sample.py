@@ -868,13 +868,13 @@ def check(device):
         try:
             y = layer(x.to(device)).cpu()
         except RuntimeError as error:  # a build of torch without the kernel, for instance
-            print(f"{quant.FORMATS[fmt]}: {layer.mode.replace('_', ' ')}, as {where}: FAILED: {error}")
+            print(f"{quant.FORMAT_NAMES[fmt]}: {layer.mode.replace('_', ' ')}, as {where}: FAILED: {error}")
             agree = False
             continue
         difference = ((y - expected).norm() / expected.norm()).item()
         good = difference < 0.01  # bfloat16's rounding makes 0.002
         agree &= good
-        print(f"{quant.FORMATS[fmt]}: {layer.mode.replace('_', ' ')}, as {where}; the product differs from "
+        print(f"{quant.FORMAT_NAMES[fmt]}: {layer.mode.replace('_', ' ')}, as {where}; the product differs from "
               f"the dequantized one by {difference:.1e}: {'good' if good else 'WRONG'}")
     return agree
 

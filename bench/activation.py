@@ -53,7 +53,7 @@ def compiled(fmt):
 def main():
     print(f"torch {torch.__version__}")
     for fmt in ("nvfp4", "mxfp8"):
-        print(f"{quant.FORMATS[fmt]}: step by step {step_by_step(fmt):.1f} times the activation's bytes; "
+        print(f"{quant.FORMAT_NAMES[fmt]}: step by step {step_by_step(fmt):.1f} times the activation's bytes; "
               f"compiled, 4096 x 5120 makes {', '.join(compiled(fmt))}")
 
 
