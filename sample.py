@@ -456,10 +456,10 @@ def write_folder(path):
 # Memory: what fits, and blocks streamed from CPU memory
 # ----------------------------------------------------------------------------------------------------
 
-# Measured by bench/fullsize.py --arithmetic for 81 frames of 480 x 832, with some headroom
-WORKING = 34  # a DiT forward's peak, in bytes per token and channel
-DECODING = 64 * 50  # a VAE decode's peak, in values per latent and channel: 64 pixels, each of 50 values
-MARGIN = 2**29  # bytes to keep free for the text encoder's forward, CUDA's workspaces and fragmentation
+# Peaks, as bench/fullsize.py measures them for 81 frames of 480 x 832, rounded up
+WORKING = 34  # of a DiT forward: bytes per token and channel
+DECODING = 64 * 50  # of a VAE decode: values per latent and channel of the last level (64 pixels, each of 50)
+MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspaces and fragmentation
 
 
 def free_memory(device):
@@ -488,8 +488,8 @@ def peak_memory(device):
 
 
 def decode_tile(vae, height, width, free):
-    """The side, in latents, of the tiles that decode a video of (height, width) latents in `free` bytes; None if
-    the whole video fits."""
+    """The side, in latents, of the tiles in which a video of (height, width) latents decodes in `free` bytes;
+    None if it needs no tiles."""
     per_latent = DECODING * vae.cfg.dims[0] * vae.dtype.itemsize  # bytes
     needed = per_latent * height * width
     if needed <= free:
@@ -585,8 +585,7 @@ def padded_bytes(tensor):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to make a video. The defaults are the distilled model's recipe. Raises ValueError for a value that no
-    video can be made with."""
+    """How to make a video. The defaults are the distilled model's recipe. Raises ValueError for a bad value."""
     frames: int = FRAMES  # 4k + 1
     size: tuple[int, int] | None = None  # (width, height), multiples of 16, to which pictures are cropped
     area: int = AREA  # without a size: pictures are stretched to fit_size(..., area)
@@ -1027,8 +1026,7 @@ class Job:
     metadata: dict
 
     @property
-    def kept(self):
-        """Where the latents are until the video is written."""
+    def kept(self):  # where the latents are until the video is written
         return Path(str(self.output).rstrip("/" + os.sep) + KEPT)
 
 
