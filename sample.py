@@ -1044,7 +1044,6 @@ def main(argv=None):
             parser.error("the following arguments are required: image")
 
         # Everything that can be wrong with the arguments is found before the first network is loaded
-        start, timings = time.perf_counter(), {}
         named = {flag: getattr(args, flag.replace("-", "_")) for flag in NETWORKS}
         files, demo = find_files(named, args.models)
         own = own_settings(files["dit"], args.lora)
@@ -1055,6 +1054,7 @@ def main(argv=None):
         def keep(i, latents):
             save_tensor(jobs[i].kept, "latents", latents, jobs[i].metadata)
 
+        start, timings = time.perf_counter(), {}
         images, prompts = [job.image for job in jobs], [job.prompt for job in jobs]
         videos = generate(images, prompts, files, settings, keep, timings)
         for job, video in zip(jobs, videos, strict=True):
