@@ -504,7 +504,7 @@ class WanVAE(nn.Module):
     def decode_chunks(self, latents, tile=None):
         """The decoded video in pieces: (B, 3, 1, h, w) for the first latent frame, then (B, 3, 4, h, w).
 
-        tile: None, or a number of latents, 2 * OVERLAP or more: squares of that side are decoded one after
+        tile: None, or a number of latents, 2 * TILE_OVERLAP or more: squares of that side are decoded one after
         another, so that memory is theirs, and the video is put together on the CPU. Neighbours overlap and
         are blended; what no overlap touches is as without tiles, as attention has seen the whole frame."""
         mean, std = latent_statistics(latents.device, self.cfg.z_dim)
@@ -532,18 +532,18 @@ class WanVAE(nn.Module):
         return torch.cat(list(self.decode_chunks(latents)), dim=2)
 
 
-OVERLAP = 8  # latents that two tiles share
+TILE_OVERLAP = 8  # latents that two tiles share
 
 
 def tiles(length, tile):
     """Cut `length` latents into overlapping tiles: [(start, stop, weight of each pixel (8 * tile,)), ...].
     A tile's weight falls towards its edges, but not at the frame's; everywhere the weights add up to 1."""
     last = max(0, length - tile)
-    starts = [*range(0, last, tile - OVERLAP), last]
-    pixel, weights = (torch.arange(8 * length) + 0.5) / (8 * OVERLAP), []
+    starts = [*range(0, last, tile - TILE_OVERLAP), last]
+    pixel, weights = (torch.arange(8 * length) + 0.5) / (8 * TILE_OVERLAP), []
     for start in starts:
-        rise = pixel - start / OVERLAP if start > 0 else torch.ones_like(pixel)
-        fall = (start + tile) / OVERLAP - pixel if start < last else torch.ones_like(pixel)
+        rise = pixel - start / TILE_OVERLAP if start > 0 else torch.ones_like(pixel)
+        fall = (start + tile) / TILE_OVERLAP - pixel if start < last else torch.ones_like(pixel)
         weights.append(rise.minimum(fall).clamp(0, 1))
     total = sum(weights)
     return [(start, min(start + tile, length), (weight / total)[8 * start:8 * (start + tile)])
