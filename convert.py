@@ -1,26 +1,31 @@
-"""From a bf16 Wan checkpoint to an NVFP4 / MXFP8 one in the comfy_quant format, tensor by tensor.
+"""Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4 and MXFP8, in the comfy_quant format.
 
     python convert.py -i MODEL.safetensors            writes MODEL-nvfp4.safetensors
 
-How it goes, and in which order to read this file:
+The sections follow the steps of a conversion, in reading order:
 
-  Source     the checkpoint: its names (without prefix), shapes and dtypes, and one tensor at a time.
-  plan       which weight gets which format: NVFP4 (4.5 bits a weight), MXFP8 (8.25), or "bf16", which means:
-             kept as the source has it. From regexes on the names, from a score of each weight, or from the
-             error that each format would cause, under a size.
-  round      one weight to the stored tensors of its format: to nearest, with searched block scales, or, given
-             the second moment of the layer's inputs, so that the layer's outputs come out best.
-  LoRA       low-rank factors of what rounding lost, for a second file.
-  calibrate  what every layer is fed: the pipeline runs on pictures, one block of the model after another.
-  write      a safetensors file begins with a header of all names, shapes and offsets. All of them follow from
-             the source's shapes and the plan, so the header goes first and then tensor after tensor, each to
-             its place: memory holds a few weights, whatever the size of the model. The file has a temporary
-             name until it is complete, and an interrupted run can go on from there.
+  Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time
+  Plan          a format for each weight: NVFP4 (4.5 bits per weight), MXFP8 (8.25), or "bf16", which means
+                kept in the source's dtype. By regular expressions, by a score of each weight, or by the error
+                that each format causes, within a file size
+  Round         one weight to the stored tensors of its format: to nearest, with searched block scales, or
+                with the second moment of the layer's inputs, which minimizes the error of the outputs
+  LoRA          low-rank factors of the rounding error, for a second file
+  Calibrate     what each layer is fed: runs the pipeline on pictures, the model one block at a time
+  Write         the output. A safetensors header lists all names, shapes and offsets; they follow from the
+                source's shapes and the plan, so the header is written first and then each tensor in its place.
+                Memory holds a few weights, whatever the size of the model
+  Report        the plan as a table, a map and a picture; the errors of each type of layer
+  Command line
 
-What is written for a quantized layer L, in quant.py's layout: L.weight, L.weight_scale, for NVFP4
-L.weight_scale_2, and the marker L.comfy_quant, which ComfyUI reads. Older tools read the same in the header,
-under _quantization_metadata: both are always there. The header also keeps the source's own entries
-(head_dim and so on), and says how the file was made.
+A quantized layer L is stored as quant.py describes: L.weight, L.weight_scale, for NVFP4 L.weight_scale_2, and
+the marker L.comfy_quant, which ComfyUI reads. Older tools read the same information from the header entry
+_quantization_metadata; both are always written. The header also keeps the source's own entries (head_dim and
+so on) and records the command.
+
+For callers: main(argv); quantize_weight, dequantize_weight and snr for a single weight; plan, layout and
+marker for the contents of a file without its data. To vendor this file, copy quant.py and wan_fp4.py with it;
+sample.py is needed only by --calib.
 """
 import argparse
 import ctypes
@@ -44,7 +49,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new memory comes several times faster
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: faster allocation
 
 import safetensors
 import torch
@@ -53,148 +58,86 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import quant
+import wan_fp4
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
-BLOCK = {"mxfp8": quant.MXFP8_BLOCK, "nvfp4": quant.NVFP4_BLOCK}
-DIFFUSERS = re.compile(r"attn[12]\.|ffn\.net\.|norm2\.|condition_embedder\.|scale_shift_table|proj_out\.")
-
-
-class Refusal(Exception):
-    """Something that the user can put right: main prints it as one line and exits with code 2."""
 
 
 # ----------------------------------------------------------------------------------------------------
-# Source: the checkpoint that is converted
+# Source: the checkpoint to convert
 # ----------------------------------------------------------------------------------------------------
-
-def _shards(path):
-    """The safetensors files that a path means: itself, an index's shards, or a folder's."""
-    if not path.exists():
-        raise Refusal(f"{path}: no such file or folder")
-    if path.is_dir():
-        indices = sorted(path.glob("*.safetensors.index.json"))
-        if len(indices) > 1:
-            raise Refusal(f"{path}: holds {len(indices)} models: name one of {', '.join(map(str, indices))}")
-        files = _shards(indices[0]) if indices else sorted(path.glob("*.safetensors"))
-        if not files:
-            raise Refusal(f"{path}: holds no .safetensors file")
-        return files
-    if path.suffix != ".json":
-        return [path]
-    try:
-        names = json.loads(path.read_text())["weight_map"].values()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Refusal(f"{path}: not the index of a sharded checkpoint: it has no weight_map") from None
-    return [path.parent / name for name in sorted(set(names))]
-
-
-def _open(file):
-    try:
-        return safe_open(file, "pt")
-    except FileNotFoundError:
-        raise Refusal(f"{file}: no such file: is a shard missing?") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise Refusal(f"{file}: not a complete safetensors file ({error})") from None
-
 
 class Source:
-    """A checkpoint's tensors by their official names, bare: shapes, dtypes, metadata; tensor(name) reads one.
+    """A checkpoint's tensors by bare official name: shapes, dtypes, metadata; tensor(name) reads one.
 
-    Raises Refusal if path is not a plain Wan DiT in safetensors.
+    Raises FileNotFoundError, and ValueError if path is not an unquantized Wan DiT in safetensors.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.files = _shards(self.path)
-        self.shapes, self.dtypes, self.metadata, self._where = {}, {}, {}, {}
+        self.files = wan_fp4.shards(self.path)
+        self.shapes, self.dtypes, self.metadata, self.stored = {}, {}, {}, {}
+        self.damaged = False  # whether tensor() met values that are not finite
         for file in self.files:
-            with _open(file) as f:
-                self.metadata |= f.metadata() or {}
-                if "_quantization_metadata" in self.metadata:
-                    raise Refusal(f"{file}: already quantized, its header says: convert the bf16 model")
-                for stored in f.keys():
-                    self._add(f, file, stored)
+            metadata, tensors = wan_fp4.read_header(file)
+            if "_quantization_metadata" in metadata:
+                raise ValueError(f"{file}: already quantized (its header has _quantization_metadata); "
+                                 f"convert the bf16 model")
+            self.metadata |= metadata
+            for stored, (dtype, shape) in tensors.items():
+                self.add(file, stored, dtype, shape)
         if not any(re.match(r"blocks\.\d+\.self_attn\.", name) for name in self.shapes):
-            raise Refusal(f"{path}: not a Wan DiT: it has neither blocks.N.self_attn nor diffusers' "
-                          f"blocks.N.attn1, but for example {min(self.shapes, default='nothing')}")
-        self.bytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
+            raise ValueError(f"{path}: not a Wan DiT (got {min(self.shapes, default='no tensor')}, expected "
+                             f"names such as blocks.0.self_attn.q.weight, or diffusers' blocks.0.attn1); "
+                             f"give the diffusion model")
+        self.nbytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
 
-    def _add(self, f, file, stored):
-        name = re.sub(r"^((model\.)?diffusion_model|transformer)\.", "", stored)
-        if DIFFUSERS.search(name):
-            from wan_fp4 import official_dit_name  # the table of names is with the networks
-            name = official_dit_name(name)
+    def add(self, file, stored, dtype, shape):
+        name = wan_fp4.official_dit_name(wan_fp4.bare_name(stored))
         if name in self.shapes:
-            raise Refusal(f"{file}: {name} is there twice, here as {stored}: are two models in one place?")
-        tensor = f.get_slice(stored)
-        dtype = tensor.get_dtype()
-        if dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8")):
-            raise Refusal(f"{file}: {name} is already 8-bit ({dtype}): its rounding error would add to "
-                          f"NVFP4's, and black frames are reported. Convert the bf16 model")
+            raise ValueError(f"{file}: {stored}: duplicate tensor (also in {self.stored[name][0]}, as "
+                             f"{self.stored[name][1]}); give one model")
         if name.endswith((".comfy_quant", ".weight_scale")):
-            raise Refusal(f"{file}: already quantized, it has {name}: convert the bf16 model")
-        if DTYPES.get(dtype) not in (torch.float32, torch.float16, torch.bfloat16):
-            if dtype not in DTYPES or name.endswith(".weight"):
-                raise Refusal(f"{file}: {name} is {dtype}, expected BF16, F16 or F32")
-        self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), DTYPES[dtype]
-        self._where[name] = file, stored
+            raise ValueError(f"{file}: already quantized (it has {name}); convert the bf16 model")
+        if dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8")):
+            raise ValueError(f"{file}: {name}: already 8-bit ({dtype}), and rounding it again would add to "
+                             f"its error; convert the bf16 model")
+        floating = DTYPES.get(dtype) in (torch.float32, torch.float16, torch.bfloat16)
+        if dtype not in DTYPES or name.endswith(".weight") and not floating:
+            raise ValueError(f"{file}: {name}: got {dtype}, expected BF16, F16 or F32")
+        self.shapes[name], self.dtypes[name], self.stored[name] = shape, DTYPES[dtype], (file, stored)
 
     def tensor(self, name):
-        """The tensor, memory-mapped. Raises Refusal if it has a NaN or an infinity.
+        """The tensor, memory-mapped. Raises ValueError if it has NaN or infinite values.
 
-        The file is opened anew each time: a map that stayed open would keep every page that was ever read.
+        The file is opened for each tensor, because an open map keeps every page that was ever read.
         """
-        file, stored = self._where[name]
-        with _open(file) as f:
-            tensor = f.get_tensor(stored)
+        file, stored = self.stored[name]
+        try:
+            with safe_open(file, "pt") as f:
+                tensor = f.get_tensor(stored)
+        except safetensors.SafetensorError as error:  # the header could be read when the run started
+            raise OSError(f"{file}: {stored}: cannot be read ({error})") from None
         if (tensor.is_floating_point() and tensor.numel()
                 and not torch.stack(tensor.aminmax()).isfinite().all()):
-            raise Refusal(f"{file}: {stored} has NaN or infinite values: is the file damaged?")
+            self.damaged = True
+            raise ValueError(f"{file}: {stored}: got NaN or infinite values, expected finite ones; get an "
+                             f"undamaged copy")
         return tensor
 
 
 # ----------------------------------------------------------------------------------------------------
-# Plan: which weight gets which format
+# Plan: a format for each weight
 # ----------------------------------------------------------------------------------------------------
 
-# The Linears of the blocks hold 98 % of the weights. Of the others only those in OPTIONAL may be quantized,
-# and only when asked for by name: the time layers and the head decide every pixel, and norms, biases and
-# modulation are too small to matter.
+# The Linears of the blocks hold 98 % of the weights. Of the others, only those in OPTIONAL may be quantized,
+# and only on request: every pixel depends on the time layers and the head, and norms, biases and modulation
+# are too small to matter.
 BLOCK_WEIGHT = re.compile(r"blocks\.(\d+)\.(.+)\.weight")
 OPTIONAL = re.compile(r"(text_embedding|img_emb)\..+\.weight")
-
-
-def matching(pattern, names, flag):
-    """The names in which a regex is found, anywhere. Raises Refusal if it is none, or is found nowhere."""
-    try:
-        found = {name for name in names if re.search(pattern, name)}
-    except re.error as error:
-        raise Refusal(f"{flag} {pattern!r}: not a regular expression: {error}") from None
-    if not found:
-        raise Refusal(f"{flag} {pattern!r}: matches no weight out of {len(names)}, as {min(names)}")
-    return found
-
-
-def plan(shapes, base="nvfp4", custom_type=None, custom=None, exclude=None):
-    """{name: shape} -> {name: format} for every 2-D weight of a block; what is not in it is kept.
-
-    base         the format of every weight that no regex names
-    custom       regex of weights that take custom_type instead; it wins over exclude
-    exclude      regex of weights that are kept
-    """
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-    formats = {name: base for name in matrices if BLOCK_WEIGHT.fullmatch(name)}
-    for name in matching(exclude, shapes, "--exclude-layers") if exclude else ():
-        if name in formats:
-            formats[name] = "bf16"
-    if custom:
-        allowed = [name for name in matrices if name in formats or OPTIONAL.fullmatch(name)]
-        formats |= dict.fromkeys(matching(custom, allowed, "--custom-layers"), custom_type)
-    return formats
-
 
 # The published plan for the distilled Wan2.1 I2V 14B 480P: 34 layers MXFP8, 19 kept, 427 NVFP4.
 RECIPE_MXFP8 = (
@@ -210,15 +153,71 @@ RECIPE_KEPT = (
     r"blocks\.(38)\.self_attn\.k\.weight|blocks\.(14|16|17)\.self_attn\.q\.weight")
 
 
+def layer_type(name):
+    """blocks.3.ffn.0.weight -> ffn.0; other names are returned unchanged."""
+    match = BLOCK_WEIGHT.fullmatch(name)
+    return match[2] if match else name
+
+
+def matching(pattern, names, flag):
+    """The names in which a regular expression is found. Raises ValueError if it is invalid or finds none."""
+    try:
+        found = {name for name in names if re.search(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"{flag} {pattern!r}: not a regular expression ({error})") from None
+    if not found:
+        raise ValueError(f"{flag} {pattern!r}: matches none of {len(names)} weights, for example {min(names)}")
+    return found
+
+
+def plan(shapes, base="nvfp4", custom_type=None, custom=None, exclude=None):
+    """{name: shape} -> {name: format} for the 2-D weights of the blocks. All other tensors are kept.
+
+    base      the format of weights that no regular expression matches
+    custom    regular expression of weights that get custom_type; takes precedence over exclude
+    exclude   regular expression of weights that are kept
+    """
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    formats = {name: base for name in matrices if BLOCK_WEIGHT.fullmatch(name)}
+    for name in matching(exclude, shapes, "--exclude-layers") if exclude else ():
+        if name in formats:
+            formats[name] = "bf16"
+    if custom:
+        allowed = [name for name in matrices if name in formats or OPTIONAL.fullmatch(name)]
+        formats |= dict.fromkeys(matching(custom, allowed, "--custom-layers"), custom_type)
+    return formats
+
+
+def flags(formats):
+    """A plan as flags of convert_to_quant: one regular expression per format."""
+    groups = {fmt: {} for fmt in PLAN_FORMATS}  # {format: {type of layer: blocks}}
+    for name, fmt in formats.items():
+        match = BLOCK_WEIGHT.fullmatch(name)
+        groups[fmt].setdefault(layer_type(name), []).append(match and match[1])
+
+    def regex(fmt):
+        return "|".join(rf"blocks\.({'|'.join(sorted(blocks, key=int))})\.{re.escape(kind)}\.weight"
+                        if blocks[0] else re.escape(kind) for kind, blocks in sorted(groups[fmt].items()))
+
+    text = "--nvfp4"
+    if groups["mxfp8"]:
+        text += f' --custom-type mxfp8 --custom-layers "{regex("mxfp8")}"'
+    if groups["bf16"]:
+        text += f' --exclude-layers "{regex("bf16")}"'
+    return text
+
+
+# By score: statistics of the weight alone
+
 def sensitivity(w):
-    """Three numbers on a weight (M, K), each meant to be larger where four bits are likelier to hurt.
+    """Three statistics of a weight (M, K), each meant to be larger where four bits are likelier to hurt:
 
-    - ln(1 + excess kurtosis), 0 for a Gaussian: how often a large weight takes the block scale for itself
-    - dynamic range, log2(amax / rms), in octaves: E2M1 spans 3.6 of them, block scales must do the rest
-    - aspect ratio, log2 of the longer side over the shorter: the error of a long sum, or of many outputs
+    - ln(1 + excess kurtosis), 0 for a Gaussian: how often one large weight dominates a block's scale
+    - dynamic range, log2(amax / rms): E2M1 spans 3.6 octaves, and block scales must cover the rest
+    - aspect ratio, log2(longer side / shorter side): the error of a long sum, or of many outputs
 
-    They are the criteria of the published recipe. Measured on the 36 matrices of MiniLM, they do not predict
-    the error of NVFP4 on real activations: the rank correlation is -0.48.
+    They are the criteria of the published recipe. They do not predict the error of NVFP4 on real activations
+    (bench/RESULTS.md), which is why plan_by_error exists.
     """
     x = w.float() - w.float().mean()
     variance = x.square().mean().clamp(min=1e-30)
@@ -228,10 +227,11 @@ def sensitivity(w):
 
 
 def score(measures):
-    """{name: sensitivity} -> {name: score}: kurtosis and range, each from its median in quartile distances,
-    plus the aspect ratio as it is: nearly all layers share one value, so it has no quartiles.
+    """{name: sensitivity} -> {name: score}: the sum of all three, kurtosis and range each as its distance
+    from the median in interquartile ranges. The aspect ratio is used as it is, since nearly all layers share
+    one value.
 
-    A quartile distance counts as 0.1 at least: in a model of layers all alike, noise is no reason.
+    An interquartile range counts as at least 0.1, so that noise does not count in a model of similar layers.
     """
     table = torch.tensor(list(measures.values()), dtype=torch.float64)  # (layers, 3)
     low, middle, high = table.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
@@ -240,62 +240,27 @@ def score(measures):
 
 
 def plan_by_score(scores):
-    """{name: score} -> {name: format}, by Tukey's fences around the model's own scores.
-
-    Above the upper quartile by 1.5 quartile distances is an outlier: MXFP8. By 3, far out: kept.
-    """
+    """{name: score} -> {name: format}, by Tukey's fences: more than 1.5 interquartile ranges above the upper
+    quartile is an outlier and gets MXFP8; more than 3 is far out and is kept."""
     values = torch.tensor(list(scores.values()), dtype=torch.float64)
     low, high = values.quantile(0.25).item(), values.quantile(0.75).item()
 
     def choose(value):
-        distance = (value - high) / max(high - low, 1.0)  # 1: the same, in units of the score
+        distance = (value - high) / max(high - low, 1.0)  # the range counts as at least 1, in units of score
         return "bf16" if distance > 3 else "mxfp8" if distance > 1.5 else "nvfp4"
     return {name: choose(value) for name, value in scores.items()}
 
 
-def stored_bytes(shape, dtype):
-    """What a weight takes in each format: {format: bytes}."""
-    return {fmt: sum(math.prod(s) * d.itemsize for d, s in _stored_layout(fmt, shape, dtype).values())
-            for fmt in PLAN_FORMATS}
-
-
-def plan_by_error(errors, sizes, budget):
-    """errors and sizes {name: {format: number}} -> {name: format} of least total error in `budget` bytes.
-
-    All weights begin in their smallest format. A weight's next step is the one that saves most error per
-    byte, and its steps save less and less: they follow the lower convex hull of error over bytes, and no
-    format off the hull is best at any price of a byte. Taking the steps of all weights in that order, while
-    they fit, is optimal but for the last bytes. Raises ValueError if even the smallest formats do not fit.
-    """
-    formats = {name: min(size, key=size.get) for name, size in sizes.items()}
-    left = budget - sum(sizes[name][fmt] for name, fmt in formats.items())
-    if left < 0:
-        raise ValueError(f"plan_by_error: got {budget} bytes, too few: {budget - left} are the least")
-    steps = []
-    for name, size in sizes.items():
-        at, error = formats[name], errors[name]
-        while True:
-            saved = {fmt: (error[at] - error[fmt]) / (size[fmt] - size[at])
-                     for fmt in size if size[fmt] > size[at] and error[fmt] < error[at]}
-            if not saved:
-                break
-            best = max(saved, key=saved.get)
-            steps.append((saved[best], name, best, size[best] - size[at]))
-            at = best
-    stuck = set()  # a weight whose next step does not fit may not jump over it
-    for _, name, fmt, extra in sorted(steps, reverse=True):
-        if extra > left or name in stuck:
-            stuck.add(name)
-        else:
-            formats[name], left = fmt, left - extra
-    return formats
-
+# By error: the error that each format causes, against its size
 
 def weight_errors(w):
-    """{format: relative squared error of the weight itself}, on 256 of its rows, rounded to nearest."""
-    w = w[::-(-len(w) // 256)].float()  # (256, K)
-    return {fmt: 0.0 if fmt == "bf16" else 10 ** (-snr(w, dequantize_weight(
-        quantize_weight(w, fmt, method="rtn"), w.shape)) / 10) for fmt in PLAN_FORMATS}
+    """{format: relative squared error of the weight}, on 256 of its rows, rounded to nearest."""
+    w = w[::math.ceil(len(w) / 256)].float()  # (256, K)
+    errors = {"bf16": 0.0}
+    for fmt in ("mxfp8", "nvfp4"):
+        approximation = dequantize_weight(quantize_weight(w, fmt, method="rtn"), w.shape)
+        errors[fmt] = 10 ** (-snr(w, approximation) / 10)
+    return errors
 
 
 def output_errors(w, x):
@@ -308,56 +273,133 @@ def output_errors(w, x):
     return errors
 
 
+def measure_errors(source, names, calibration=None):
+    """{name: {format: error}}: of the outputs for the inputs that calibration saw, or of the weights."""
+    if calibration:
+        errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(inputs.rows)[:512]))
+                  for seen in calibration.stages() for name, inputs in seen.items())
+    else:
+        errors = in_order(lambda name: weight_errors(source.tensor(name)), names)
+    return dict(tqdm(errors, total=len(names), desc="measuring", disable=None))
+
+
+def plan_by_error(errors, sizes, budget):
+    """errors and sizes {name: {format: number}} -> {name: format} of least total error in `budget` bytes.
+
+    Every weight starts in its smallest format. Its next step up is the one that removes most error per byte.
+    These steps follow the lower convex hull of error over bytes, so each removes less per byte than the one
+    before, and a format off the hull is never the best choice. Taking the steps of all weights in order of
+    error per byte, as long as they fit, is optimal except for the last bytes. Raises ValueError if even the
+    smallest formats do not fit.
+    """
+    formats = {name: min(size, key=size.get) for name, size in sizes.items()}
+    left = budget - sum(sizes[name][fmt] for name, fmt in formats.items())
+    if left < 0:
+        raise ValueError(f"plan_by_error: got a budget of {budget} bytes, expected at least {budget - left}")
+    steps = []
+    for name, size in sizes.items():
+        at, error = formats[name], errors[name]
+        while True:
+            saved = {fmt: (error[at] - error[fmt]) / (size[fmt] - size[at])
+                     for fmt in size if size[fmt] > size[at] and error[fmt] < error[at]}
+            if not saved:
+                break
+            best = max(saved, key=saved.get)
+            steps.append((saved[best], name, best, size[best] - size[at]))
+            at = best
+    stuck = set()  # weights with a step that did not fit; they must not skip it
+    for _, name, fmt, extra in sorted(steps, reverse=True):
+        if extra > left or name in stuck:
+            stuck.add(name)
+        else:
+            formats[name], left = fmt, left - extra
+    return formats
+
+
 def rank_correlation(a, b):
-    """Spearman's, of two sequences of numbers."""
+    """Spearman's rank correlation of two sequences of numbers."""
     ranks = [torch.tensor(list(values)).argsort().argsort().double() for values in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def flags(formats):
-    """A plan as the regexes of convert_to_quant's command line."""
-    groups = {"mxfp8": {}, "bf16": {}, "nvfp4": {}}
-    for name, fmt in formats.items():
-        match = BLOCK_WEIGHT.fullmatch(name)
-        groups[fmt].setdefault(_kind(name), []).append(match and match[1])
+def plan_measured(source, calibration, scores, limit, made):
+    """The plan of least error in a file of `limit` bytes, by default the size that the score's plan gives.
+    Returns {name: format} and lines that compare it with the score."""
+    names = [name for name, shape in source.shapes.items()
+             if len(shape) == 2 and (name in scores or OPTIONAL.fullmatch(name))]
+    errors, by_score = measure_errors(source, names, calibration), plan_by_score(scores)
+    sizes = {name: {fmt: stored_bytes(fmt, source.shapes[name], source.dtypes[name]) for fmt in PLAN_FORMATS}
+             for name in names}
+    smallest = file_size(source, dict.fromkeys(names, "nvfp4"), made)
+    limit = limit or file_size(source, by_score, made)
+    if limit < smallest:
+        raise ValueError(f"--size {gib(limit)}: too small, the smallest formats need {gib(smallest)}")
+    others = smallest - sum(sizes[name]["nvfp4"] for name in names)
+    formats = plan_by_error(errors, sizes, limit - others)
 
-    def regex(kinds):
-        return "|".join(rf"blocks\.({'|'.join(sorted(blocks, key=int))})\.{re.escape(kind)}\.weight"
-                        if blocks[0] else re.escape(kind) for kind, blocks in sorted(kinds.items()))
-    text = "--nvfp4"
-    if groups["mxfp8"]:
-        text += f' --custom-type mxfp8 --custom-layers "{regex(groups["mxfp8"])}"'
-    return text + (f' --exclude-layers "{regex(groups["bf16"])}"' if groups["bf16"] else "")
+    def summary(plan):
+        total = sum(errors[name][plan.get(name, "bf16")] for name in names)
+        return f"{total:.4f} in {gib(file_size(source, plan, made))}"
+    what = "outputs" if calibration else "weights"
+    correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
+    return formats, [f"rank correlation of the score with NVFP4's error in the {what}: {correlation:.2f}",
+                     f"sum of the relative errors of the {what}: {summary(formats)}; "
+                     f"by the score's plan: {summary(by_score)}"]
+
+
+def choose_plan(args, source, calibration, made):
+    """The plan that the command line asks for: {name: format}, and lines to print about it."""
+    if args.base or args.custom_layers or args.exclude_layers:
+        return plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
+                    args.exclude_layers), []
+    if args.plan == "recipe":
+        return plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT), []
+    names = list(plan(source.shapes))
+    measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
+    scores = score(dict(tqdm(measures, total=len(names), desc="analyzing", disable=None)))
+    if args.plan == "score" or not (args.size or calibration):
+        return plan_by_score(scores), []
+    return plan_measured(source, calibration, scores, args.size, made)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Round: one weight to its stored tensors
 # ----------------------------------------------------------------------------------------------------
 #
-# A layer's output is wrong by x E^T, where E = W - Q (M, K) is the error of the weights. Over many inputs x
-# with second moment H = mean(x^T x), that is tr(E H E^T): each row of E, by itself, costs e H e^T. Without
-# inputs H is the identity, and the best scale for each block is all there is to choose (quant.py searches).
-# With them, the columns are rounded one after another, each making up for the errors of those before it:
+# A layer's output is off by x E^T, where E = W - Q (M, K) is the error of its weights. Averaged over inputs x
+# with second moment H = mean(x^T x), the squared error is tr(E H E^T): each row e of E contributes e H e^T,
+# independently of the others. Without inputs, H is the identity, and all there is to choose is the best scale
+# for each block (quant.py searches). With inputs, the columns are rounded one after another, and each
+# compensates for the errors of those before it:
 #
 #     H = N diag(D) N^T, N unit upper triangular      so      e H e^T = sum_j D_j (e_j + sum_{k<j} N_kj e_k)^2
 #
 # Once the columns k < j are rounded, term j is smallest if q_j is the value nearest to w_j + sum_k N_kj e_k,
-# and what it then misses costs D_j. That is GPTQ (Frantar et al. 2022, arXiv:2210.17323), which reaches the
-# same numbers through the inverse of H. Here a block's scale is chosen on the way: ten scales run through the
-# block's columns side by side, and the one whose terms sum to least stays.
+# and the remaining difference costs D_j times its square. This is GPTQ (Frantar et al. 2022,
+# https://arxiv.org/abs/2210.17323), which computes the same numbers from the inverse of H. Here the scale of
+# each block is chosen along the way: ten candidate scales run through the block's columns side by side, and
+# the one with the smallest sum of terms is kept.
 #
-# The first columns know nothing of those that follow, so sweeps come after: each block is rounded again with
-# all others fixed. Then e H e^T is a parabola in the block's q, lowest at q + H_bb^-1 (H e)_b, of the form
-# above with H_bb in place of H. A row takes the new codes only if they cost less, so the error only falls.
+# The first columns know nothing of those after them, so sweeps follow: each block is rounded again while all
+# others are fixed. Then e H e^T is a parabola in the block's q with its minimum at q + H_bb^-1 (H e)_b, of the
+# form above with H_bb in place of H. A row takes the new codes only if they cost less, so the error never
+# rises.
 #
-# Biases stay as they are. convert_to_quant corrects them by the mean of E x over random inputs x; these have
-# mean zero, so the correction has too, and what it adds is noise.
+# Biases are not changed. convert_to_quant corrects them by the mean of E x over random inputs x; these have
+# mean zero, so the correction is zero too, up to noise.
 
-NUM_ITER = 4  # sweeps; the first takes off a tenth of the error, four a seventh, all after them a hundredth
-DAMPING = 0.01  # of H's mean diagonal, added to the diagonal: inputs that were not seen may still come
+NUM_ITER = 4  # sweeps; the first removes a tenth of the error, four a seventh, all later ones a hundredth
+DAMPING = 0.01  # added to the diagonal of H, whose mean is 1: an allowance for inputs that were not seen
 
 
-def _factor(h):
+def damped(hessian):
+    """hessian (K, K) -> float64, scaled to a mean diagonal of 1, with DAMPING added."""
+    h = hessian.double() / hessian.diagonal().double().mean().clamp(min=1e-30)
+    h.diagonal().add_(DAMPING)
+    return h
+
+
+def factor(h):
     """Symmetric positive h (..., n, n) -> N (..., n, n) unit upper triangular, D (..., n): h = N diag(D) N^T.
 
     Cholesky gives a lower triangle; flipping both axes before and after turns it into an upper one.
@@ -367,11 +409,11 @@ def _factor(h):
     return (root / d[..., None, :]).float(), d.square().float()
 
 
-def _scales(fmt, amax, tensor_scale):
-    """Candidates for blocks of this amax (M,): scale bytes (C, M) and what they multiply by (C, M) float32.
+def candidate_scales(fmt, amax, tensor_scale):
+    """Block amax (M,) -> candidates for the stored scale byte (C, M), and the float32 scales (C, M).
 
-    The best E4M3 scale puts the largest weight between 3.5 and 7.3, an octave; the best E8M0 scale is the
-    smallest that holds it, or half that.
+    The best E4M3 scale maps the largest weight to between 3.5 and 7.3, an octave; the best E8M0 scale is the
+    smallest that avoids clipping, or half of that.
     """
     if fmt == "nvfp4":
         first = (amax / 7.3 / tensor_scale).clamp_(max=quant.E4M3_MAX).to(torch.float8_e4m3fn)
@@ -383,78 +425,86 @@ def _scales(fmt, amax, tensor_scale):
     return byte, torch.exp2(byte.float() - 127)
 
 
-def _nearest(fmt, x):
-    """x / scale -> the nearest values that a code stands for."""
+def nearest(fmt, x):
+    """x, already divided by its scale -> the nearest representable values, as floats."""
     if fmt == "nvfp4":
         return quant.round_e2m1(x.abs()).copysign_(x)
     return x.clamp_(-quant.E4M3_MAX, quant.E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
-def _round_block(fmt, aim, n, d, tensor_scale):
-    """One block of columns, aim (B, M), for the metric n diag(d) n^T -> bytes (M,), q (B, M), cost (M,)."""
-    byte, scale = _scales(fmt, aim.abs().amax(0), tensor_scale)  # (C, M)
-    q = aim.new_empty(len(aim), *scale.shape)  # (B, C, M)
+def round_block(fmt, target, n, d, tensor_scale):
+    """Round one block of columns, target (B, M), under the metric n diag(d) n^T -> scale bytes (M,), q (B, M),
+    cost (M,)."""
+    byte, scale = candidate_scales(fmt, target.abs().amax(0), tensor_scale)  # (C, M)
+    q = target.new_empty(len(target), *scale.shape)  # (B, C, M)
     error, cost = torch.empty_like(q), torch.zeros_like(scale)
-    for j in range(len(aim)):
-        x = aim[j] + torch.tensordot(n[:j, j], error[:j], 1)  # (C, M)
-        q[j] = _nearest(fmt, x / scale) * scale
-        error[j] = aim[j] - q[j]
+    for j in range(len(target)):
+        x = target[j] + torch.tensordot(n[:j, j], error[:j], 1)  # (C, M)
+        q[j] = nearest(fmt, x / scale) * scale
+        error[j] = target[j] - q[j]
         cost += d[j] * (x - q[j]).square_()
     best = cost.argmin(0, keepdim=True)  # (1, M)
-    q = q.gather(1, best.expand(len(aim), 1, -1))[:, 0]  # (B, M)
+    q = q.gather(1, best.expand(len(target), 1, -1))[:, 0]  # (B, M)
     return byte.gather(0, best)[0], q, cost.gather(0, best)[0]
 
 
-def _round_compensated(w, fmt, hessian, num_iter):
-    """quant.quantize_nvfp4 or _mxfp8 for the least tr(E H E^T). Transposed: columns of w are rows here."""
-    expected = (w.shape[1], w.shape[1])
-    if tuple(hessian.shape) != expected or not hessian.isfinite().all():
-        raise ValueError(f"quantize_weight: got hessian {tuple(hessian.shape)}, "
-                         f"expected {expected}, all finite")
-    if not w.isfinite().all():
-        raise ValueError("quantize_weight: got NaN or infinite values, expected finite ones: damaged?")
-    tensor_scale = quant.quantize_nvfp4(w)[2] if fmt == "nvfp4" else None
-    size = BLOCK[fmt]
-    w = F.pad(w.float(), (0, -w.shape[1] % size, 0, -w.shape[0] % size)).T.contiguous()  # (K, M)
-    blocks = len(w) // size
-
-    h = F.pad(hessian.double(), (0, len(w) - len(hessian)) * 2)  # (K, K)
-    h /= h.diagonal().mean().clamp(min=1e-30)
-    h.diagonal().add_(DAMPING)
-    # The blocks that matter most go first, while there are most columns left to make up for them.
-    order = h.diagonal().view(blocks, size).sum(1).argsort(descending=True)
-    columns = (order[:, None] * size + torch.arange(size, device=w.device)).flatten()  # (K,)
-    w, h = w[columns], h[columns][:, columns]
+def round_once(fmt, w, h, tensor_scale):
+    """Round w (K, M) block after block, each compensating for those before it -> scale bytes (N, M), q (K, M)."""
+    size = quant.BLOCK[fmt]
     q, error = torch.zeros_like(w), torch.zeros_like(w)  # (K, M)
-    scale_bytes = torch.zeros(blocks, w.shape[1], dtype=torch.uint8, device=w.device)  # (N, M)
-
-    n, d = _factor(h)
-    for i in range(blocks):
+    scale_bytes = torch.zeros(len(w) // size, w.shape[1], dtype=torch.uint8, device=w.device)  # (N, M)
+    n, d = factor(h)
+    for i in range(len(scale_bytes)):
         b = slice(i * size, (i + 1) * size)
-        aim = w[b] + n[:b.start, b].T @ error[:b.start]  # (B, M)
-        scale_bytes[i], q[b], _ = _round_block(fmt, aim, n[b, b], d[b], tensor_scale)
+        target = w[b] + n[:b.start, b].T @ error[:b.start]  # (B, M)
+        scale_bytes[i], q[b], _ = round_block(fmt, target, n[b, b], d[b], tensor_scale)
         error[b] = w[b] - q[b]
+    return scale_bytes, q
 
+
+def sweep(fmt, w, h, tensor_scale, scale_bytes, q, num_iter):
+    """Round every block again with all others fixed, at most num_iter times; updates scale_bytes and q."""
+    size = quant.BLOCK[fmt]
     own = torch.stack([h[i:i + size, i:i + size] for i in range(0, len(h), size)])  # (N, B, B)
-    n, d = _factor(own)
-    h, inverse, changed = h.float(), torch.linalg.inv(own).float(), True
+    n, d = factor(own)
+    h, inverse, error = h.float(), torch.linalg.inv(own).float(), w - q
     for _ in range(num_iter):
-        if not changed:
-            break
         changed = False
-        for i in range(blocks):
+        for i in range(len(scale_bytes)):
             b = slice(i * size, (i + 1) * size)
-            step = inverse[i] @ (h[b] @ error)  # (B, M)
-            byte, new, cost = _round_block(fmt, q[b] + step, n[i], d[i], tensor_scale)
+            step = inverse[i] @ (h[b] @ error)  # (B, M), from q to the minimum of the parabola
+            byte, new, cost = round_block(fmt, q[b] + step, n[i], d[i], tensor_scale)
             better = cost < 0.99999 * ((n[i].T @ step).square_() * d[i][:, None]).sum(0)  # (M,)
             scale_bytes[i] = torch.where(better, byte, scale_bytes[i])
             q[b] = torch.where(better, new, q[b])
             error[b] = w[b] - q[b]
             changed |= better.any().item()
+        if not changed:
+            break
 
-    # Back in order: row `columns[j]` of values is row j of q.
+
+def round_compensated(w, fmt, hessian, num_iter):
+    """As quant.quantize_nvfp4 or quantize_mxfp8, but for the least tr(E H E^T)."""
+    expected = (w.shape[1], w.shape[1])
+    if tuple(hessian.shape) != expected or not hessian.isfinite().all():
+        raise ValueError(f"quantize_weight: got hessian {tuple(hessian.shape)}, expected {expected}, all finite")
+    if not w.isfinite().all():
+        raise ValueError("quantize_weight: got NaN or infinite values, expected finite ones")
+    tensor_scale = quant.quantize_nvfp4(w)[2] if fmt == "nvfp4" else None
+    size = quant.BLOCK[fmt]
+    w = F.pad(w.float(), (0, -w.shape[1] % size, 0, -w.shape[0] % size)).T.contiguous()  # (K, M)
+    h = damped(F.pad(hessian.double(), (0, len(w) - len(hessian)) * 2))  # (K, K)
+    blocks = len(w) // size
+
+    # The blocks that matter most come first, while most columns are left to compensate.
+    order = h.diagonal().view(blocks, size).sum(1).argsort(descending=True)  # (N,)
+    columns = (order[:, None] * size + torch.arange(size, device=w.device)).flatten()  # (K,)
+    w, h = w[columns], h[columns][:, columns]
+    scale_bytes, q = round_once(fmt, w, h, tensor_scale)
+    sweep(fmt, w, h, tensor_scale, scale_bytes, q, num_iter)
+
     values, scales = torch.empty_like(q), torch.empty_like(scale_bytes)
-    values[columns], scales[order] = q, scale_bytes
+    values[columns], scales[order] = q, scale_bytes  # back to the weight's own order
     values, scales = values.T.reshape(-1, blocks, size), scales.T.contiguous()  # (M, N, B), (M, N)
     if fmt == "mxfp8":
         data = quant.encode_mxfp8(values, torch.exp2(scales.float() - 127)).flatten(1)  # (M, K)
@@ -465,14 +515,14 @@ def _round_compensated(w, fmt, hessian, num_iter):
 
 
 @torch.no_grad()
-def quantize_weight(w, fmt, hessian=None, method="search", num_iter=NUM_ITER):
-    """One weight (M, K) -> its stored tensors by suffix, as QuantLinear.from_tensors takes them.
+def quantize_weight(w, fmt, hessian=None, method="search", num_iter=NUM_ITER) -> dict[str, torch.Tensor]:
+    """A weight (M, K) -> its stored tensors by suffix, as QuantLinear.from_tensors takes them.
 
-    fmt       "nvfp4", "mxfp8", or "bf16": kept as it is
-    hessian   (K, K), the second moment x^T x of the layer's inputs, of any scale: the outputs' error is then
-              made small, and method has no part
-    method    "search": block scales of the least squared error; "rtn": from each block's largest weight
-    num_iter  with a Hessian, the most sweeps over the codes after the first rounding
+    fmt        "nvfp4", "mxfp8", or "bf16": returned unchanged
+    hessian    (K, K), the second moment x^T x of the layer's inputs, of any scale: minimizes the error of the
+               outputs; method is then ignored
+    method     "search": block scales of least squared error; "rtn": from the largest weight of each block
+    num_iter   with a Hessian, the maximum number of sweeps after the first rounding
 
     Raises ValueError for an unknown format, shapes that do not fit, and values that are not finite.
     """
@@ -481,7 +531,7 @@ def quantize_weight(w, fmt, hessian=None, method="search", num_iter=NUM_ITER):
     if fmt not in PLAN_FORMATS:
         raise ValueError(f"quantize_weight: got format {fmt!r}, expected one of {', '.join(PLAN_FORMATS)}")
     if hessian is not None:
-        stored = _round_compensated(w, fmt, hessian, num_iter)
+        stored = round_compensated(w, fmt, hessian, num_iter)
     elif fmt == "nvfp4":
         stored = quant.quantize_nvfp4(w, method=method)
     else:
@@ -490,65 +540,64 @@ def quantize_weight(w, fmt, hessian=None, method="search", num_iter=NUM_ITER):
     return stored | {"comfy_quant": quant.write_marker(marker(fmt, w.shape, w.dtype))}
 
 
-def marker(fmt, shape, dtype):
-    """What L.comfy_quant and the header say of a layer: the keys that convert_to_quant writes."""
-    return {"format": fmt, "group_size": BLOCK[fmt], "orig_dtype": str(dtype), "orig_shape": list(shape)}
-
-
-def dequantize_weight(stored, shape):
+def dequantize_weight(stored, shape) -> torch.Tensor:
     """The inverse of quantize_weight: stored tensors -> (M, K) float32."""
     layer = quant.QuantLinear.from_tensors("weight", stored, shape[1], shape[0])
     return layer.dequantized(torch.float32)
 
 
-def snr(w, approximation, hessian=None):
-    """Signal to noise in dB, infinite without noise; with a Hessian that of the layer's outputs."""
+def marker(fmt, shape, dtype):
+    """What L.comfy_quant and the header say about a layer, with the keys of convert_to_quant."""
+    return {"format": fmt, "group_size": quant.BLOCK[fmt], "orig_dtype": str(dtype), "orig_shape": list(shape)}
+
+
+def snr(w, approximation, hessian=None) -> float:
+    """Signal-to-noise ratio in dB, infinite without noise. With a Hessian, that of the layer's outputs."""
     signal = noise = 0.0
-    for rows in torch.arange(len(w)).split(512):  # a few rows at a time: no second copy of w in float32
-        x, y = w[rows[0]:rows[-1] + 1].float(), approximation[rows[0]:rows[-1] + 1]
-        signal, noise = signal + _energy(x, hessian), noise + _energy(x - y, hessian)
+    for i in range(0, len(w), 512):  # a few rows at a time: no second copy of w in float32
+        x, y = w[i:i + 512].float(), approximation[i:i + 512]
+        signal, noise = signal + energy(x, hessian), noise + energy(x - y, hessian)
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 
 
-def _energy(x, hessian):
-    """tr(x H x^T): float32 within a row, which is fast, float64 over the rows, which is exact."""
+def energy(x, hessian):
+    """tr(x H x^T): each row in float32, which is fast; the sum over rows in float64, which is accurate."""
     squares = x.square() if hessian is None else (x @ hessian).mul_(x)
     return squares.sum(1).double().sum().item()
 
 
 # ----------------------------------------------------------------------------------------------------
-# Error-correction LoRA: what a low rank can give back of W - Q
+# LoRA: a low-rank correction of W - Q
 # ----------------------------------------------------------------------------------------------------
 #
-# It runs beside the layer, y = Q x + up (down x), and is never merged: the sum would have to be rounded
-# again, and rounding takes it away. Rounding errors are nearly white, so rank 64 of 5120 holds some 4 % of
-# their energy. With a Hessian the energy is that of the output's error, which sits in far fewer directions.
+# The LoRA runs beside the layer, y = Q x + up (down x), and must not be merged: the sum would have to be
+# rounded again, which undoes the correction. Rounding errors are nearly white, so rank 64 of 5120 holds about
+# 4 % of their energy. With a Hessian, the energy is that of the output error, which is concentrated in far
+# fewer directions.
 #
-# Mode "absorb" goes further: the best rank r of the weight itself is taken out before rounding, so what is
-# rounded is smaller, and so is its error (SVDQuant, Li et al. 2024, arXiv:2411.05007). The factors are then
-# those of W - Q: what was taken out and part of what rounding lost. Without them the file is useless.
+# Mode "absorb" goes further: the best rank-r part of the weight itself is subtracted before rounding, so a
+# smaller matrix is rounded, with a smaller error (SVDQuant, Li et al. 2024, https://arxiv.org/abs/2411.05007).
+# The factors are then those of W - Q: the part that was subtracted and some of the rounding error. The
+# checkpoint is useless without them.
 
 RECIPE_TARGET = r"ffn\.(0|2)\.weight|self_attn\.(v|o)\.weight"
 
 
 @torch.no_grad()
 def low_rank(error, rank, hessian=None, seed=0):
-    """error = W - Q (M, K) -> up (M, r), down (r, K), share: of the energy of `error` that up @ down holds.
+    """error = W - Q (M, K) -> up (M, r), down (r, K), and the share of the energy of `error` in up @ down.
 
-    r = min(rank, M, K). With a Hessian H = C C^T of the inputs the energy is |error C|^2 = tr(E H E^T), and
-    the best rank r comes from the SVD of error C, C taken out again after. The SVD is exact for small
-    matrices and else randomised: Halko et al. 2011, arXiv:0909.4061, algorithm 4.4.
+    r = min(rank, M, K). With a Hessian H = C C^T of the inputs, the energy is |error C|^2 = tr(E H E^T), and
+    the best factors come from the SVD of error C, multiplied by C^-1. The SVD is exact for small matrices,
+    otherwise randomized (Halko et al. 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4).
     """
-    error, rank, root = error.float(), min(rank, *error.shape), None
-    if hessian is not None:
-        h = hessian.double() / hessian.diagonal().double().mean().clamp(min=1e-30)
-        h.diagonal().add_(DAMPING)
-        root = torch.linalg.cholesky(h).float()  # (K, K)
+    error, rank = error.float(), min(rank, *error.shape)
+    root = None if hessian is None else torch.linalg.cholesky(damped(hessian)).float()  # C (K, K)
     scaled = error if root is None else error @ root
     if min(error.shape) <= max(512, rank + 16):
         u, s, v = torch.linalg.svd(scaled, full_matrices=False)
     else:
-        generator = torch.Generator().manual_seed(seed)  # its own: threads share the global one
+        generator = torch.Generator().manual_seed(seed)  # the global one is shared between threads
         start = torch.randn(scaled.shape[1], rank + 16, generator=generator).to(scaled)  # (K, r + 16)
         basis = torch.linalg.qr(scaled @ start).Q  # (M, r + 16)
         for _ in range(6):
@@ -556,55 +605,62 @@ def low_rank(error, rank, hessian=None, seed=0):
         u, s, v = torch.linalg.svd(basis.T @ scaled, full_matrices=False)
         u = basis @ u
     u, s, down = u[:, :rank], s[:rank], v[:rank]  # (M, r), (r,), (r, K)
-    energy = torch.linalg.vector_norm(scaled, dim=1).double().square().sum().clamp(min=1e-300)
-    share = (s.double().square().sum() / energy).item()
+    total = torch.linalg.vector_norm(scaled, dim=1).double().square().sum().clamp(min=1e-300)
+    share = (s.double().square().sum() / total).item()
     if root is not None:
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
-    balance = s.sqrt()  # half the size on each side, for the sake of their dtype
+    balance = s.sqrt()  # both factors of the same magnitude, within the range of their dtype
     return u * balance, down * balance[:, None], share
 
 
+def lora_names(name):
+    """A weight's tensors in a LoRA file, by ComfyUI's names: up, down, alpha."""
+    prefix = "diffusion_model." + name.removesuffix(".weight")
+    return f"{prefix}.lora_up.weight", f"{prefix}.lora_down.weight", f"{prefix}.alpha"
+
+
 def lora_layout(shapes, names, rank):
-    """The tensors of a LoRA file for these weights, {name: (dtype, shape)}, under ComfyUI's names."""
+    """The tensors of a LoRA file for these weights: {name: (dtype, shape)}."""
     tensors = {}
     for name in names:
-        (m, k), prefix = shapes[name], "diffusion_model." + name.removesuffix(".weight")
+        m, k = shapes[name]
         r = min(rank, m, k)
-        tensors |= {f"{prefix}.lora_up.weight": (torch.bfloat16, (m, r)),
-                    f"{prefix}.lora_down.weight": (torch.bfloat16, (r, k)),
-                    f"{prefix}.alpha": (torch.float32, ())}  # up @ down counts alpha / r: once
+        up, down, alpha = lora_names(name)
+        tensors |= {up: (torch.bfloat16, (m, r)), down: (torch.bfloat16, (r, k)), alpha: (torch.float32, ())}
     return tensors
 
 
 # ----------------------------------------------------------------------------------------------------
-# Calibrate: what every layer is fed
+# Calibrate: what each layer is fed
 # ----------------------------------------------------------------------------------------------------
 #
-# The pipeline runs on pictures, with the recipe's four steps, on the model as the source has it: that gives
-# the DiT's inputs at the four timesteps. Then the DiT runs on all of them at once, one block at a time: look
-# at what each layer of the block is fed, round the block, and feed the next with what the rounded one makes.
-# So each block knows the errors of those before it. In memory are one block and the tokens of all inputs.
+# The pipeline runs on pictures with the recipe's four steps and the unquantized model, which gives the DiT's
+# inputs at the four timesteps. Then the DiT runs on all of them together, one block at a time: record what
+# each layer of the block is fed, round the block, and feed the next block with the outputs of the rounded one.
+# So each block is rounded with the errors of those before it in its inputs. Memory holds one block and the
+# tokens of all inputs.
 
-HEADROOM = 2  # of a fixed activation scale over what was seen: a power of two costs nothing, clipping does
+HEADROOM = 2  # of a fixed activation scale over the largest input seen: a power of two costs nothing
 
 
 class Inputs:
-    """What one layer was fed: second moment (K, K), largest magnitude, and some rows (R, K) as they were."""
+    """What one layer is fed: second moment (K, K), largest magnitude, and a sample of the rows (R, K)."""
 
     def __init__(self, samples, forwards, steps):
-        self.share, self.forwards, self.steps = -(-samples // forwards), forwards, steps
+        self.share, self.forwards, self.steps = math.ceil(samples / forwards), forwards, steps
         self.moment, self.amax, self.count, self.rows = 0, 0.0, 0, []
 
     def add(self, x):
+        """Record the rows of x (R, K), at most `share` of them, evenly spaced."""
         self.amax = max(self.amax, x.abs().amax().item())
-        x = x[::-(-len(x) // self.share)].float()
+        x = x[::math.ceil(len(x) / self.share)].float()
         self.moment, self.count = self.moment + x.T @ x, self.count + len(x)
-        self.rows.append(x[::-(-len(x) * self.forwards // 512)])
+        self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)])
 
     def hessian(self):
-        """The second moment, shrunk towards a multiple of the identity by as much as so few inputs ask for:
-        oracle approximating shrinkage, Chen et al. 2010, arXiv:0907.4698. A prompt has a dozen tokens, and
-        the weight must not forget all others. Every timestep's inputs resemble the others': they count once.
+        """The second moment, shrunk toward a multiple of the identity by oracle approximating shrinkage (Chen
+        et al. 2010, https://arxiv.org/abs/0907.4698): a prompt has only a dozen tokens, and the weight must
+        work for all others too. The inputs of different timesteps resemble each other, so they count once.
         """
         h, k, n = self.moment / self.count, len(self.moment), self.count / self.steps
         trace = h.diagonal().double().sum().item()
@@ -617,57 +673,18 @@ class Inputs:
 
 
 class Calibration:
-    """The pipeline on pictures; stages() walks through the DiT.
+    """The DiT, one block at a time: velocity() records its inputs, stages() runs on all those recorded."""
 
-    files: the networks' paths as sample.find_files gives them. Raises what the loaders raise, and Refusal if
-    the encoders do not fit the model.
-    """
-
-    def __init__(self, source, images, files, samples, seed, device):
-        import sample
-        import wan_fp4
-        self.source, self.samples, self.device = source, samples, torch.device(device)
+    def __init__(self, source, samples, steps, device="cpu"):
+        self.source, self.samples, self.steps, self.device = source, samples, steps, torch.device(device)
         first = {name: source.tensor(name) for name in source.shapes
                  if not name.startswith("blocks.") or name.startswith("blocks.0.")}
         self.dit = wan_fp4.dit_from_tensors(first, source.metadata, source.path, self.device)
-        self.layers = wan_fp4.count(source.shapes, "blocks.")
-        area, frames = (int(source.metadata.get(key, usual)) for key, usual in
-                        (("area", sample.AREA), ("frames", sample.FRAMES)))
-        self.steps, self.inputs = sample.sigmas("normal", 4, 5.0)[:-1].tolist(), []
-        for path in images:
-            image, caption = sample.read_image(path), Path(path).with_suffix(".txt")
-            prompt = caption.read_text() if caption.exists() else source.metadata.get("prompt", "")
-            text, = sample.encode_text(files["text-encoder"], [prompt.strip()], self.device)
-            tokens, = sample.encode_pictures(files["clip"], [image], self.device)
-            small = sample.resize(image, *sample.fit_size(image.shape[2], image.shape[1], area))
-            y, = sample.encode_first_frames(files["vae"], [small], frames, self.device)
-            cfg = self.dit.cfg
-            if (text.shape[2], tokens.shape[2]) != (cfg.text_dim, cfg.image_dim):
-                raise Refusal(f"--calib: {files['text-encoder']} and {files['clip']} give features of width "
-                              f"{text.shape[2]} and {tokens.shape[2]}, but the model takes {cfg.text_dim} "
-                              f"and {cfg.image_dim}: give the folder of its own encoders with --models")
-            self._follow(sample, text, tokens, y, seed)
-
-    def _follow(self, sample, text, tokens, y, seed):
-        """Sample one video and keep the DiT's inputs at every step."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn((1, 16, *y.shape[2:]), generator=generator).to(self.device)
-        progress = tqdm(total=len(self.steps) * self.layers, desc="sampling", unit="block", disable=None)
-
-        def denoise(x, sigma):
-            self.inputs.append((x, torch.full((1,), 1000 * sigma, device=self.device), text, tokens, y))
-            h, e, context = self.dit.prepare(*self.inputs[-1])
-            for i in range(self.layers):
-                h = self.block(i)(h, *context)
-                progress.update()
-            return self.dit.unpatchify(self.dit.head(h, e), x.shape[2:])
-
-        with progress:
-            sample.sample_latents(denoise, noise, [*self.steps, 0.0], generator=generator)
+        self.num_blocks = wan_fp4.count(source.shapes, "blocks.")
+        self.inputs = []  # arguments of WanDiT.prepare
 
     def block(self, i):
-        """Block i as the source has it, read anew: none stays in memory."""
-        import wan_fp4
+        """Block i of the source, loaded each time: none stays in memory."""
         prefix = f"blocks.{i}."
         tensors = {name.removeprefix(prefix): self.source.tensor(name)
                    for name in self.source.shapes if name.startswith(prefix)}
@@ -675,70 +692,117 @@ class Calibration:
             block = wan_fp4.Block(self.dit.cfg)
         return wan_fp4.load_weights(block, tensors, self.source.path, self.device, self.dit.dtype)
 
+    def velocity(self, x, sigma, conditions, progress):
+        """WanDiT.forward, block by block; records its inputs and calls progress() after each block."""
+        t = torch.full((1,), 1000 * sigma, device=self.device)
+        self.inputs.append((x, t, conditions.text, conditions.image, conditions.y))
+        tokens, e, context = self.dit.prepare(*self.inputs[-1])
+        for i in range(self.num_blocks):
+            tokens = self.block(i)(tokens, *context)
+            progress()
+        return self.dit.unpatchify(self.dit.head(tokens, e), x.shape[2:])
+
+    @torch.no_grad()
+    def stages(self):
+        """Yields {weight name: Inputs} for the embeddings, then for each block. Weights given to replace()
+        before the next stage is requested compute that stage's inputs."""
+        states = yield from self.stage(self.dit, "", lambda: [self.dit.prepare(*x) for x in self.inputs])
+        tokens, contexts = [state[0] for state in states], [state[2] for state in states]
+        for i in range(self.num_blocks):
+            block = self.block(i)
+            tokens = yield from self.stage(
+                block, f"blocks.{i}.", lambda: [block(x, *context) for x, context in zip(tokens, contexts)])
+
+    def stage(self, module, prefix, run):
+        """Yields what the module's layers are fed by run(); returns run()'s outputs with the layers replaced."""
+        self.module, self.prefix, self.replaced = module, prefix, False
+        with self.observe(module, prefix) as seen:
+            outputs = run()
+        yield seen
+        return run() if self.replaced else outputs
+
     @contextmanager
-    def _observing(self, module, prefix):
+    def observe(self, module, prefix):
         """Gives {weight name: Inputs}, filled by every forward of the module's Linears."""
         seen, hooks, last = {}, [], (None, None)
 
-        def observe(name, x):
+        def record(name, layer, args):
             nonlocal last
-            if x is last[0]:  # q, k and v are fed the same tensor: one second moment for all
+            x, = args
+            if x is last[0]:  # q, k and v are fed the same tensor: one second moment for all three
                 seen[name] = last[1]
                 return
             if name not in seen:
-                seen[name] = Inputs(self.samples, len(self.inputs), len(self.steps))
+                seen[name] = Inputs(self.samples, len(self.inputs), self.steps)
             seen[name].add(x.flatten(0, -2))
             last = x, seen[name]
 
         for name, layer in module.named_modules():
-            full = f"{prefix}{name}.weight"
-            if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(full)):
-                hooks.append(layer.register_forward_pre_hook(lambda _, x, full=full: observe(full, x[0])))
+            weight = f"{prefix}{name}.weight"
+            if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
+                hooks.append(layer.register_forward_pre_hook(functools.partial(record, weight)))
         yield seen
         for hook in hooks:
             hook.remove()
 
-    @torch.no_grad()
-    def stages(self):
-        """Yields {weight name: Inputs} for the embeddings and then for block after block. What replace() was
-        given for these names, until the next is asked for, runs from there on."""
-        self.module, self.prefix, self.replaced = self.dit, "", False
-        with self._observing(self.dit, "") as seen:
-            states = [self.dit.prepare(*inputs) for inputs in self.inputs]
-        yield seen
-        if self.replaced:
-            states = [self.dit.prepare(*inputs) for inputs in self.inputs]
-        tokens, contexts = [state[0] for state in states], [state[2] for state in states]
-        for i in range(self.layers):
-            block = self.module = self.block(i)
-            self.prefix, self.replaced = f"blocks.{i}.", False
-            with self._observing(block, self.prefix) as seen:
-                after = [block(x, *context) for x, context in zip(tokens, contexts)]
-            yield seen
-            if self.replaced:
-                after = [block(x, *context) for x, context in zip(tokens, contexts)]
-            tokens = after
-
-    def replace(self, layer, stored, factors=()):
-        """From here on a layer of this stage runs with these stored tensors, and a LoRA's up and down."""
-        name = layer.removeprefix(self.prefix)
-        old = self.module.get_submodule(name)
-        tensors = stored | ({"bias": old.bias} if old.bias is not None else {})
+    def replace(self, name, stored, factors=()):
+        """Give a weight of this stage other stored tensors, and optionally a LoRA's up and down beside it."""
+        layer = name.removesuffix(".weight")
+        place = layer.removeprefix(self.prefix)
+        old = self.module.get_submodule(place)
+        tensors = stored if old.bias is None else stored | {"bias": old.bias}
         new = quant.QuantLinear.from_tensors(
             layer, {suffix: tensor.to(self.device) for suffix, tensor in tensors.items()}, old.in_features,
             old.out_features, compute_dtype=self.dit.dtype, mode="dequantize")
         if factors:
             new.attach_lora(*(factor.to(self.device) for factor in factors))
-        self.module.set_submodule(name, new)
+        self.module.set_submodule(place, new)
         self.replaced = True
 
 
+def calibrate(source, pictures, models=None, samples=8192, seed=0, device="cpu") -> Calibration:
+    """Sample a video from each picture and record the DiT's inputs at every step.
+
+    A picture's prompt is the text file beside it, or else the prompt in the source's header. models: the
+    folder of the other networks. Raises what sample.py and the loaders raise, and ValueError if the encoders
+    do not fit the model.
+    """
+    import sample
+    named = dict.fromkeys(sample.NETWORKS)
+    if models or (sample.HERE / "models").is_dir():
+        named["dit"] = source.files[0]  # the model that is converted; otherwise the demo's encoders are used
+    files, _ = sample.find_files(named, models)
+    images = [sample.read_image(path) for path in pictures]
+    captions = [Path(path).with_suffix(".txt") for path in pictures]
+    prompts = [(caption.read_text() if caption.exists() else source.metadata.get("prompt", "")).strip()
+               for caption in captions]
+    settings = sample.Settings(frames=int(source.metadata.get("frames", sample.FRAMES)),
+                               area=int(source.metadata.get("area", sample.AREA)), seed=seed, device=device)
+    levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
+
+    calibration = Calibration(source, samples, settings.steps, device)
+    cfg, conditions = calibration.dit.cfg, sample.encode_conditions(images, prompts, files, settings)
+    widths = conditions[0].text.shape[2], conditions[0].image.shape[2]
+    if widths != (cfg.text_dim, cfg.image_dim):
+        raise ValueError(f"--calib: {files['text-encoder']} and {files['clip']}: got features of width "
+                         f"{widths[0]} and {widths[1]}, expected {cfg.text_dim} and {cfg.image_dim} for this "
+                         f"model; give the folder of its own encoders with --models")
+    total = len(conditions) * settings.steps * calibration.num_blocks
+    with tqdm(total=total, desc="sampling", unit="block", disable=None) as progress:
+        for c in conditions:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn((1, 16, *c.y.shape[2:]), generator=generator).to(device)
+            sample.sample_latents(lambda x, sigma: calibration.velocity(x, sigma, c, progress.update), noise,
+                                  levels, settings.sampler, generator)
+    return calibration
+
+
 # ----------------------------------------------------------------------------------------------------
-# Write: a safetensors file as a stream
+# Write: a safetensors file, one tensor at a time
 # ----------------------------------------------------------------------------------------------------
 
 @functools.cache
-def _stored_layout(fmt, shape, dtype):
+def stored_layout(fmt, shape, dtype):
     """What quantize_weight makes of such a weight: {suffix: (dtype, shape)}."""
     if fmt == "bf16":
         return {"weight": (dtype, shape)}
@@ -747,19 +811,23 @@ def _stored_layout(fmt, shape, dtype):
     return stored | {"comfy_quant": (torch.uint8, tuple(quant.write_marker(marker(fmt, shape, dtype)).shape))}
 
 
+def stored_bytes(fmt, shape, dtype):
+    return sum(math.prod(s) * d.itemsize for d, s in stored_layout(fmt, shape, dtype).values())
+
+
 def layout(source, formats, static=()):
-    """What the converted file will hold: {name: (dtype, shape)}; static: weights that get an input_scale."""
+    """The tensors of the converted file: {name: (dtype, shape)}. static: weights that get an input_scale."""
     tensors = {}
     for name, shape in source.shapes.items():
         layer, dot, suffix = name.rpartition(".")
-        stored = _stored_layout(formats.get(name, "bf16"), shape, source.dtypes[name])
+        stored = stored_layout(formats.get(name, "bf16"), shape, source.dtypes[name])
         for new, tensor in stored.items():
             tensors[layer + dot + (suffix if new == "weight" else new)] = tensor
     return tensors | {f"{name.removesuffix('.weight')}.input_scale": (torch.float32, ()) for name in static}
 
 
 def metadata(source, formats, made):
-    """The converted file's header entries: the source's own, how it was made, and all markers once more."""
+    """The converted file's header entries: the source's, those on how it was made, and all markers."""
     markers = {name.removesuffix(".weight"): marker(fmt, source.shapes[name], source.dtypes[name])
                for name, fmt in formats.items() if fmt != "bf16"}
     layers = json.dumps({"format_version": "1.0", "layers": markers})
@@ -767,10 +835,11 @@ def metadata(source, formats, made):
 
 
 def header(tensors, metadata):
-    """{name: (dtype, shape)} and {key: text} -> (the file's first bytes, {name: offset}, the file's size).
+    """{name: (dtype, shape)} and {key: text} -> the file's first bytes, {name: offset}, the file's size.
 
-    A safetensors file is: the length of the JSON in 8 bytes, the JSON, the tensors' bytes. The largest
-    dtypes come first and the JSON is padded with spaces, so that every tensor is aligned to its dtype.
+    A safetensors file (https://github.com/huggingface/safetensors#format) is the length of the JSON in 8
+    bytes, the JSON, and the bytes of the tensors. The largest dtypes come first and the JSON is padded with
+    spaces, so that every tensor is aligned to its dtype.
     """
     spelling = {dtype: text for text, dtype in DTYPES.items()}
     entries, offsets, end = {}, {}, 0
@@ -778,15 +847,19 @@ def header(tensors, metadata):
         dtype, shape = tensors[name]
         offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": spelling[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
-    entries["__metadata__"] = dict(sorted(metadata.items()))  # read from a file, they come in any order
+    entries["__metadata__"] = dict(sorted(metadata.items()))  # safetensors returns them in any order
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     return start, {name: len(start) + offset for name, offset in offsets.items()}, len(start) + end
 
 
-def _bytes(tensor):
-    """A CPU tensor's bytes where they lie: torch has no buffer interface of its own."""
+def file_size(source, formats, made):
+    return header(layout(source, formats), metadata(source, formats, made))[2]
+
+
+def raw_bytes(tensor):
+    """The memory of a contiguous CPU tensor as a buffer. Without numpy, torch has no function for it."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
@@ -794,7 +867,7 @@ class Output:
     """A safetensors file of the tensors {name: (dtype, shape)}, written in any order to path.part."""
 
     def __init__(self, path, tensors, metadata):
-        self.path, self.tensors, self.part = path, tensors, path.with_name(path.name + ".part")
+        self.path, self.part, self.tensors = path, path.with_name(path.name + ".part"), tensors
         self.start, self.offsets, self.size = header(tensors, metadata)
         self.missing, self.file = set(tensors), None
 
@@ -808,69 +881,53 @@ class Output:
         tensor = tensor.cpu().contiguous()
         expected, got = self.tensors[name], (tensor.dtype, tuple(tensor.shape))
         if got != expected:
-            raise ValueError(f"{name}: got {got}, expected {expected} from the header")
+            raise ValueError(f"{self.path}: {name}: got {got}, expected {expected}, as in the header")
         self.missing.remove(name)
-        if not tensor.numel():
-            return 0
-        data, done = _bytes(tensor), 0
+        data, done = raw_bytes(tensor), 0
         self.file.seek(self.offsets[name])
         while done < len(data):
-            done += self.file.write(data[done:])  # at most 2 GiB a call
+            done += self.file.write(data[done:])  # at most 2 GiB per call
         return zlib.crc32(data)
 
     def read(self, name):
         """A tensor that was written; returns it and its checksum."""
         dtype, shape = self.tensors[name]
         tensor = torch.empty(shape, dtype=dtype)
-        if not tensor.numel():
-            return tensor, 0
         self.file.seek(self.offsets[name])
-        self.file.readinto(_bytes(tensor))
-        return tensor, zlib.crc32(_bytes(tensor))
+        self.file.readinto(raw_bytes(tensor))
+        return tensor, zlib.crc32(raw_bytes(tensor))
 
     def close(self):
         if self.missing:
-            raise ValueError(f"{self.path}: {len(self.missing)} tensors were never written, "
-                             f"as {min(self.missing)}")
-        os.fsync(self.file.fileno())  # or a power cut could leave the new name with old bytes
+            raise ValueError(f"{self.path}: {len(self.missing)} tensors were never written, for example "
+                             f"{min(self.missing)}")
+        os.fsync(self.file.fileno())  # otherwise a power cut could leave the new name with old bytes
         self.file.close()
         os.replace(self.part, self.path)
 
 
 class Journal:
-    """What an interrupted run has finished: a line of JSON for each weight, beside the unfinished files.
+    """What a run has finished: one line of JSON per weight, beside the unfinished files.
 
-    The first line identifies the run: source, plan and command must be the same to go on. A line holds the
-    checksums of its tensors, so that what a crash kept from the disk is done again.
+    The first line identifies the run: source, plan and command must be the same to resume. The other lines
+    hold the checksums of a weight's tensors, so that anything that a crash kept from the disk is done again.
     """
 
     def __init__(self, outputs, resume):
         self.outputs = outputs
         self.path = outputs[0].path.with_name(outputs[0].path.name + ".journal")
         identity = hashlib.sha256(b"".join(output.start for output in outputs)).hexdigest()
-        lines = []
-        if resume:
-            if not all(path.exists() for path in (self.path, *(output.part for output in outputs))):
-                raise Refusal(f"--resume: nothing to go on from: {self.path} or its .part file is missing")
-            first, *lines = self.path.read_text().splitlines()
-            if first != identity:
-                raise Refusal(f"--resume: {self.path} is of another run: the source, the plan or the command "
-                              f"differs. Start again without --resume")
-        need = sum(output.size - (output.part.stat().st_blocks * 512 if output.part.exists() else 0)
-                   for output in outputs)
-        free = shutil.disk_usage(self.path.parent).free
-        if need > free:
-            raise Refusal(f"{outputs[0].path}: needs {_gib(need)} more, "
-                          f"but only {_gib(free)} of the disk are free")
+        lines = self.read(identity) if resume else []
+        self.check_space()
         for output in outputs:
             output.open(resume)
         self.done, kept = {}, []  # {weight: quality}
         for line in lines:
             try:
                 name, quality, written = json.loads(line)
-            except ValueError:  # the last line, cut short
+            except ValueError:  # the last line, incomplete
                 break
-            if all(outputs[i].read(tensor)[1] == crc for i, tensor, crc in written):
+            if all(outputs[i].read(tensor)[1] == checksum for i, tensor, checksum in written):
                 self.done[name] = quality
                 kept.append(line)
                 for i, tensor, _ in written:
@@ -878,18 +935,39 @@ class Journal:
         self.file = open(self.path, "w")
         print(identity, *kept, sep="\n", file=self.file, flush=True)
 
-    def write(self, name, quality, parts):
-        """Write a weight's tensors, one dict of them for each output, and note it as done."""
-        written = [(i, tensor, self.outputs[i].write(tensor, value))
-                   for i, part in enumerate(parts) for tensor, value in part.items()]
+    def read(self, identity):
+        """The lines of an interrupted run. Raises ValueError if there is none, or if it was another run."""
+        if not all(path.exists() for path in (self.path, *(output.part for output in self.outputs))):
+            raise ValueError(f"--resume: nothing to resume, {self.path} or a .part file is missing; start "
+                             f"without --resume")
+        first, *lines = self.path.read_text().splitlines()
+        if first != identity:
+            raise ValueError(f"--resume: {self.path} belongs to another run (the source, the plan or the "
+                             f"command differs); start without --resume")
+        return lines
+
+    def check_space(self):
+        """Raises ValueError if the disk has no room for the outputs, less what is already written."""
+        need = sum(output.size - (output.part.stat().st_blocks * 512 if output.part.exists() else 0)
+                   for output in self.outputs)
+        free = shutil.disk_usage(self.path.parent).free
+        if need > free:
+            raise ValueError(f"{self.outputs[0].path}: needs {gib(need)} more, but only {gib(free)} of the "
+                             f"disk are free; free some space, or choose another disk with -o")
+
+    def write(self, name, quality, *parts):
+        """Write a weight's tensors, a dict for each output, and record it as done."""
+        written = [(i, tensor, output.write(tensor, value))
+                   for i, (output, part) in enumerate(zip(self.outputs, parts)) for tensor, value in part.items()]
         print(json.dumps([name, quality, written]), file=self.file, flush=True)
+        self.done[name] = quality
 
     def discard(self):
         for path in (self.path, *(output.part for output in self.outputs)):
             path.unlink(missing_ok=True)
 
     def close(self):
-        """All is done: give the files their names."""
+        """Everything is written: rename the files to their final names."""
         for output in reversed(self.outputs):
             output.close()
         self.file.close()
@@ -897,16 +975,18 @@ class Journal:
 
 
 def in_order(work, items, device="cpu"):
-    """Yields (item, work(item)) in order, computed in threads that run a little ahead. On a CPU the threads
-    share out torch's own: one weight on one core, so that they do not wait for each other."""
+    """Yields (item, work(item)) in order, computed in threads that run a little ahead.
+
+    On a CPU, torch's own threads are divided among them, so that each weight is rounded on one core.
+    """
     threads, futures = torch.get_num_threads(), deque()
-    count = min(4, threads) if torch.device(device).type == "cpu" else 2
-    torch.set_num_threads(max(1, threads // count))
-    pool = ThreadPoolExecutor(count)
+    workers = min(4, threads) if torch.device(device).type == "cpu" else 2
+    torch.set_num_threads(max(1, threads // workers))
+    pool = ThreadPoolExecutor(workers)
     try:
         for item in items:
             futures.append((item, pool.submit(work, item)))
-            if len(futures) > count:
+            if len(futures) > workers:
                 item, future = futures.popleft()
                 yield item, future.result()
         while futures:
@@ -918,9 +998,9 @@ def in_order(work, items, device="cpu"):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How convert rounds, and for which weights it makes a LoRA."""
-    method: str = "search"
+class Rounding:
+    """How convert rounds, and the weights for which it makes a LoRA."""
+    method: str = "search"  # or "rtn"
     num_iter: int = NUM_ITER
     targets: frozenset = frozenset()
     rank: int = 64
@@ -929,166 +1009,150 @@ class Settings:
     seed: int = 0
 
 
-def _round(source, name, fmt, how, seen, device):
-    """One tensor of the source -> the tensors of the converted file and of the LoRA, by full name; and, if it
-    is quantized, {measure: dB}. `seen`: its Inputs, or None."""
+def round_tensor(source, name, fmt, rounding, seen, device):
+    """One tensor of the source -> {measure: dB}, empty if it is kept, and the tensors of the converted file and
+    of the LoRA, by full name. seen: its Inputs, or None."""
     tensor, layer = source.tensor(name), name.removesuffix(".weight")
     if fmt == "bf16":
-        return {name: tensor}, {}, {}
-    w, lora = tensor.to(device), {}
+        return {}, {name: tensor}, {}
+    w, lora, rank = tensor.to(device), {}, rounding.rank if name in rounding.targets else 0
     hessian = None if seen is None else seen.hessian().to(device)
-    base, rank = w, how.rank if name in how.targets else 0
-    if rank and how.lora_mode == "absorb":
-        up, down, _ = low_rank(w, rank, hessian, how.seed)
+    base = w
+    if rank and rounding.lora_mode == "absorb":
+        up, down, _ = low_rank(w, rank, hessian, rounding.seed)
         base = torch.addmm(w.float(), up, down, alpha=-1)
-    stored = quantize_weight(base, fmt, None if how.method == "rtn" else hessian, how.method, how.num_iter)
-    stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, tensor.dtype))
+    stored = quantize_weight(base, fmt, None if rounding.method == "rtn" else hessian, rounding.method,
+                             rounding.num_iter)
+    stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, w.dtype))  # base may be float32
     approximation = dequantize_weight(stored, w.shape)
-    measures = {"weight": None} | ({"output": seen.moment.to(device)} if seen is not None else {})
+    measures = {"weight": None} | ({} if seen is None else {"output": seen.moment.to(device)})
     quality = {key: snr(w, approximation, h) for key, h in measures.items()}
     if rank:
-        error = approximation.neg_().add_(w)  # in place: at 14B a weight in float32 is 280 MB
-        up, down, quality["share"] = low_rank(error, rank, hessian, how.seed)
+        error = approximation.neg_().add_(w)  # in place: a weight of the 14B takes 280 MB in float32
+        up, down, quality["share"] = low_rank(error, rank, hessian, rounding.seed)
         up, down = up.bfloat16(), down.bfloat16()
+        lora = dict(zip(lora_names(name), (up, down, torch.tensor(float(len(down))))))
         approximation = error.addmm_(up.float(), down.float(), alpha=-1).neg_().add_(w)
         quality |= {f"{key} with LoRA": snr(w, approximation, h) for key, h in measures.items()}
-        prefix = f"diffusion_model.{layer}"
-        lora = {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down,
-                f"{prefix}.alpha": torch.tensor(float(len(down)))}
-    if how.static and fmt == "nvfp4":
+    if rounding.static and fmt == "nvfp4":
         stored["input_scale"] = torch.tensor(seen.amax * HEADROOM / (quant.E4M3_MAX * quant.E2M1_MAX))
-    return {f"{layer}.{suffix}": part for suffix, part in stored.items()}, lora, quality
+    return quality, {f"{layer}.{suffix}": part for suffix, part in stored.items()}, lora
 
 
-def convert(source, formats, out, how=Settings(), made=None, lora_file=None, calibration=None, device="cpu",
-            resume=False):
-    """Writes `source` to the file `out` in the planned formats, and the LoRA of how.targets to lora_file.
-
-    made         header entries on how
-    calibration  a Calibration: rounding then minimises the error of the layers' outputs
-    resume       go on from what an interrupted run left; the files come out the same, byte for byte
-
-    Returns {name: quality}, for each quantized weight its signal-to-noise ratios in dB and, with a LoRA, the
-    share of the error's energy that it holds. Whatever interrupts it, the files do not get their names.
-    """
-    made, about = made or {}, {**(made or {}), "base": out.name}
-    if lora_file and how.lora_mode == "absorb":  # our loader refuses the one without the other
+def make_outputs(source, formats, out, rounding, made, lora_file):
+    """The files of a conversion: the converted model, and its LoRA if lora_file is given."""
+    about = made | {"base": out.name}
+    if lora_file and rounding.lora_mode == "absorb":  # wan_fp4.load_dit checks that the two belong together
         about["lora_id"] = lora_file.name
         made = made | {"needs_lora": lora_file.name}
-    static = [name for name, fmt in formats.items() if how.static and fmt == "nvfp4"]
+    static = [name for name, fmt in formats.items() if rounding.static and fmt == "nvfp4"]
     outputs = [Output(out, layout(source, formats, static), metadata(source, formats, made))]
     if lora_file:
-        outputs.append(Output(lora_file, lora_layout(source.shapes, how.targets, how.rank), about))
+        outputs.append(Output(lora_file, lora_layout(source.shapes, rounding.targets, rounding.rank), about))
+    return outputs
 
-    groups = {}  # the embeddings and so on, then block after block
-    for name in source.shapes:
+
+def names_by_stage(names):
+    """Tensor names in the order of Calibration.stages(): all outside the blocks, then block after block."""
+    groups = {}
+    for name in names:
         match = re.match(r"blocks\.(\d+)\.", name)
         groups.setdefault(int(match[1]) if match else -1, []).append(name)
-    groups = [groups.get(i, []) for i in range(-1, max(groups) + 1)]
-    stages = calibration.stages() if calibration else [{}]
-    if not calibration:
-        groups = [sum(groups, [])]
+    return [groups.get(i, []) for i in range(-1, max(groups) + 1)]
 
-    journal, quality = Journal(outputs, resume), {}
+
+def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None, calibration=None,
+            device="cpu", resume=False):
+    """Writes `source` to the file `out` in the planned formats, and the LoRA of rounding.targets to lora_file.
+
+    made         header entries on how the file was made
+    calibration  a Calibration: rounding then minimizes the error of the layers' outputs
+    resume       continue an interrupted run; the files come out the same, byte for byte
+
+    Returns {name: quality}: for each quantized weight its signal-to-noise ratios in dB and, with a LoRA, the
+    share of the error's energy that the LoRA holds. The files get their final names only on success. After a
+    failure the unfinished files stay, for `resume`, unless the source is damaged and no run could succeed.
+    """
+    outputs = make_outputs(source, formats, out, rounding, made or {}, lora_file)
+    journal = Journal(outputs, resume)
+    stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
+    beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
     try:
-        with _progress(source, formats) as progress:
-            for names, seen in zip(groups, stages):
+        with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
+            for names, seen in zip(stages, calibration.stages() if calibration else [{}]):
                 def work(name):
-                    return None if name in journal.done else _round(
-                        source, name, formats.get(name, "bf16"), how, seen.get(name), device)
+                    if name not in journal.done:
+                        fmt = formats.get(name, "bf16")
+                        return round_tensor(source, name, fmt, rounding, seen.get(name), device)
 
                 for name, result in in_order(work, names, device):
-                    fmt, layer = formats.get(name, "bf16"), name.removesuffix(".weight")
                     if result:
-                        tensors, lora, quality[name] = result
-                        journal.write(name, quality[name], [tensors, lora][:len(outputs)])
-                    else:
-                        quality[name] = journal.done[name]
-                    if calibration and fmt != "bf16":
-                        written = _stored_layout(fmt, source.shapes[name], source.dtypes[name])
-                        stored = {suffix: outputs[0].read(f"{layer}.{suffix}")[0] for suffix in written}
-                        needs = lora_file and how.lora_mode == "absorb" and name in how.targets
-                        calibration.replace(layer, stored, [
-                            outputs[1].read(f"diffusion_model.{layer}.lora_{side}.weight")[0]
-                            for side in ("up", "down") if needs])
-                    progress(name)
+                        journal.write(name, *result)
+                    if calibration and journal.done[name]:
+                        suffixes = stored_layout(formats[name], source.shapes[name], source.dtypes[name])
+                        layer, factors = name.removesuffix("weight"), lora_names(name)[:2]
+                        calibration.replace(
+                            name, {suffix: outputs[0].read(layer + suffix)[0] for suffix in suffixes},
+                            [outputs[1].read(factor)[0] for factor in factors if name in beside])
+                    progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
+                    progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
         journal.close()
-    except Refusal:
-        journal.discard()
+    except ValueError:
+        if source.damaged:
+            journal.discard()
         raise
-    return {name: measures for name, measures in quality.items() if measures}
+    return {name: quality for name, quality in journal.done.items() if quality}
 
 
 # ----------------------------------------------------------------------------------------------------
 # Report
 # ----------------------------------------------------------------------------------------------------
 
-@contextmanager
-def _progress(source, formats):
-    """A bar over the source's bytes, with the number of layers and the time left; done(name) moves it on."""
-    count = 0
-    with tqdm(total=source.bytes, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
-        def done(name):
-            nonlocal count
-            count += name in formats
-            bar.set_postfix_str(f"{count}/{len(formats)} layers", refresh=False)
-            bar.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
-        yield done
-
-
-def _gib(size):
-    return f"{size / 2 ** 30:.2f} GiB" if size >= 2 ** 28 else f"{size / 2 ** 20:.2f} MiB"
-
-
-def _kind(name):
-    """blocks.3.ffn.0.weight -> ffn.0"""
-    match = BLOCK_WEIGHT.fullmatch(name)
-    return match[2] if match else name
-
-
-def plan_report(shapes, formats):
-    """Lines: percent of the blocks per format and type of layer; norms count as bf16, in the total too."""
-    counts = {}
-    for name in shapes:
-        if BLOCK_WEIGHT.fullmatch(name):
-            kind = _kind(name) if name in formats else "norms"
-            counts.setdefault(kind, dict.fromkeys(PLAN_FORMATS, 0))[formats.get(name, "bf16")] += 1
-    counts["total"] = {fmt: sum(row[fmt] for row in counts.values()) for fmt in PLAN_FORMATS}
-    yield f"{'percent of layers':17}" + "".join(f"{PLAN_FORMATS[fmt]:>8}" for fmt in PLAN_FORMATS)
-    for kind, row in counts.items():
-        yield f"{kind:17}" + "".join(f"{100 * row[fmt] / sum(row.values()):8.1f}" for fmt in PLAN_FORMATS)
-    extra = [f"{name}: {PLAN_FORMATS[fmt]}" for name, fmt in formats.items() if not BLOCK_WEIGHT.fullmatch(name)]
-    yield from sorted(extra)
-
-
-COLOURS = {"nvfp4": (70, 160, 90), "mxfp8": (230, 170, 50), "bf16": (200, 75, 75)}
+COLORS = {"nvfp4": (70, 160, 90), "mxfp8": (230, 170, 50), "bf16": (200, 75, 75)}
 LETTERS = {"nvfp4": "4", "mxfp8": "8", "bf16": "b"}
 
 
-def _grid(formats):
-    """{type of layer: {block: format}}, and the number of blocks."""
+def gib(size):
+    return f"{size / 2 ** 30:.2f} GiB" if size >= 2 ** 28 else f"{size / 2 ** 20:.2f} MiB"
+
+
+def grid(formats):
+    """The plan of the blocks as {type of layer: {block: format}}."""
     rows = {}
     for name, fmt in formats.items():
         if match := BLOCK_WEIGHT.fullmatch(name):
             rows.setdefault(match[2], {})[int(match[1])] = fmt
-    return dict(sorted(rows.items())), 1 + max(max(row) for row in rows.values())
+    return dict(sorted(rows.items()))
 
 
-def plan_map(formats, colour):
-    """Lines: a row for each type of layer, a character for each block."""
-    def cell(fmt):
-        r, g, b = COLOURS[fmt]
-        return f"\033[48;2;{r};{g};{b}m{LETTERS[fmt]}\033[0m" if colour else LETTERS[fmt]
-    rows, blocks = _grid(formats)
+def plan_report(shapes, formats):
+    """Lines: the percentage of each format per type of layer. Norms count as bf16, in the total too."""
+    norms = [name for name in shapes if BLOCK_WEIGHT.fullmatch(name) and name not in formats]
+    rows = {kind: list(row.values()) for kind, row in grid(formats).items()} | {"norms": ["bf16"] * len(norms)}
+    rows["total"] = sum(rows.values(), [])
+    yield f"{'percent of layers':17}" + "".join(f"{text:>8}" for text in PLAN_FORMATS.values())
     for kind, row in rows.items():
-        yield f"{kind:17} " + "".join(cell(row[i]) if i in row else " " for i in range(blocks))
-    yield f"{'block 0 and on':17} " + ", ".join(f"{cell(fmt)} {PLAN_FORMATS[fmt]}" for fmt in LETTERS)
+        if row:
+            yield f"{kind:17}" + "".join(f"{100 * row.count(fmt) / len(row):8.1f}" for fmt in PLAN_FORMATS)
+    yield from sorted(f"{name}: {PLAN_FORMATS[fmt]}" for name, fmt in formats.items()
+                      if not BLOCK_WEIGHT.fullmatch(name))
+
+
+def plan_map(formats, color):
+    """Lines: a row for each type of layer, a character for each block, and the legend."""
+    def cell(fmt):
+        r, g, b = COLORS[fmt]
+        return f"\033[48;2;{r};{g};{b}m{LETTERS[fmt]}\033[0m" if color else LETTERS[fmt]
+
+    for kind, row in grid(formats).items():
+        yield f"{kind:17} " + "".join(cell(row[i]) if i in row else " " for i in range(max(row) + 1))
+    yield f"{'blocks 0, 1, ...':17} " + ", ".join(f"{cell(fmt)} {PLAN_FORMATS[fmt]}" for fmt in LETTERS)
 
 
 def plan_svg(formats):
-    """The same as an SVG picture."""
-    rows, blocks = _grid(formats)
-    left, size, top = 130, 14, 24
+    """The map as an SVG picture."""
+    rows, left, size, top = grid(formats), 130, 14, 24
+    blocks = 1 + max(max(row) for row in rows.values())
     width, height = left + blocks * size + 10, top + len(rows) * size + 30
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
              f'font-family="sans-serif" font-size="11">']
@@ -1096,52 +1160,57 @@ def plan_svg(formats):
     for y, (kind, row) in enumerate(rows.items()):
         lines.append(f'<text x="4" y="{top + y * size + 11}">{kind}</text>')
         lines += [f'<rect x="{left + i * size}" y="{top + y * size}" width="{size - 1}" height="{size - 1}" '
-                  f'fill="rgb{COLOURS[fmt]}"><title>blocks.{i}.{kind}: {PLAN_FORMATS[fmt]}</title></rect>'
+                  f'fill="rgb{COLORS[fmt]}"><title>blocks.{i}.{kind}: {PLAN_FORMATS[fmt]}</title></rect>'
                   for i, fmt in row.items()]
-    for i, fmt in enumerate(COLOURS):
-        lines.append(f'<rect x="{left + i * 80}" y="{height - 22}" width="12" height="12" '
-                     f'fill="rgb{COLOURS[fmt]}"/><text x="{left + i * 80 + 17}" y="{height - 12}">'
-                     f'{PLAN_FORMATS[fmt]}</text>')
+    for i, (fmt, color) in enumerate(COLORS.items()):
+        x = left + 80 * i
+        lines.append(f'<rect x="{x}" y="{height - 22}" width="12" height="12" fill="rgb{color}"/>'
+                     f'<text x="{x + 17}" y="{height - 12}">{PLAN_FORMATS[fmt]}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
 def quality_report(quality, formats):
     """Lines: mean and worst SNR per type of layer and format, and the worst layers; with a LoRA also the
-    share of the error's energy that it holds, and the SNR with it. After calibration the SNR is that of the
-    layers' outputs, for the inputs that were seen; otherwise that of the weights."""
+    share of the error's energy that it holds, and the SNR with it. After calibration, the SNR of the layers'
+    outputs for the inputs that were seen; otherwise of the weights."""
     key = "output" if any("output" in measures for measures in quality.values()) else "weight"
     measured = {name: measures for name, measures in quality.items() if key in measures}
     groups = {}
     for name, measures in measured.items():
-        for kind in (_kind(name), "all"):
+        for kind in (layer_type(name), "all"):
             groups.setdefault((kind == "all", kind, formats[name]), []).append(measures)
-    with_lora = any("share" in measures for measures in measured.values())
-    yield (f"{key} SNR               layers  mean dB  worst dB"
-           + "   LoRA: layers  holds  mean dB  with it" * with_lora)
+    title = f"{key} SNR               layers  mean dB  worst dB"
+    if any("share" in measures for measures in measured.values()):
+        title += "   LoRA: layers  holds  mean dB  with it"
+    yield title
     for (_, kind, fmt), group in sorted(groups.items(), key=lambda item: item[0]):
-        values, line = [m[key] for m in group], f"{kind:16} {PLAN_FORMATS[fmt]:7}"
-        line += f" {len(values):6} {sum(values) / len(values):8.2f} {min(values):9.2f}"
+        line = f"{kind:16} {PLAN_FORMATS[fmt]:7} {len(group):6} {mean(group, key):8.2f}"
+        line += f" {min(m[key] for m in group):9.2f}"
         if corrected := [m for m in group if "share" in m]:
-            share, alone, both = (sum(m[k] for m in corrected) / len(corrected)
-                                  for k in ("share", key, f"{key} with LoRA"))
-            line += f" {len(corrected):15} {share:6.1%} {alone:8.2f} {both:8.2f}"
+            line += f" {len(corrected):15} {mean(corrected, 'share'):6.1%} {mean(corrected, key):8.2f}"
+            line += f" {mean(corrected, f'{key} with LoRA'):8.2f}"
         yield line
     worst = sorted((measures[key], name) for name, measures in measured.items())[:5]
     yield "worst: " + ", ".join(f"{name} {value:.2f}" for value, name in worst)
+
+
+def mean(group, key):
+    return sum(measures[key] for measures in group) / len(group)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------
 
-def _positive(text):
+def parse_positive(text):
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
     return number
 
 
-def _size(text):
+def parse_size(text):
+    """"9.76GiB" or "500MB" -> bytes."""
     match = re.fullmatch(r"([\d.]+)\s*([KMG]?)(i?)B?", text, re.IGNORECASE)
     try:
         number, unit = float(match[1]), " KMG".index(match[2].upper() or " ")
@@ -1153,215 +1222,173 @@ def _size(text):
 def make_parser():
     parser = argparse.ArgumentParser(
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
-        description="A Wan2.1 checkpoint in bf16, fp16 or fp32 -> NVFP4 and MXFP8.",
-        epilog="Flags as in convert_to_quant. A regex may match any part of a name: blocks.0.ffn.2.weight")
+        description="Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4 and MXFP8.",
+        epilog="Flags are named as in convert_to_quant. A REGEX is searched in the full name of a weight, such "
+        "as blocks.0.ffn.2.weight.")
+    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # one line, no usage
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, metavar="MODEL",
         help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names")
     add("-o", "--output", type=Path, metavar="OUT", help="default: MODEL-nvfp4.safetensors beside the input")
-    plan = parser.add_argument_group("which format for which layer (default: --plan score)")
-    base = plan.add_mutually_exclusive_group()
-    for fmt in ("nvfp4", "mxfp8"):
-        base.add_argument(f"--{fmt}", action="store_const", dest="base", const=fmt,
-                          help=f"{PLAN_FORMATS[fmt]} for every layer that no regex names")
-    plan.add_argument("--custom-layers", metavar="REGEX",
-                      help="layers that take --custom-type; wins over --exclude-layers")
-    plan.add_argument("--custom-type", choices=PLAN_FORMATS, help="format of --custom-layers")
-    plan.add_argument("--exclude-layers", metavar="REGEX", help="layers that stay as they are")
-    plan.add_argument("--plan", choices=("score", "recipe", "measured"), help="score: by kurtosis, dynamic "
-        "range and aspect ratio of each weight; recipe: the published one for the 14B; measured: by each "
-        "layer's output error, needs --calib and is then the default")
-    plan.add_argument("--size", type=_size, metavar="9.76GiB", help="the plan of least error in this size: "
-        "of the outputs with --calib, else of the weights. Without it --plan measured takes the score plan's")
-    plan.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
-    plan.add_argument("--print-flags", action="store_true", help="print it as flags for convert_to_quant")
-    plan.add_argument("--dry-run", action="store_true", help="stop after the plan")
-    rounding = parser.add_argument_group("rounding")
-    rounding.add_argument("--simple", action="store_true", help="to nearest, without searching block scales")
-    rounding.add_argument("--calib", nargs="+", type=Path, metavar="IMAGE", help="run the pipeline on these "
-        "pictures and round each layer for what it is fed. A prompt is read from IMAGE's name with .txt")
-    rounding.add_argument("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in "
-        "sample.py (models/ beside this script, or the demo's)")
-    rounding.add_argument("--calib-samples", type=_positive, default=8192, metavar="N",
-                          help="at most so many inputs of each layer (%(default)s)")
-    rounding.add_argument("--num-iter", type=_positive, default=NUM_ITER, metavar="N", help="with --calib, "
-        "at most so many sweeps over a weight; it stops when nothing changes any more (%(default)s)")
-    rounding.add_argument("--static-input-scale", action="store_true", help="with --calib: fix the tensor "
-        "scales of the activations in the file; by default they are taken from each activation")
-    lora = parser.add_argument_group("error-correction LoRA")
-    lora.add_argument("--extract-lora", action="store_true", help="write it, to run beside the layers")
-    lora.add_argument("--lora-rank", type=_positive, default=64, metavar="R", help="its rank (%(default)s)")
-    lora.add_argument("--lora-target", metavar="REGEX", default=RECIPE_TARGET,
-                      help="its layers (%(default)s)")
-    lora.add_argument("--lora-mode", choices=("correct", "absorb"), default="correct", help="correct: what "
-        "rounding lost. absorb: a part of the weight too, which is not rounded then; needs the LoRA always")
-    lora.add_argument("--lora-output", type=Path, metavar="FILE",
-                      help="default: OUT with _lora before .safetensors")
+    add_plan_flags(parser.add_argument_group("format of each layer (default: --plan score)"))
+    add_rounding_flags(parser.add_argument_group("rounding"))
+    add_lora_flags(parser.add_argument_group("error-correction LoRA"))
     add("--device", default="cpu", metavar="D", help="where to round: cpu, cuda, cuda:1 (%(default)s)")
-    add("--seed", type=int, default=0, help="of the calibration videos' noise and the LoRA (%(default)s)")
-    add("--resume", action="store_true", help="go on from where the same command was interrupted")
-    for flag, why in (("--wan", "Wan is what this converts"), ("--comfy_quant", "the format it writes"),
+    add("--seed", type=int, default=0, help="for the noise of the calibration videos and the LoRA (%(default)s)")
+    add("--resume", action="store_true", help="continue an interrupted run of the same command")
+    for flag, why in (("--wan", "only Wan is converted"), ("--comfy_quant", "the format that is written"),
                       ("--save-quant-metadata", "always in the header")):
-        add(flag, action="store_true", help=f"accepted and always on: {why}")
-    add("--top-p", type=float, metavar="P", help="accepted, without effect: weighting the search by the "
-        "weight's own leading directions makes real outputs worse (bench/real_weights.py)")
+        add(flag, action="store_true", help=f"accepted for compatibility, always on: {why}")
+    add("--top-p", type=float, metavar="P", help="accepted for compatibility, ignored: weighting the search by "
+        "the weight's own leading directions makes real outputs worse (bench/RESULTS.md)")
     return parser
 
 
-def _output(args):
-    path = Path(os.path.abspath(args.input))  # not resolve: a download cache's links point to hashes
-    stem = path.name if path.is_dir() else re.sub(r"(\.safetensors)?(\.index)?\.\w+$", "", path.name)
-    return args.output or path.with_name(stem + "-nvfp4.safetensors")
+def add_plan_flags(group):
+    add, base = group.add_argument, group.add_mutually_exclusive_group()
+    for fmt in ("nvfp4", "mxfp8"):
+        base.add_argument(f"--{fmt}", action="store_const", dest="base", const=fmt,
+                          help=f"{PLAN_FORMATS[fmt]} for every layer that no REGEX matches")
+    add("--custom-layers", metavar="REGEX",
+        help="layers that get --custom-type; takes precedence over --exclude-layers")
+    add("--custom-type", choices=PLAN_FORMATS, help="format of --custom-layers")
+    add("--exclude-layers", metavar="REGEX", help="layers that are kept as they are")
+    add("--plan", choices=("score", "recipe", "measured"), help="score: by kurtosis, dynamic range and aspect "
+        "ratio of each weight; recipe: the published one for the 14B; measured: by the output error of each "
+        "layer, requires --calib and is then the default")
+    add("--size", type=parse_size, metavar="9.76GiB", help="the plan of least error within this file size: of "
+        "the outputs with --calib, otherwise of the weights. --plan measured defaults to the score plan's size")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
+    add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
+    add("--dry-run", action="store_true", help="stop after the plan")
 
 
-def _check_output(out, others):
-    if out.is_dir() or not out.parent.is_dir():
-        raise Refusal(f"{out}: cannot be written: {'a folder' if out.is_dir() else 'its folder is missing'}")
-    for other in others:
-        if out.resolve() == other.resolve() or out.exists() and other.exists() and out.samefile(other):
-            raise Refusal(f"{out}: would overwrite {other}: output and input must be different files")
+def add_rounding_flags(group):
+    add = group.add_argument
+    add("--simple", action="store_true", help="to nearest, without searching block scales")
+    add("--calib", nargs="+", type=Path, metavar="IMAGE", help="run the pipeline on these pictures and round "
+        "each layer for what it is fed. The prompt is read from a .txt file beside the picture, if there is one")
+    add("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in sample.py (default: "
+        "models/ beside this script, or the demo's)")
+    add("--calib-samples", type=parse_positive, default=8192, metavar="N",
+        help="maximum number of inputs of each layer (%(default)s)")
+    add("--num-iter", type=parse_positive, default=NUM_ITER, metavar="N", help="with --calib, the maximum "
+        "number of sweeps over a weight; stops early when nothing changes (%(default)s)")
+    add("--static-input-scale", action="store_true", help="with --calib: store fixed tensor scales for the "
+        "activations; by default each activation gets its own")
 
 
-def _check_flags(args):
-    """What argparse cannot see: flags that need or exclude one another."""
+def add_lora_flags(group):
+    add = group.add_argument
+    add("--extract-lora", action="store_true", help="write a LoRA that runs beside the layers")
+    add("--lora-rank", type=parse_positive, default=64, metavar="R", help="its rank (%(default)s)")
+    add("--lora-target", metavar="REGEX", default=RECIPE_TARGET, help="its layers (%(default)s)")
+    add("--lora-mode", choices=("correct", "absorb"), default="correct", help="correct: a part of the rounding "
+        "error. absorb: also a part of the weight, which is then not rounded; the checkpoint needs this LoRA")
+    add("--lora-output", type=Path, metavar="FILE", help="default: OUT with _lora before .safetensors")
+
+
+def check_flags(args):
+    """Flags that require or exclude one another, which argparse cannot express. Raises ValueError."""
     regexes = args.base or args.custom_layers or args.exclude_layers
     if bool(args.custom_layers) != bool(args.custom_type):
-        raise Refusal("--custom-layers and --custom-type: give both or neither")
+        raise ValueError("--custom-layers and --custom-type: give both or neither")
     if regexes and (args.plan or args.size):
-        raise Refusal(f"--{'plan' if args.plan else 'size'}: chooses every layer's format itself, without "
-                      f"--nvfp4, --mxfp8, --custom-layers or --exclude-layers")
+        raise ValueError(f"--{'plan' if args.plan else 'size'}: chooses the format of every layer, cannot be "
+                         f"combined with --nvfp4, --mxfp8, --custom-layers or --exclude-layers")
     if args.size and args.plan in ("score", "recipe"):
-        raise Refusal(f"--size: --plan {args.plan} knows no size: leave it out, or --plan measured")
+        raise ValueError(f"--size: --plan {args.plan} has a fixed size; leave one of the two out, or give "
+                         f"--plan measured")
     if not args.calib and (args.plan == "measured" or args.static_input_scale or args.models):
-        raise Refusal("--plan measured, --static-input-scale and --models: need --calib IMAGE...")
+        raise ValueError("--plan measured, --static-input-scale and --models: require --calib IMAGE...")
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET
                                   or args.lora_mode != "correct"):
-        raise Refusal("--lora-target, --lora-mode and --lora-output: need --extract-lora")
+        raise ValueError("--lora-target, --lora-mode and --lora-output: require --extract-lora")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise Refusal(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
 
-def _calibration(args, source):
-    import sample
-    named = dict.fromkeys(sample.NETWORKS)
-    if args.models or (sample.HERE / "models").is_dir():
-        named["dit"] = source.files[0]  # the one that is converted; or else the demo's others
-    files, _ = sample.find_files(named, args.models)
-    for image in args.calib:
-        sample.read_image(image)  # a wrong one is said before the first network is loaded
-    return Calibration(source, args.calib, files, args.calib_samples, args.seed, args.device)
+def output_files(args, source):
+    """The converted model's file, and the LoRA's or None. Raises ValueError if a file that the run writes has
+    no folder, is a folder, or is another file that it reads or writes: all of them are listed here."""
+    path = Path(os.path.abspath(args.input))  # not resolve(): a download cache links to files named by hashes
+    stem = path.name if path.is_dir() else re.sub(r"(\.safetensors)?(\.index)?\.\w+$", "", path.name)
+    out = args.output or path.with_name(f"{stem}-nvfp4.safetensors")
+    lora = args.lora_output or out.with_name(f"{out.stem}_lora.safetensors") if args.extract_lora else None
+    taken = [*source.files]
+    for file in (out, lora, args.plot):
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ValueError(f"{file}: cannot be written, it is a folder; give a file name")
+        if not file.parent.is_dir():
+            raise ValueError(f"{file}: cannot be written, its folder does not exist; create it first")
+        for other in taken:
+            if file.resolve() == other.resolve() or file.exists() and other.exists() and file.samefile(other):
+                raise ValueError(f"{file}: would overwrite {other}; give another file name")
+        taken.append(file)
+    return out, lora
 
 
-def _analyse(source, names):
-    """{name: score} in one streaming pass."""
-    done = in_order(lambda name: sensitivity(source.tensor(name)), names)
-    return score(dict(tqdm(done, total=len(names), desc="analysing", disable=None)))
-
-
-def _choose(args, source, calibration, made):
-    """The plan that the flags ask for, and lines to print about it."""
-    if args.base or args.custom_layers or args.exclude_layers:
-        return plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
-                    args.exclude_layers), []
-    if args.plan == "recipe":
-        return plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT), []
-    blocks = list(plan(source.shapes))
-    scores = _analyse(source, blocks)
-    by_score = plan_by_score(scores)
-    if args.plan == "score" or not (args.size or calibration):
-        return by_score, []
-
-    names = [name for name, shape in source.shapes.items() if len(shape) == 2
-             and (name in scores or OPTIONAL.fullmatch(name))]
-    errors = {}
-    if calibration:
-        with tqdm(total=len(names), desc="measuring", disable=None) as progress:
-            for seen in calibration.stages():
-                for name, inputs in seen.items():
-                    rows = torch.cat(inputs.rows)[:512]
-                    errors[name] = output_errors(source.tensor(name).to(rows.device), rows)
-                    progress.update()
-    else:
-        done = in_order(lambda name: weight_errors(source.tensor(name)), names)
-        errors = dict(tqdm(done, total=len(names), desc="measuring", disable=None))
-    sizes = {name: stored_bytes(source.shapes[name], source.dtypes[name]) for name in names}
-    size = args.size or _file_size(source, by_score, made)
-    smallest = _file_size(source, dict.fromkeys(names, "nvfp4"), made)
-    if size < smallest:
-        raise Refusal(f"--size {_gib(size)}: even the smallest formats make it {_gib(smallest)}")
-    rest = smallest - sum(sizes[name]["nvfp4"] for name in names)
-    formats = plan_by_error(errors, sizes, size - rest)
-    what = "outputs" if calibration else "weights"
-    total, other = (sum(errors[name][f.get(name, "bf16")] for name in names) for f in (formats, by_score))
-    return formats, [
-        f"rank correlation of the score with NVFP4's error in the {what}: "
-        f"{rank_correlation([scores[n] for n in blocks], [errors[n]['nvfp4'] for n in blocks]):.2f}",
-        f"relative errors of the {what}, added up: {total:.4f} in {_gib(_file_size(source, formats, made))}; "
-        f"by the score's plan {other:.4f} in {_gib(_file_size(source, by_score, made))}"]
-
-
-def _file_size(source, formats, made):
-    return header(layout(source, formats), metadata(source, formats, made))[2]
-
-
-def _run(args, command):
-    begin = time.monotonic()
-    source, out = Source(args.input), _output(args)
-    _check_output(out, source.files)
-    if args.plot:
-        _check_output(args.plot, [*source.files, out])
-    _check_flags(args)
-    calibration = _calibration(args, source) if args.calib else None
-    made = {"quantization_command": command,
-            "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
-    formats, notes = _choose(args, source, calibration, made)
-    lora_file, targets = None, frozenset()
-    if args.extract_lora:
-        lora_file = args.lora_output or out.with_name(f"{out.stem}_lora.safetensors")
-        rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
-        targets = frozenset(matching(args.lora_target, rounded, "--lora-target"))
-        _check_output(lora_file, [*source.files, out])
-
-    lines = *plan_report(source.shapes, formats), "", *plan_map(formats, sys.stdout.isatty()), "", *notes
-    print(*lines, sep="\n")
-    print(f"{_gib(source.bytes)} -> {_gib(_file_size(source, formats, made))}")
-    if lora_file:
-        size = header(lora_layout(source.shapes, targets, args.lora_rank), {})[2]
-        print(f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {_gib(size)}")
+def print_plan(args, source, formats, notes, size):
+    """Print the plan as a table, a map and, on request, flags; draw it."""
+    print(*plan_report(source.shapes, formats), "", *plan_map(formats, sys.stdout.isatty()), "", *notes,
+          f"{gib(source.nbytes)} -> {gib(size)}", sep="\n")
     if args.print_flags:
         print(flags(formats))
         if beyond := sorted(n for n, fmt in formats.items() if fmt == "nvfp4" and OPTIONAL.fullmatch(n)):
             print(f"(convert_to_quant has one custom type and would keep, not NVFP4: {', '.join(beyond)})")
     if args.plot:
         args.plot.write_text(plan_svg(formats))
+
+
+def run(args, command):
+    begin = time.monotonic()
+    check_flags(args)
+    source = Source(args.input)
+    out, lora_file = output_files(args, source)
+    calibration = None
+    if args.calib:
+        calibration = calibrate(source, args.calib, args.models, args.calib_samples, args.seed, args.device)
+    made = {"quantization_command": command,
+            "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
+    formats, notes = choose_plan(args, source, calibration, made)
+    targets = frozenset()
+    if lora_file:
+        rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
+        targets = frozenset(matching(args.lora_target, rounded, "--lora-target"))
+        size = header(lora_layout(source.shapes, targets, args.lora_rank), {})[2]
+        notes = [*notes, f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {gib(size)}"]
+    print_plan(args, source, formats, notes, file_size(source, formats, made))
     if args.dry_run:
         return
-    how = Settings("rtn" if args.simple else "search", args.num_iter, targets, args.lora_rank, args.lora_mode,
-                   args.static_input_scale, args.seed)
-    quality = convert(source, formats, out, how, made, lora_file, calibration, args.device, args.resume)
+
+    rounding = Rounding("rtn" if args.simple else "search", args.num_iter, targets, args.lora_rank,
+                        args.lora_mode, args.static_input_scale, args.seed)
+    quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume)
     print("", *quality_report(quality, formats), sep="\n")
     if lora_file:
-        print(f"{_gib(lora_file.stat().st_size)}: {lora_file}")
-    print(f"\n{command}\n{_gib(source.bytes)} -> {_gib(out.stat().st_size)} in "
+        print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
+    print(f"\n{command}\n{gib(source.nbytes)} -> {gib(out.stat().st_size)} in "
           f"{time.monotonic() - begin:.1f} s: {out}")
 
 
 def main(argv=None):
-    """The command line: argv without the program's name, by default this process's own.
+    """The command line; argv without the program's name, by default that of this process.
 
-    Raises SystemExit(2) after one line on stderr for what it refuses, SystemExit(130) after Ctrl-C.
+    Bad input raises SystemExit(2) after one line on stderr; Ctrl-C raises SystemExit(130).
     """
     argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        _run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))
+        run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))
     except KeyboardInterrupt:
-        parser.exit(130, "\nconvert.py: interrupted; the same command with --resume goes on\n")
-    except (Refusal, OSError, ValueError) as error:
-        parser.exit(2, f"convert.py: {error}\n")
+        parser.exit(130, "\nconvert.py: interrupted; to continue, run the same command with --resume\n")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
