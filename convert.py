@@ -588,8 +588,8 @@ def low_rank(error, rank, hessian=None, seed=0):
     """error = W - Q (M, K) -> up (M, r), down (r, K), and the share of the energy of `error` in up @ down.
 
     r = min(rank, M, K). With a Hessian H = C C^T of the inputs, the energy is |error C|^2 = tr(E H E^T), and
-    the best factors come from the SVD of error C, multiplied by C^-1. The SVD is exact for small matrices,
-    otherwise randomized (Halko et al. 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4).
+    the best factors are those of the SVD of error C, with down multiplied by C^-1. The SVD is exact for small
+    matrices, otherwise randomized (Halko et al. 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4).
     """
     error, rank = error.float(), min(rank, *error.shape)
     root = None if hessian is None else torch.linalg.cholesky(damped(hessian)).float()  # C (K, K)
@@ -1311,8 +1311,11 @@ def check_flags(args):
 
 
 def output_files(args, source):
-    """The converted model's file, and the LoRA's or None. Raises ValueError if a file that the run writes has
-    no folder, is a folder, or is another file that it reads or writes: all of them are listed here."""
+    """The converted model's file, and the LoRA's or None.
+
+    The one place that knows every file that a run reads and writes. Raises ValueError if a file to write is a
+    folder, has no folder, or is another of these files.
+    """
     path = Path(os.path.abspath(args.input))  # not resolve(): a download cache links to files named by hashes
     stem = path.name if path.is_dir() else re.sub(r"(\.safetensors)?(\.index)?\.\w+$", "", path.name)
     out = args.output or path.with_name(f"{stem}-nvfp4.safetensors")

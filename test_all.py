@@ -2789,7 +2789,7 @@ def interrupted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failure, code, text", [
     (KeyboardInterrupt(), 130, "run the same command with --resume"),
-    (OSError("disk full"), 2, "convert.py: error: disk full")])
+    (OSError("disk full"), 2, "convert.py: error: disk full"), (ValueError("x"), 2, "convert.py: error: x")])
 def test_an_interrupted_run_resumes_to_the_same_bytes(interrupted, monkeypatch, capsys, failure, code, text):
     argv, complete, got = interrupted(failure)
     assert got == code and text in capsys.readouterr().err
