@@ -1313,8 +1313,8 @@ def check_flags(args):
 def output_files(args, source):
     """The converted model's file, and the LoRA's or None.
 
-    The one place that knows every file that a run reads and writes. Raises ValueError if a file to write is a
-    folder, has no folder, or is another of these files.
+    The one place that compares the files a run writes with each other and with those it reads. Raises ValueError
+    if one of them is a folder, has no folder, or would overwrite another.
     """
     path = Path(os.path.abspath(args.input))  # not resolve(): a download cache links to files named by hashes
     stem = path.name if path.is_dir() else re.sub(r"(\.safetensors)?(\.index)?\.\w+$", "", path.name)
