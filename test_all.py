@@ -933,20 +933,9 @@ def test_vae_refuses_other_frame_counts(small_vae):
 
 # UMT5
 
-UMT5_NAMES = """
-    token_embedding.weight                   shared.weight
-    norm.weight                              encoder.final_layer_norm.weight
-    blocks.0.norm1.weight                    encoder.block.0.layer.0.layer_norm.weight
-    blocks.0.attn.q.weight                   encoder.block.0.layer.0.SelfAttention.q.weight
-    blocks.0.attn.k.weight                   encoder.block.0.layer.0.SelfAttention.k.weight
-    blocks.0.attn.v.weight                   encoder.block.0.layer.0.SelfAttention.v.weight
-    blocks.0.attn.o.weight                   encoder.block.0.layer.0.SelfAttention.o.weight
-    blocks.0.pos_embedding.embedding.weight  encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight
-    blocks.0.norm2.weight                    encoder.block.0.layer.1.layer_norm.weight
-    blocks.0.ffn.gate.0.weight               encoder.block.0.layer.1.DenseReluDense.wi_0.weight
-    blocks.0.ffn.fc1.weight                  encoder.block.0.layer.1.DenseReluDense.wi_1.weight
-    blocks.0.ffn.fc2.weight                  encoder.block.0.layer.1.DenseReluDense.wo.weight
-"""
+# The official names of a block's tensors, in the order in which transformers lists its own
+UMT5_BLOCK = "attn.q attn.k attn.v attn.o pos_embedding.embedding norm1 ffn.gate.0 ffn.fc1 ffn.fc2 norm2".split()
+CLIP_BLOCK = "k v q attn.proj norm1 mlp.0 mlp.2 norm2".split()
 
 
 def transformers_umt5(heads=4, inner=32, layers=2):
@@ -968,9 +957,10 @@ def test_umt5_equals_transformers(length, size, shard_size, name, tmp_path):
     out = ours(ids, mask)
     assert relative_error(out, theirs(ids, attention_mask=mask).last_hidden_state * mask[..., None]) < 1e-5
     assert out[1, length // 2:].eq(0).all()
-    names, state = dict(line.split() for line in UMT5_NAMES.strip().splitlines()), theirs.state_dict()
-    assert {n for n in ours.state_dict() if "blocks.1" not in n} == names.keys()
-    assert all(torch.equal(ours.state_dict()[n], state[name]) for n, name in names.items())
+    official = [f"blocks.{i}.{part}" for i in range(len(ours.blocks)) for part in UMT5_BLOCK]
+    names = [f"{name}.weight" for name in ("token_embedding", *official, "norm")]
+    tensors = [t for name, t in theirs.state_dict().items() if name != "encoder.embed_tokens.weight"]
+    assert holds(ours, dict(zip(names, tensors, strict=True)))
 
 
 def test_umt5_reads_scaled_fp8(tmp_path):
@@ -994,27 +984,6 @@ def test_umt5_reads_scaled_fp8(tmp_path):
 
 # CLIP
 
-CLIP_NAMES = """
-    cls_embedding                     embeddings.class_embedding
-    pos_embedding                     embeddings.position_embedding.weight
-    patch_embedding.weight            embeddings.patch_embedding.weight
-    pre_norm.weight                   pre_layrnorm.weight
-    pre_norm.bias                     pre_layrnorm.bias
-    transformer.0.norm1.weight        encoder.layers.0.layer_norm1.weight
-    transformer.0.norm1.bias          encoder.layers.0.layer_norm1.bias
-    transformer.0.attn.to_qkv.weight  encoder.layers.0.self_attn.{qkv}_proj.weight
-    transformer.0.attn.to_qkv.bias    encoder.layers.0.self_attn.{qkv}_proj.bias
-    transformer.0.attn.proj.weight    encoder.layers.0.self_attn.out_proj.weight
-    transformer.0.attn.proj.bias      encoder.layers.0.self_attn.out_proj.bias
-    transformer.0.norm2.weight        encoder.layers.0.layer_norm2.weight
-    transformer.0.norm2.bias          encoder.layers.0.layer_norm2.bias
-    transformer.0.mlp.0.weight        encoder.layers.0.mlp.fc1.weight
-    transformer.0.mlp.0.bias          encoder.layers.0.mlp.fc1.bias
-    transformer.0.mlp.2.weight        encoder.layers.0.mlp.fc2.weight
-    transformer.0.mlp.2.bias          encoder.layers.0.mlp.fc2.bias
-"""
-
-
 @pytest.mark.parametrize("kind, dim, side, patch, metadata", [
     ("CLIPVisionModel", 64, 56, 14, {"head_dim": "16"}), ("CLIPVisionModel", 64, 64, 8, {"head_dim": "32"}),
     ("CLIPVisionModelWithProjection", 160, 56, 14, None)])
@@ -1029,12 +998,20 @@ def test_clip_equals_transformers(kind, dim, side, patch, metadata, tmp_path):
     pixels = torch.randn(2, 3, side, side)
     assert relative_error(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2]) < 1e-5
     assert ours.image_size == side
-    names, state = dict(line.split() for line in CLIP_NAMES.strip().splitlines()), ours.state_dict()
-    assert {n for n in state if "transformer.1" not in n} == names.keys()
-    for official, name in names.items():
-        parts = [name.replace("{qkv}", part) for part in ("q", "k", "v")] if "{qkv}" in name else [name]
-        tensors = {n.removeprefix("vision_model."): tensor for n, tensor in theirs.state_dict().items()}
-        assert torch.equal(state[official].squeeze(), torch.cat([tensors[part] for part in parts]))
+    block = [f"transformer.0.{part}.{suffix}" for part in CLIP_BLOCK for suffix in ("weight", "bias")]
+    names = "cls_embedding patch_embedding.weight pos_embedding pre_norm.weight pre_norm.bias".split() + block
+    tensors = dict(zip(names, theirs.state_dict().values()))
+    for suffix in ("weight", "bias"):
+        qkv = [tensors.pop(f"transformer.0.{part}.{suffix}") for part in ("q", "k", "v")]
+        tensors[f"transformer.0.attn.to_qkv.{suffix}"] = torch.cat(qkv)
+    state = {name: tensor for name, tensor in ours.state_dict().items() if "transformer.1." not in name}
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[name].squeeze(), tensors[name]) for name in state)
+    file = tmp_path / "model.safetensors"
+    stored = {name: tensor for name, tensor in load_file(file).items() if "0.self_attn.k_proj.weight" not in name}
+    save_file(stored, file, metadata)
+    with pytest.raises(ValueError, match="transformer.0.attn.to_qkv.weight: got nothing, expected a tensor"):
+        wan_fp4.load_clip(file)
 
 
 # IFNet
@@ -1239,51 +1216,35 @@ def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_pa
 
 # Building
 
-@pytest.mark.parametrize("name, change, text", [
-    ("blocks.1.ffn.2.weight", None, "got nothing, expected a tensor, as the layer is plain"),
-    ("blocks.1.norm3.bias", None, r"got nothing, expected shape \(64,\); .* complete WanDiT"),
-    ("patch_embedding.weight", None, "got nothing, expected a tensor; .* complete WanDiT"),
-    ("blocks.0.extra.weight", torch.zeros(2), "got a tensor that no layer takes, expected none; check"),
-    ("blocks.0.self_attn.q.weight", torch.zeros(64, 63), r"got \(64, 63\), expected \(64, 64\)"),
-    ("head.modulation", torch.zeros(1, 2, 63), r"got shape \(1, 2, 63\), expected \(1, 2, 64\); check"),
-    ("blocks.0.ffn.0.comfy_quant", quant.write_marker({"format": "int3"}),
-     "got .*int3.*expected a format out of nvfp4, mxfp8")])
-def test_load_dit_names_what_is_wrong(name, change, text, dit_path, tmp_path):
-    tensors = {n: tensor for n, tensor in load_file(dit_path).items() if n != name}
-    save_file(tensors if change is None else tensors | {name: change}, tmp_path / "dit", {"head_dim": "32"})
-    with pytest.raises(ValueError, match=f"dit: {name}: {text}"):
-        wan_fp4.load_dit(tmp_path / "dit")
-
-
-@pytest.mark.parametrize("name, change, text", [
-    ("block2.convblock.3.beta", None, r"got nothing, expected shape \(1, 12, 1, 1\)"),
-    ("block4.lastconv.0.weight", None, "got nothing, expected a tensor"),
-    ("block5.x", torch.zeros(1), "got a tensor that no layer takes"),
-    ("encode.cnn3.weight", torch.zeros(6, 4, 3, 3), r"got shape \(6, 4, 3, 3\), expected \(6, 4, 4, 4\)")])
-def test_load_ifnet_names_what_is_wrong(name, change, text, tmp_path):
-    small = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6))
-    path, tensors = tmp_path / "flownet.pkl", small.state_dict()
-    torch.save(tensors, path)
-    assert wan_fp4.load_ifnet(path).cfg == small.cfg
-    torch.save({n: t for n, t in tensors.items() if n != name} | ({} if change is None else {name: change}), path)
-    with pytest.raises(ValueError, match=f"flownet.pkl: {name}: {text}"):
-        wan_fp4.load_ifnet(path)
+@pytest.mark.parametrize("network, name, change, text", [
+    ("dit", "blocks.1.ffn.2.weight", None, "got nothing, expected a tensor, as the layer is plain"),
+    ("dit", "blocks.1.norm3.bias", None, r"got nothing, expected shape \(64,\); .* complete WanDiT"),
+    ("dit", "patch_embedding.weight", None, "got nothing, expected a tensor; .* complete WanDiT"),
+    ("dit", "blocks.0.extra.weight", torch.zeros(2), "got a tensor that no layer takes, expected none; check"),
+    ("dit", "blocks.0.self_attn.q.weight", torch.zeros(64, 63), r"got \(64, 63\), expected \(64, 64\)"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 63), r"got shape \(1, 2, 63\), expected \(1, 2, 64\); check"),
+    ("dit", "blocks.0.ffn.0.comfy_quant", quant.write_marker({"format": "int3"}),
+     "got .*int3.*expected a format out of nvfp4, mxfp8"),
+    ("ifnet", "block2.convblock.3.beta", None, r"got nothing, expected shape \(1, 12, 1, 1\)"),
+    ("ifnet", "block4.lastconv.0.weight", None, "got nothing, expected a tensor"),
+    ("ifnet", "block5.x", torch.zeros(1), "got a tensor that no layer takes"),
+    ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(4,\)")])
+def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_path):
+    config = wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6)
+    tensors = load_file(dit_path) if network == "dit" else wan_fp4.IFNet(config).state_dict()
+    load = getattr(wan_fp4, f"load_{network}")
+    save_file(tensors, tmp_path / network, {"head_dim": "32"})
+    assert network == "dit" or load(tmp_path / network).cfg == config
+    tensors = {n: tensor for n, tensor in tensors.items() if n != name}
+    save_file(tensors if change is None else tensors | {name: change}, tmp_path / network, {"head_dim": "32"})
+    with pytest.raises(ValueError, match=f"{network}: {name}: {text}"):
+        load(tmp_path / network)
 
 
 def test_load_dit_names_a_wrong_head_width(tmp_path):
     path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors", head_dim="48")
     with pytest.raises(ValueError, match="head width: got 48, expected a divisor of the model's width 64; set"):
         wan_fp4.load_dit(path)
-
-
-def test_load_clip_names_a_part_of_qkv_that_is_missing(tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-    theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=80, intermediate_size=96, num_hidden_layers=2,
-                                              num_attention_heads=1, image_size=28, patch_size=14))
-    tensors = {n: t for n, t in theirs.state_dict().items() if "layers.0.self_attn.k_proj.weight" not in n}
-    save_file(tensors, tmp_path / "clip")
-    with pytest.raises(ValueError, match="clip: transformer.0.attn.to_qkv.weight: got nothing"):
-        wan_fp4.load_clip(tmp_path / "clip")
 
 
 def test_new_networks_start_at_the_official_scale():

@@ -193,16 +193,6 @@ class Head(nn.Module):
         return self.head(x)  # (B, N, 4 * 16)
 
 
-class ImageEmbedding(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.proj = nn.Sequential(nn.LayerNorm(cfg.image_dim), nn.Linear(cfg.image_dim, cfg.image_dim),
-                                  nn.GELU(), nn.Linear(cfg.image_dim, cfg.dim), nn.LayerNorm(cfg.dim))
-
-    def forward(self, image):
-        return self.proj(image)  # (B, I, CLIP's D) -> (B, I, D)
-
-
 class WanDiT(nn.Module):
     """Predicts the velocity noise - x0 from noisy latents."""
 
@@ -216,7 +206,9 @@ class WanDiT(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
                                             nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
-        self.img_emb = ImageEmbedding(cfg)
+        self.img_emb = nn.ModuleDict({"proj": nn.Sequential(
+            nn.LayerNorm(cfg.image_dim), nn.Linear(cfg.image_dim, cfg.image_dim), nn.GELU(),
+            nn.Linear(cfg.image_dim, cfg.dim), nn.LayerNorm(cfg.dim))})
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_blocks))
         self.head = Head(cfg)
 
@@ -248,7 +240,7 @@ class WanDiT(nn.Module):
         e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim))  # (B, D)
         e0 = self.time_projection(e).unflatten(1, (6, -1))  # (B, 6, D)
         text, text_bias = self.embed_text(text)  # (B, L + 1, D), (1, 1, 1, L + 1)
-        image = self.img_emb(image.float()).to(self.dtype)  # (B, I, D)
+        image = self.img_emb["proj"](image.float()).to(self.dtype)  # (B, I, D)
         return x, e, (e0, rope, text, text_bias, image)
 
     def unpatchify(self, x, grid):
@@ -256,15 +248,10 @@ class WanDiT(nn.Module):
         return rearrange(x, "b (t h w) (p q c) -> b c t (h p) (w q)", t=grid[0], h=grid[1] // 2, p=2, q=2)
 
     def forward(self, x, t, text, image, y):
-        """Returns the velocity (B, 16, T, H, W) in float32.
-
-        x      (B, 16, T, H, W) noisy latents
-        t      (B,) = 1000 * sigma
-        text   (B, L, UMT5's D), either not padded or zero past the end of the prompt
-        image  (B, I, CLIP's D)
-        y      (B, 20, T, H, W): mask and latents of the picture
-
-        Raises ValueError for odd H or W, a y of another size than x, and L > 512.
+        """x (B, 16, T, H, W) noisy latents; t (B,) = 1000 * sigma; text (B, L, UMT5's D), not padded or zero past
+        the prompt; image (B, I, CLIP's D); y (B, 20, T, H, W) mask and latents of the picture
+        -> velocity (B, 16, T, H, W) in float32. Raises ValueError for odd H or W, a y of another size than x,
+        and L > 512.
         """
         grid = x.shape[2:]
         x, e, context = self.prepare(x, t, text, image, y)  # (B, N, D)
@@ -644,16 +631,6 @@ class T5FeedForward(nn.Module):
         return self.fc2(self.fc1(x) * self.gate(x))  # (B, L, D)
 
 
-class RelativePosition(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        weight = normal(cfg.buckets, cfg.heads, std=(2 * cfg.buckets * cfg.heads) ** -0.5)
-        self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
-
-    def forward(self, buckets):
-        return self.embedding(buckets).permute(2, 0, 1)  # (L, L) -> (heads, L, L)
-
-
 class T5Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -661,10 +638,12 @@ class T5Block(nn.Module):
         self.attn = T5Attention(cfg)
         self.norm2 = RMSNorm(cfg.dim)
         self.ffn = T5FeedForward(cfg)
-        self.pos_embedding = RelativePosition(cfg)
+        table = normal(cfg.buckets, cfg.heads, std=(2 * cfg.buckets * cfg.heads) ** -0.5)
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding.from_pretrained(table, freeze=False)})
 
     def forward(self, x, buckets, mask):
-        bias = self.pos_embedding(buckets) + mask  # (B, heads, L, L)
+        bias = self.pos_embedding["embedding"](buckets).permute(2, 0, 1)  # (heads, L, L)
+        bias = bias + mask  # (B, heads, L, L)
         x = x + self.attn(self.norm1(x), bias.to(x.dtype))  # (B, L, D)
         return x + self.ffn(self.norm2(x))  # (B, L, D)
 
@@ -957,11 +936,9 @@ PREFIXES = re.compile(
 # Patterns that turn the names of other libraries into the official ones, applied in order. ComfyUI's text and
 # image encoders use the names of transformers.
 DIFFUSERS_DIT = (
-    (r"^condition_embedder\.time_embedder\.linear_1\b", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2\b", "time_embedding.2"),
     (r"^condition_embedder\.time_proj\b", "time_projection.1"),
-    (r"^condition_embedder\.text_embedder\.linear_1\b", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2\b", "text_embedding.2"),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1\b", r"\1_embedding.0"),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2\b", r"\1_embedding.2"),
     (r"^condition_embedder\.image_embedder\.norm1\b", "img_emb.proj.0"),
     (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\b", "img_emb.proj.1"),
     (r"^condition_embedder\.image_embedder\.ff\.net\.2\b", "img_emb.proj.3"),
