@@ -285,7 +285,7 @@ class VAEConfig:
 
 
 def channels_last(x):
-    """x (B, C, t, h, w) in the memory layout that oneDNN uses on a CPU, where it is usually in it already."""
+    """x (B, C, t, h, w) in the memory format that oneDNN needs on a CPU; usually no copy."""
     return x.contiguous(memory_format=torch.channels_last_3d) if x.is_cpu else x
 
 
@@ -344,8 +344,8 @@ class ResidualBlock(nn.Module):
 
 
 def to_frames(x):
-    """(B, C, t, h, w) -> (Bt, C, h, w). For one video a view, which keeps channels-last memory recognizable:
-    flattening B = 1 with t = 1 would hide it."""
+    """(B, C, t, h, w) -> (Bt, C, h, w). For one video this is a view in the same memory format; flatten would
+    lose the strides of channels-last if t = 1."""
     return x[0].transpose(0, 1) if len(x) == 1 else x.transpose(1, 2).flatten(0, 1)
 
 
@@ -443,7 +443,7 @@ class Encoder(nn.Module):
         self.head = head_layers(c, 2 * cfg.z_dim)
 
     def forward(self, x, cache):
-        # Full-size layers need the most memory, so they take two frames at a time; the cache makes it equal
+        # Layers at full size need the most memory, so they take two frames at a time, with the same result
         small = [run_layers(self.downsamples[:self.num_full], self.conv1(frames, cache), cache)
                  for frames in x.split(2, dim=2)]
         x = torch.cat(small, dim=2)  # (B, C, t, h/2, w/2)
@@ -680,7 +680,7 @@ class UMT5Encoder(nn.Module):
 class CLIPConfig:
     dim: int = 1280
     ffn_dim: int = 5120
-    num_blocks: int = 31  # the file has 32; Wan uses the output of the last but one
+    num_blocks: int = 31  # the file has 32; Wan uses the output of the second-to-last
     head_dim: int = 80
     patch: int = 14
     tokens: int = 257  # CLS and 16 x 16 patches
@@ -725,7 +725,7 @@ class CLIPVision(nn.Module):
         self.transformer = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.num_blocks))
 
     def forward(self, pixels):
-        """Normalized pixels (B, 3, 224, 224) -> tokens (B, I, D): the last but one block's output, unnormed."""
+        """Normalized pixels (B, 3, 224, 224) -> tokens (B, I, D), with no norm after the last block."""
         x = self.patch_embedding(pixels.float()).flatten(2).transpose(1, 2)  # (B, I - 1, D)
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x], dim=1)  # (B, I, D)
         x = self.pre_norm(x + self.pos_embedding)
@@ -740,7 +740,7 @@ class CLIPVision(nn.Module):
 #
 # RIFE (https://arxiv.org/abs/2011.06294) in the layout of versions 4.25 and 4.26. For every pixel of the new
 # frame, a flow points to the same thing in a and in b; both frames are warped along it and mixed by a mask.
-# Five blocks refine flow and mask from coarse to fine, each from what differs between the frames warped so far.
+# Five blocks refine flow and mask from coarse to fine, each from the frames as warped so far.
 # Only convolutions run in the compute dtype: bfloat16 positions would be off by whole pixels.
 
 IFNET_SCALES = (16, 8, 4, 2, 1)  # each block sees the frames reduced by this factor
@@ -751,7 +751,7 @@ class IFNetConfig:
     dims: tuple = (192, 128, 96, 64, 32)  # channels of each block
     num_convs: int = 8  # residual convolutions per block
     encoder: int = 16  # channels inside the frame encoder
-    features: int = 4  # channels that it gives each frame
+    features: int = 4  # channels that the frame encoder returns
     hidden: int = 8  # channels that a block passes to the next
 
 
@@ -879,10 +879,8 @@ def shards(path):
 
 
 def read_header(path):
-    """A safetensors file's metadata {str: str} and {tensor name: (dtype name, shape)}. Reads no tensor.
-
-    Raises FileNotFoundError, and ValueError for a file that is not in safetensors format.
-    """
+    """A safetensors file's metadata {str: str} and {tensor name: (dtype name, shape)}; reads no tensor. Raises
+    FileNotFoundError, and ValueError for a file that is not in safetensors format."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -904,10 +902,8 @@ def read_pickle(path):
 
 
 def read_tensors(path):
-    """A checkpoint's tensors by bare name, memory-mapped, and its metadata.
-
-    path: a .safetensors, .pth or .pkl file, an index .json, or a folder of shards.
-    """
+    """A checkpoint's tensors by bare name, memory-mapped, and its metadata. path: a .safetensors, .pth or .pkl
+    file, an index .json, or a folder of shards."""
     tensors, metadata = {}, {}
     for file in shards(path):
         if file.suffix in PICKLES:
@@ -1160,8 +1156,7 @@ def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool
                           num_blocks=count(tensors, "blocks."), heads=heads, buckets=buckets,
                           inner=len(tensors["blocks.0.attn.q.weight"]))
 
-    return load_weights(build(UMT5Encoder, config, path), tensors, path, device, dtype,
-                        stream=stream)
+    return load_weights(build(UMT5Encoder, config, path), tensors, path, device, dtype, stream=stream)
 
 
 def load_clip(path, device="cpu", dtype: torch.dtype | None = None) -> CLIPVision:
@@ -1174,9 +1169,8 @@ def load_clip(path, device="cpu", dtype: torch.dtype | None = None) -> CLIPVisio
         if all(part in tensors for part in parts):
             merged = name.replace(".self_attn.q_proj.", ".attn.to_qkv.")
             tensors[merged] = torch.cat([tensors.pop(part) for part in parts])
-    if "cls_embedding" in tensors and tensors["cls_embedding"].dim() == 1:  # under transformers' names
-        tensors["cls_embedding"] = tensors["cls_embedding"][None, None]
-        tensors["pos_embedding"] = tensors["pos_embedding"][None]
+    for name in tensors.keys() & {"cls_embedding", "pos_embedding"}:  # stored by transformers as (D,), (I, D)
+        tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])  # (1, 1 or I, D)
     last = count(tensors, "transformer.") - 1
     unused = (f"transformer.{last}.", "post_norm.", "head", "textual.", "log_scale", "visual_projection.",
               "position_ids")
@@ -1221,10 +1215,8 @@ LORA_PARTS = {"lora_up": "up", "lora_B": "up", "lora_down": "down", "lora_A": "d
 
 
 def read_lora(path):
-    """A LoRA file -> {official layer name: {part: tensor}}, with the parts of LORA_PARTS, memory-mapped.
-
-    Raises ValueError for a tensor that is none of them.
-    """
+    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. Raises ValueError for a
+    tensor that is none of these parts."""
     layers = {}
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
