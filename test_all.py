@@ -1307,6 +1307,13 @@ assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
 
 # Blocks streamed from CPU memory
 
+def demo_inputs(cfg, t, device="cpu"):
+    x, y = torch.randn(1, 16, 2, 4, 4, device=device), torch.randn(1, 20, 2, 4, 4, device=device)
+    text = torch.randn(1, 3, cfg.text_dim, device=device)
+    image = torch.randn(1, 65, cfg.image_dim, device=device)
+    return x, torch.tensor([t], device=device), text, image, y
+
+
 @torch.no_grad()
 def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
     """On a CPU: what is copied where, not the overlap in time."""
@@ -1322,13 +1329,6 @@ def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
         arguments = demo_inputs(whole.cfg, t)
         assert torch.equal(streamed(*arguments), whole(*arguments))
     assert quant.describe(streamed) == quant.describe(whole)
-
-
-def demo_inputs(cfg, t, device="cpu"):
-    x, y = torch.randn(1, 16, 2, 4, 4, device=device), torch.randn(1, 20, 2, 4, 4, device=device)
-    text = torch.randn(1, 3, cfg.text_dim, device=device)
-    image = torch.randn(1, 65, cfg.image_dim, device=device)
-    return x, torch.tensor([t], device=device), text, image, y
 
 
 def test_the_14b_model_streams_within_8_gb(monkeypatch):
