@@ -51,12 +51,12 @@ def similarity(video, truth, mask):
     return torch.from_numpy(table).mean(0)[mask].mean().item()
 
 
-def figures(make_videos, views=VIEWS):
+def figures(make_videos, views=VIEWS, frames=FRAMES, side=SIDE):
     """Mean PSNR in dB, share of right moves, mean SSIM of the last frame: of the videos (9, 3, F, h, w) that
     make_videos(truth) returns for the true moves over each view."""
     quality, right, same = [], [], []
     for name, window in views:
-        truth, masks = true_moves(name, window)
+        truth, masks = true_moves(name, window, frames, side)
         for i, video in enumerate(make_videos(truth)):
             right.append((video - truth).square().flatten(1).mean(1).argmin().item() == i)
             if MOVES[i] != "still":
@@ -85,7 +85,7 @@ def pipeline(dit, umt5, clip, vae, tokenizer, steps=4, sampler="lcm", scheduler=
         first = truth[:1, :, 0].to(device)  # (1, 3, h, w)
         text = train.encode_prompts(umt5, tokenizer, MOVES)  # (9, L, D)
         image = clip(train.clip_pixels(first[0].cpu())[None].to(device)).expand(len(MOVES), -1, -1)
-        y = sample.image_condition(vae.encode(sample.first_frame_video(first, FRAMES)))
+        y = sample.image_condition(vae.encode(sample.first_frame_video(first, truth.shape[2])))
         y = y.expand(len(MOVES), -1, -1, -1, -1)  # (9, 20, T, H, W)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn((1, 16, *y.shape[2:]), generator=generator).to(device)
@@ -99,15 +99,22 @@ def pipeline(dit, umt5, clip, vae, tokenizer, steps=4, sampler="lcm", scheduler=
     return make_videos
 
 
+def shipped_size():
+    """Frames and area in pixels of the videos that the shipped model makes, from its header."""
+    metadata, _ = wan_fp4.read_header(HERE / "dit.safetensors")
+    return int(metadata["frames"]), int(metadata["area"])
+
+
 def picture(path):
     """Write the README's moving picture: a row of videos by bf16, one by NVFP4, and before each the photo."""
     photo, moves = sample.read_image(HERE / "photo.jpg"), ["pan left", "zoom in", "rotate right"]
     demo = {flag: HERE / tiny for flag, (tiny, *_) in sample.NETWORKS.items()}
-    settings, rows = sample.Settings(frames=FRAMES, area=AREA), []
+    frames, area = shipped_size()
+    settings, rows = sample.Settings(frames=frames, area=area), []
     for name, dit in (("bf16", "dit-bf16.safetensors"), ("NVFP4", "dit.safetensors")):
         videos = list(sample.generate([photo] * len(moves), moves, demo | {"dit": HERE / dit}, settings))
         h, w = videos[0].shape[1:3]
-        still = (sample.resize(photo, w, h) * 255).byte().permute(1, 2, 0).expand(FRAMES, -1, -1, -1)
+        still = (sample.resize(photo, w, h) * 255).byte().permute(1, 2, 0).expand(frames, -1, -1, -1)
         labels = ["the photo", *(f"{move}, {name}" for move in moves)]
         rows.append(torch.cat([labelled(video, label) for video, label in zip([still, *videos], labels)], 2))
     sheet = torch.cat(rows, 1)  # (F, h', w', 3)
@@ -150,10 +157,12 @@ def main():
         networks = before["dit"], before["umt5"], before["clip"], vae, tokenizer
         rows["undistilled, 4 steps"] = pipeline(*networks)
         rows["undistilled, 40 steps"] = pipeline(*networks, steps=40, sampler="euler", scheduler="simple")
-    print(f"{len(VIEWS)} views, {len(MOVES)} moves, {FRAMES} frames of {SIDE}x{SIDE}")
+    frames, area = shipped_size()
+    side = round(area ** 0.5)
+    print(f"{len(VIEWS)} views, {len(MOVES)} moves, {frames} frames of {side}x{side}")
     print(f"{'':24}{'PSNR dB':>8}{'right move':>12}{'SSIM':>8}")
     for name, make_videos in rows.items():
-        quality, right, same = figures(make_videos)
+        quality, right, same = figures(make_videos, VIEWS, frames, side)
         print(f"{name:24}{quality:8.2f}{right:12.1%}{same:8.3f}", flush=True)
 
 
