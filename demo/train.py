@@ -487,10 +487,7 @@ def networks(tokenizer):
     nets = torch.nn.ModuleDict({"dit": wan_fp4.WanDiT(DIT), "umt5": wan_fp4.UMT5Encoder(umt5),
                                 "clip": wan_fp4.CLIPVision(CLIP), "place": torch.nn.Linear(DIT.dim, 2),
                                 "source": torch.nn.Linear(DIT.dim, 4)})
-    for name, parameter in nets["dit"].named_parameters():
-        if name.endswith("modulation"):  # as Wan's own initialization
-            torch.nn.init.normal_(parameter, std=DIT.dim ** -0.5)
-    nets["clip"].pos_embedding.data /= 50
+    torch.nn.init.normal_(nets["clip"].pos_embedding, std=0.02)
     torch.nn.init.zeros_(nets["dit"].head.head.weight)
     look_nearby(nets["dit"])
     hear_the_prompt(nets["dit"])
