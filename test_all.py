@@ -3407,6 +3407,14 @@ def test_a_file_works_where_only_its_imports_are(name, others, code, tmp_path):
     run_python(code, cwd=tmp_path)
 
 
+def test_the_readme_s_python_runs_as_it_says():
+    code = re.search(r"```python\n(.+?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code, names)
+    x, w, y = (names[name] for name in "xwy")
+    assert 0.07 < relative_error(y, x @ w.T) < 0.09
+
+
 def test_demo_is_under_12_mb():
     sizes = {file.name: file.stat().st_size for file in (REPOSITORY / "demo").iterdir() if file.is_file()}
     assert {"dit.safetensors", "photo.jpg"} <= set(sizes) and sum(sizes.values()) < 12e6
