@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import types
 import weakref
 import xml.etree.ElementTree
@@ -121,7 +122,7 @@ def printed(pattern):
 def test_every_row_of_the_printed_block_is_true():
     rows = {}
     for name in ("w", "w / 10", "e2m1", "code", "byte", "back"):
-        rows[name] = printed(rf"(?m)^  {name}  +(\S.*)$").replace("|", " ").split()
+        rows[name] = printed(rf"(?m)^  {name}  +(\S.*)$").split()
         assert len(rows[name]) == (8 if name == "byte" else 16)
     matrix_amax, tensor_scale = map(float, printed(r"with amax (\d+) has tensor_scale = \d+ / 2688 = (\S+)\. "))
     quotient, block_scale, byte = printed(r"\(61\.5 / 6 / 0\.25\) = e4m3\((\S+)\) = (\d+), the byte 0x(\w\w) ")
@@ -151,10 +152,10 @@ def test_the_printed_entry_of_the_swizzle_is_where_it_says():
     assert found == offset and found // 512 == tile
 
 
-def test_the_three_lines_of_the_docstring_run():
+def test_the_example_of_the_docstring_runs():
     w, x = torch.randn(48, 32), torch.randn(3, 32)
     names = vars(quant) | {"w": w, "x": x}
-    exec("\n".join(line.strip() for line in quant.__doc__.split("three lines:")[1].splitlines()[2:5]), names)
+    exec(textwrap.dedent(quant.__doc__.split("like this:\n\n")[1].split("\n\n")[0]), names)
     expected = x @ quant.dequantize_nvfp4(*quant.quantize_nvfp4(w)).T
     torch.testing.assert_close(names["y"], expected, rtol=1e-5, atol=1e-5)
 
@@ -258,6 +259,17 @@ def test_weights_too_small_for_a_scale_become_zeros_not_nan(value):
     assert quant.dequantize_mxfp8(*quant.quantize_mxfp8(w, method="search")).abs().max() <= 1e-40
     layer, _ = make("mxfp8", 32, 32, mode="emulate", bias=False)
     assert layer(w).eq(0).all()  # an activation; as a weight, "rtn" repeats comfy-kitchen's NaN
+    assert torch.equal(quant.dequantize_mxfp8(*quant.quantize_mxfp8(w)).isnan(), (w == 0) & w[:, :1].ne(0))
+
+
+@pytest.mark.parametrize("fmt, input_scale, nan_rows",
+                         [("nvfp4", None, 4), ("nvfp4", 0.01, 1), ("mxfp8", None, 1)])
+def test_nan_in_an_activation_stays_nan_in_its_row_or_everywhere(fmt, input_scale, nan_rows):
+    layer, _ = make(fmt, extra={"input_scale": torch.tensor(input_scale)} if input_scale else {}, mode="emulate")
+    x = torch.randn(4, 56)
+    x[2, 40] = math.nan
+    nan = layer(x).isnan()
+    assert nan[2].all() and nan.all(1).sum() == nan.any(1).sum() == nan_rows
 
 
 def test_nvfp4_agrees_with_torchao():
@@ -702,7 +714,7 @@ def without(*names):
 
 @pytest.mark.parametrize("fmt, change, kwargs, message", [
     ("nvfp4", lambda t: t | {"weight_scale": t["weight_scale"][:32]}, {},
-     r"\.weight_scale: got \(32, 16\), expected \(256, 16\); the scales must be padded and swizzled, once"),
+     r"\.weight_scale: got \(32, 16\), expected \(256, 16\); the scales must be padded and swizzled exactly"),
     ("nvfp4", lambda t: t | {"weight": t["weight"][:128]}, {},
      r"\.weight: got \(128, 128\), expected \(256, 128\); check that the file is for this model"),
     ("nvfp4", lambda t: t | {"weight_scale": t["weight_scale"].float()}, {},
@@ -734,6 +746,19 @@ def test_marker_round_trip():
     marker = quant.write_marker(info)
     assert marker.dtype == torch.uint8 and quant.read_marker(marker) == info
     assert bytes(quant.write_marker({"format": "nvfp4"}).tolist()) == b'{"format": "nvfp4"}'
+
+
+@pytest.mark.parametrize("text, message", [
+    ('[1]', "expected a format out of"), ('7', "expected a format out of"), ('{"format": ["nvfp4"]}', "a format"),
+    ('[' * 10 ** 5, "not JSON .*recursion"), ('9' * 5000, "not JSON"), ('{"format": "nvfp4"', "not JSON"),
+    *((f'{{"format": "nvfp4", "orig_shape": {shape}}}', r"expected orig_shape \[out_features, in_features\]")
+      for shape in ("7", "null", "[]", "[5]", "[5, -1]", "[0, 5]", "[5, 1.5]", "[5, 1e999]", "[5, 9999999999]",
+                    "[5, 5, 5]", '["5", "5"]', "[[5], 5]", "{}")),
+])
+def test_read_marker_refuses_what_write_marker_does_not_write(text, message):
+    with pytest.raises(ValueError, match=f"^L.comfy_quant: got .*{message}.*; (the file|convert)") as error:
+        quant.read_marker(torch.tensor(list(text.encode()), dtype=torch.uint8), "L.comfy_quant")
+    assert len(str(error.value)) < 400
 
 
 def test_describe_counts_layers_by_format():
