@@ -118,6 +118,7 @@ plain tensors in an nn.Module, and every kernel is torch's own or compiled by it
 """
 import functools
 import json
+import sys
 import warnings
 
 import torch
@@ -224,7 +225,7 @@ def plain_nvfp4(w, tensor_scale=None, method="rtn"):
     """
     amax = block_amax(w, NVFP4_BLOCK)  # (Mp, N): w.abs().unflatten(1, (-1, 16)).amax(-1)
     if tensor_scale is None:
-        tensor_scale = nvfp4_tensor_scale(amax.max())
+        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # by rows: compiled, these run in parallel
     block_scale = (amax / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (Mp, N)
     blocks = w.float().unflatten(1, (-1, NVFP4_BLOCK))  # (Mp, N, 16)
     if method == "search":
@@ -622,16 +623,14 @@ class QuantLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)  # (R, K)
         scaled = flat if self.pre_quant_scale is None else flat * self.pre_quant_scale  # (R, K)
         dtype = torch.float32 if self.mode == "emulate" else self.compute_dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
         if self.mode == "tensor_cores":
             *operands, tensor_scale = scaled_mm_operands(scaled, self)
-            y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)  # (R128, Mp)
-            y = y[:flat.shape[0], :self.out_features].to(dtype)  # (R, M)
-            y = y if tensor_scale is None else y * tensor_scale
-            y = y if bias is None else y + bias
+            y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)  # (R, Mp)
+            y = scale_and_add(y[:, :self.out_features].to(dtype), tensor_scale, self.bias)  # (R, M)
         else:
             if self.mode == "emulate":
                 scaled = dequantize_activation(*quantize_activation(scaled, self), scaled.shape)  # (R, K)
+            bias = None if self.bias is None else self.bias.to(dtype)
             y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, M)
         for i, scale in enumerate(self.lora_scales):
             up, down = getattr(self, f"lora_up_{i}").to(dtype), getattr(self, f"lora_down_{i}").to(dtype)
@@ -671,28 +670,27 @@ def describe(model: nn.Module) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def quantize_activation(x: Tensor, layer: QuantLinear, row_multiple: int = 1):
+def quantize_activation(x: Tensor, layer: QuantLinear):
     """Activation (R, K) -> data, block_scale (swizzled), tensor_scale (None for MXFP8), in the layer's format.
 
     It rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that of x.
     Nothing here waits for the GPU, so there is no check for NaN. A NaN in x makes its row of the product NaN; for
     NVFP4 without input_scale, the whole product.
     """
-    x = pad_to(x, row_multiple, 32)  # 32 for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
+    x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
     if torch.compiler.is_compiling():
         quantize = quantize_rows  # part of a larger compiled graph
     else:
         quantize = compiled_quantize_rows(x.device.type) if x.is_cuda else chunked_quantize_rows
-    return quantize(x, layer.format, layer.input_scale)
+    data, block_scale, tensor_scale = quantize(x, layer.format, layer.input_scale)
+    return data, swizzle(block_scale), tensor_scale
 
 
 def quantize_rows(x, fmt, input_scale):
-    """The plain form of quantize_activation, for a padded x."""
+    """The plain form of quantize_activation, for a padded x, and with the scales not swizzled yet."""
     if fmt == "mxfp8":
-        data, block_scale = plain_mxfp8(x, smallest=MXFP8_SMALLEST)
-        return data, swizzle(block_scale), None
-    data, block_scale, tensor_scale = plain_nvfp4(x, None if input_scale is None else input_scale.reshape(()))
-    return data, swizzle(block_scale), tensor_scale
+        return *plain_mxfp8(x, smallest=MXFP8_SMALLEST), None
+    return plain_nvfp4(x, None if input_scale is None else input_scale.reshape(()))
 
 
 def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | None,
@@ -706,11 +704,9 @@ def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tenso
 def scaled_mm_operands(x: Tensor, layer: QuantLinear):
     """Activation (R, K) -> (a, b, scale_a, scale_b, tensor_scale); the first four go to torch._scaled_mm.
 
-    tensor_scale (None for MXFP8) multiplies the product, as torch._scaled_mm takes block scales only. The
-    product is (R128, M16) for NVFP4 and (R128, M32) for MXFP8. The rows are padded to 128 because users report
-    failures for fewer.
+    tensor_scale (None for MXFP8) multiplies the product (R, Mp), as torch._scaled_mm takes block scales only.
     """
-    a, scale_a, tensor_scale = quantize_activation(x, layer, row_multiple=128)  # a: (R128, K32 / 2 or K32)
+    a, scale_a, tensor_scale = quantize_activation(x, layer)  # a: (R, K32 / 2 or K32)
     # If K16 is an odd number of blocks, one block of zeros makes K32. Its scale is in the padding of the tiles.
     b, scale_b = pad_to(layer.weight, 1, a.shape[1]), layer.weight_scale  # b: (Mp, K32 / 2 or K32)
     if layer.format == "nvfp4":
@@ -719,13 +715,25 @@ def scaled_mm_operands(x: Tensor, layer: QuantLinear):
     return a, b.t(), scale_a.view(torch.float8_e8m0fnu), scale_b.view(torch.float8_e8m0fnu), None
 
 
+def scale_and_add(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * scale + bias, in place and in one pass. Scale and bias may be None.
+
+    The scale becomes a vector because torch would round a 0-d scale to bfloat16 if y is bfloat16, an error of up
+    to 0.2 %. A float32 vector makes the arithmetic float32.
+    """
+    if scale is None:
+        return y if bias is None else y.add_(bias)
+    scale = scale.reshape(1)
+    return torch.mul(y, scale, out=y) if bias is None else torch.addcmul(bias, y, scale, out=y)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Faster, with the same bits. Nothing below is part of the formats.
 # ----------------------------------------------------------------------------------------------------
 
 def row_chunks(rows, cols, device):
-    """Slices of rows that keep temporaries small: in the L2 cache on a CPU, 128 MB elsewhere."""
-    step = max(1, (1 << 18 if device.type == "cpu" else 1 << 25) // cols)
+    """Slices of rows whose float32 temporaries fit the L2 cache: 1 MB on a CPU, 16 MB on a GPU."""
+    step = max(1, (1 << 18 if device.type == "cpu" else 1 << 22) // cols)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
@@ -742,29 +750,41 @@ def by_rows(plain, w, *arguments):
 
 def chunked_quantize_rows(x, fmt, input_scale):
     """quantize_rows, a few rows at a time: the tensor scale of all of x first."""
-    if fmt == "mxfp8":
-        data, block_scale = by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST)
-        return data, swizzle(block_scale), None
-    tensor_scale = nvfp4_tensor_scale(matrix_amax(x)) if input_scale is None else input_scale.reshape(())
-    data, block_scale = by_rows(plain_nvfp4, x, tensor_scale)
-    return data, swizzle(block_scale), tensor_scale
+    if fmt == "nvfp4" and input_scale is None:
+        input_scale = nvfp4_tensor_scale(matrix_amax(x))
+    data, block_scale = by_rows(quantize_rows, x, fmt, input_scale)
+    return data, block_scale, None if input_scale is None else input_scale.reshape(())
+
+
+# division_rounding gives the bits of the plain form. The thresholds keep the unpacked codes out of memory: each
+# is computed where it is packed, although the packing reads the codes twice.
+COMPILER_OPTIONS = {"eager_numerics.division_rounding": True,
+                    "realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
 
 
 @functools.cache
 def compiled_quantize_rows(device_type):
-    """quantize_rows, compiled: x is read twice, for the magnitudes and for the codes, which are written once.
+    """quantize_rows, compiled for any number of rows, once for each format and width.
 
-    bench/fullsize.py --activation counts the bytes that move step by step: 76 (NVFP4) or 19 (MXFP8) times x's.
-    If torch.compile does not work (it needs Triton and a C compiler), this is quantize_rows, with a warning.
+    With the swizzle, 2.7 times x's bytes move for NVFP4, which reads x twice, and 1.6 times for MXFP8; without a
+    compiler 76 and 19 times (bench/fullsize.py --activation). Then chunked_quantize_rows keeps them in the cache.
     """
-    exact = {"eager_numerics.division_rounding": True}  # the same bits as step by step
-    compiled = torch.compile(quantize_rows, dynamic=True, options=exact)
+    compiled = torch.compile(quantize_rows, options=COMPILER_OPTIONS)
+
+    def quantize(x, fmt, input_scale):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.mark_static(x, 1)  # with a variable width, each element would cost integer divisions
+        return compiled(x, fmt, input_scale)
+
+    print("compiling the quantizer of activations; the first layers take longer", file=sys.stderr, flush=True)
     try:
-        compiled(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
+        quantize(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
     except Exception as error:
-        warnings.warn(f"activations are quantized step by step, which is slow: torch.compile failed: {error}")
-        return quantize_rows
-    return compiled
+        reason = str(error).partition("\n")[0]
+        warnings.warn("activations are quantized step by step, which is slow: torch.compile failed; it needs a C "
+                      f"compiler and Triton (on Windows: pip install triton-windows): {reason}")
+        return chunked_quantize_rows
+    return quantize
 
 
 def matrix_amax(w):
