@@ -145,6 +145,16 @@ def pad_to(w, rows, cols):
     return F.pad(w, padding) if any(padding) else w
 
 
+def crop(caller, w, shape, multiple):
+    """w without its padding: (Mp, Kp) -> shape (M, K), or all of w if shape is None."""
+    if shape is None:
+        return w
+    if tuple(round_up(n, multiple) for n in shape) != w.shape:
+        raise ValueError(f"{caller}: got shape {tuple(shape)}, which does not pad to the stored "
+                         f"{tuple(w.shape)}; pass this layer's (out_features, in_features)")
+    return w[:shape[0], :shape[1]].contiguous()
+
+
 # ----------------------------------------------------------------------------------------------------
 # E2M1: values <-> codes <-> bytes
 # ----------------------------------------------------------------------------------------------------
@@ -225,7 +235,7 @@ def plain_nvfp4(w, tensor_scale=None, method="rtn"):
     """
     amax = block_amax(w, NVFP4_BLOCK)  # (Mp, N): w.abs().unflatten(1, (-1, 16)).amax(-1)
     if tensor_scale is None:
-        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # by rows: compiled, these run in parallel
+        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # first of each row: compiled, in parallel
     block_scale = (amax / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (Mp, N)
     blocks = w.float().unflatten(1, (-1, NVFP4_BLOCK))  # (Mp, N, 16)
     if method == "search":
@@ -289,9 +299,8 @@ def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor,
         raise ValueError(f"dequantize_nvfp4: got data {data.dtype} {tuple(data.shape)}, expected uint8 (Mp, "
                          f"Kp / 2); use dequantize_mxfp8 for MXFP8, and view float4_e2m1fn_x2 as uint8")
     rows, cols = data.shape[0], data.shape[1] * 2
-    check_crop("dequantize_nvfp4", (rows, cols), shape, NVFP4_BLOCK)
     scale = tensor_scale * unswizzle(block_scale, rows, cols // NVFP4_BLOCK).float()  # (Mp, N)
-    return crop(decode_by_rows(data, scale, dtype), shape)
+    return crop("dequantize_nvfp4", decode_by_rows(data, scale, dtype), shape, NVFP4_BLOCK)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -357,17 +366,12 @@ def dequantize_mxfp8(data: Tensor, block_scale: Tensor, shape: tuple[int, int] |
         raise ValueError(f"dequantize_mxfp8: got data {data.dtype} {tuple(data.shape)}, expected float8_e4m3fn "
                          f"(Mp, Kp); use dequantize_nvfp4 for NVFP4")
     rows, cols = data.shape
-    check_crop("dequantize_mxfp8", (rows, cols), shape, MXFP8_BLOCK)
     scale = decode_e8m0(unswizzle(block_scale, rows, cols // MXFP8_BLOCK))  # (Mp, N)
-    return crop(decode_by_rows(data, scale, dtype), shape)
+    return crop("dequantize_mxfp8", decode_by_rows(data, scale, dtype), shape, MXFP8_BLOCK)
 
-
-# ----------------------------------------------------------------------------------------------------
-# What the four functions above refuse
-# ----------------------------------------------------------------------------------------------------
 
 def check_weight(caller, w, method):
-    """Refuse a weight or method that cannot be quantized; return the weight's amax."""
+    """Raise ValueError for a weight that cannot be quantized or an unknown method; return the weight's amax."""
     if method not in ("rtn", "search"):
         raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
     if w.dim() != 2 or w.numel() == 0:
@@ -379,16 +383,6 @@ def check_weight(caller, w, method):
         raise ValueError(f"{caller}: got NaN, or values that are infinite in float32, expected finite values; "
                          f"check the source of the weight")
     return amax
-
-
-def check_crop(caller, stored, shape, multiple):
-    if shape is not None and tuple(round_up(n, multiple) for n in shape) != stored:
-        raise ValueError(f"{caller}: got shape {tuple(shape)}, which does not pad to the stored {stored}; pass "
-                         f"this layer's (out_features, in_features)")
-
-
-def crop(w, shape):
-    return w if shape is None else w[:shape[0], :shape[1]].contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -430,9 +424,8 @@ def search_nvfp4(x, amax, tensor_scale, rtn):
 def search_mxfp8(x, amax, rtn):
     """The exponent of least squared error: x (Mp, N, 32), amax and rtn (Mp, N) -> (Mp, N).
 
-    Only rtn - 1 can be better than rtn: small values get finer steps, and the largest is clipped. At rtn + 1
-    no new value is in range, and rtn - 2 cuts the largest weight to less than half. Byte 0, which reads as a
-    scale of 0, is for blocks of zeros only.
+    Only rtn - 1 can be better: small values get finer steps, and the largest is clipped. At rtn + 1 no new value
+    is in range; rtn - 2 cuts the largest weight to less than half. Byte 0, read as 0, is for blocks of zeros.
     """
     def reconstruct(byte):
         scale = decode_e8m0(byte)
@@ -451,10 +444,7 @@ def write_marker(info: dict) -> Tensor:
 
 
 def read_marker(marker: Tensor, name: str = "comfy_quant") -> dict:
-    """The inverse of write_marker.
-
-    Raises ValueError, naming `name`, for bad JSON, an unknown format, and an orig_shape that is not two sizes.
-    """
+    """The inverse of write_marker. Raises ValueError, naming `name`, for bad JSON and unusable values."""
     try:
         text = bytes(marker.flatten().tolist())
         info = json.loads(text)
@@ -678,19 +668,22 @@ def quantize_activation(x: Tensor, layer: QuantLinear):
     NVFP4 without input_scale, the whole product.
     """
     x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
-    if torch.compiler.is_compiling():
-        quantize = quantize_rows  # part of a larger compiled graph
-    else:
-        quantize = compiled_quantize_rows(x.device.type) if x.is_cuda else chunked_quantize_rows
+    compiled = x.is_cuda and not torch.compiler.is_compiling()  # else step by step, or in a larger compiled graph
+    quantize = compiled_quantize_rows(x.device.type) if compiled else quantize_rows
     data, block_scale, tensor_scale = quantize(x, layer.format, layer.input_scale)
     return data, swizzle(block_scale), tensor_scale
 
 
 def quantize_rows(x, fmt, input_scale):
-    """The plain form of quantize_activation, for a padded x, and with the scales not swizzled yet."""
+    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet."""
     if fmt == "mxfp8":
-        return *plain_mxfp8(x, smallest=MXFP8_SMALLEST), None
-    return plain_nvfp4(x, None if input_scale is None else input_scale.reshape(()))
+        return *by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None
+    tensor_scale = None if input_scale is None else input_scale.reshape(())
+    if torch.compiler.is_compiling():
+        return plain_nvfp4(x, tensor_scale)  # reads x once for the amax of the blocks and of all
+    if tensor_scale is None:
+        tensor_scale = nvfp4_tensor_scale(matrix_amax(x))
+    return *by_rows(plain_nvfp4, x, tensor_scale), tensor_scale
 
 
 def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | None,
@@ -716,14 +709,10 @@ def scaled_mm_operands(x: Tensor, layer: QuantLinear):
 
 
 def scale_and_add(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y * scale + bias, in place and in one pass. Scale and bias may be None.
-
-    The scale becomes a vector because torch would round a 0-d scale to bfloat16 if y is bfloat16, an error of up
-    to 0.2 %. A float32 vector makes the arithmetic float32.
-    """
+    """y * scale + bias, in place and in one pass, computed in float32. Scale and bias may be None."""
     if scale is None:
         return y if bias is None else y.add_(bias)
-    scale = scale.reshape(1)
+    scale = scale.reshape(1)  # torch rounds a 0-d scale to y's dtype: for bfloat16, an error of up to 0.2 %
     return torch.mul(y, scale, out=y) if bias is None else torch.addcmul(bias, y, scale, out=y)
 
 
@@ -739,6 +728,8 @@ def row_chunks(rows, cols, device):
 
 def by_rows(plain, w, *arguments):
     """data and block_scale of plain(w, *arguments), a plain form, computed on a few rows at a time."""
+    if torch.compiler.is_compiling():  # the compiler makes one loop of the plain form
+        return plain(w, *arguments)[:2]
     whole = []
     for rows in row_chunks(*w.shape, w.device):
         parts = plain(w[rows], *arguments)[:2]
@@ -746,14 +737,6 @@ def by_rows(plain, w, *arguments):
         for tensor, part in zip(whole, parts):
             tensor[rows] = part
     return whole
-
-
-def chunked_quantize_rows(x, fmt, input_scale):
-    """quantize_rows, a few rows at a time: the tensor scale of all of x first."""
-    if fmt == "nvfp4" and input_scale is None:
-        input_scale = nvfp4_tensor_scale(matrix_amax(x))
-    data, block_scale = by_rows(quantize_rows, x, fmt, input_scale)
-    return data, block_scale, None if input_scale is None else input_scale.reshape(())
 
 
 # division_rounding gives the bits of the plain form. The thresholds keep the unpacked codes out of memory: each
@@ -767,7 +750,7 @@ def compiled_quantize_rows(device_type):
     """quantize_rows, compiled for any number of rows, once for each format and width.
 
     With the swizzle, 2.7 times x's bytes move for NVFP4, which reads x twice, and 1.6 times for MXFP8; without a
-    compiler 76 and 19 times (bench/fullsize.py --activation). Then chunked_quantize_rows keeps them in the cache.
+    compiler 76 and 19 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache.
     """
     compiled = torch.compile(quantize_rows, options=COMPILER_OPTIONS)
 
@@ -783,7 +766,7 @@ def compiled_quantize_rows(device_type):
         reason = str(error).partition("\n")[0]
         warnings.warn("activations are quantized step by step, which is slow: torch.compile failed; it needs a C "
                       f"compiler and Triton (on Windows: pip install triton-windows): {reason}")
-        return chunked_quantize_rows
+        return quantize_rows
     return quantize
 
 
@@ -819,7 +802,7 @@ def round_e2m1(a: Tensor) -> Tensor:
 def decode_by_rows(data, scale, dtype):
     """decode_nvfp4 (uint8 data) or decode_mxfp8 (float8 data) in dtype, computed on a few rows at a time."""
     packed = data.dtype == torch.uint8
-    if torch.compiler.is_compiling():  # the compiler makes one loop of the plain form
+    if torch.compiler.is_compiling():  # as in by_rows
         return (decode_nvfp4 if packed else decode_mxfp8)(data, scale).to(dtype)
     (rows, blocks), block = scale.shape, NVFP4_BLOCK if packed else MXFP8_BLOCK
     table = e2m1_pairs(data.device) if packed else None
