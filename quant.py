@@ -69,7 +69,7 @@ Microscaling Formats 1.0: https://www.opencompute.org/documents/ocp-microscaling
 
 How a product is made
 ---------------------
-For y = x @ w.T on Blackwell, the activation x is quantized too, each time the layer runs:
+For y = x @ w.T on Blackwell, the activation x (R, K) is quantized too, each time the layer runs:
 
     y = torch._scaled_mm(x_data, w_data.T, x_block_scale, w_block_scale, out_dtype=torch.bfloat16)
     y = y * (x_tensor_scale * w_tensor_scale) + bias
@@ -81,7 +81,7 @@ What is stored
 --------------
 Names and layout are those of ComfyUI's checkpoints. A weight is (M, K) = (out_features, in_features), padded
 with zeros to (Mp, Kp), multiples of 16 (NVFP4) or 32 (MXFP8), as comfy-kitchen does and torch._scaled_mm wants.
-A row has N = Kp / 16 or Kp / 32 blocks. M128 is M rounded up to a multiple of 128, and so on:
+A row has N = Kp / B blocks of B = 16 or 32. M128 is M rounded up to a multiple of 128, and so on:
 
                 of the layer L      NVFP4                                MXFP8
   data          L.weight            uint8         (Mp, Kp / 2)           float8_e4m3fn (Mp, Kp)
@@ -131,8 +131,6 @@ BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MXFP8_BLOCK}
 FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # as stored: as printed
 MXFP8_SMALLEST = E4M3_MAX * 2.0 ** -127  # the largest amax whose MXFP8 scale is byte 0, which reads as 0
 MODES = ("tensor_cores", "dequantize", "emulate")
-
-# In shapes, an activation is (R, K), and a block has B weights. (Mp, ...) stands for any number of rows.
 
 
 def round_up(n, multiple):
@@ -195,10 +193,7 @@ def unpack_e2m1(data: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------
 
 def swizzle(scale: Tensor) -> Tensor:
-    """Scales (R, C) of any dtype -> (R128, C4) in the tensor cores' order, padded with zeros.
-
-    Raises ValueError if scale is not 2-D.
-    """
+    """2-D scales (R, C) of any dtype -> (R128, C4) in the tensor cores' order, padded with zeros."""
     if scale.dim() != 2:
         raise ValueError(f"swizzle: got shape {tuple(scale.shape)}, expected 2-D (rows, blocks in a row); "
                          f"reshape the scales")
@@ -210,10 +205,7 @@ def swizzle(scale: Tensor) -> Tensor:
 
 
 def unswizzle(scale: Tensor, rows: int, cols: int) -> Tensor:
-    """The inverse of swizzle: stored scales, 2-D or flat -> (rows, cols), with the padding dropped.
-
-    Raises ValueError if the number of elements is not that of swizzled (rows, cols) scales.
-    """
+    """The inverse of swizzle: stored scales, 2-D or flat -> (rows, cols), with the padding dropped."""
     rows128, cols4 = round_up(rows, 128), round_up(cols, 4)
     if scale.numel() != rows128 * cols4:
         raise ValueError(f"unswizzle: got {tuple(scale.shape)}, expected {(rows128, cols4)} for {rows} x {cols} "
@@ -308,10 +300,7 @@ def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor,
 # ----------------------------------------------------------------------------------------------------
 
 def plain_mxfp8(w, method="rtn", smallest=0.0):
-    """MXFP8's equation: padded w (Mp, Kp) -> data (Mp, Kp), block_scale (Mp, N).
-
-    A block whose amax is at most `smallest` becomes zeros.
-    """
+    """MXFP8's equation: padded w (Mp, Kp) -> data (Mp, Kp), block_scale (Mp, N). amax <= smallest gives zeros."""
     amax = block_amax(w, MXFP8_BLOCK)  # (Mp, N)
     exponent = torch.log2((amax / E4M3_MAX).clamp(min=2.0 ** -127)).ceil()
     block_scale = (exponent + 127).clamp(0, 254).to(torch.uint8)  # (Mp, N)
@@ -342,9 +331,8 @@ def decode_mxfp8(data: Tensor, scale: Tensor) -> Tensor:
 def quantize_mxfp8(w: Tensor, method: str = "rtn") -> tuple[Tensor, Tensor]:
     """Weight (M, K) of any float dtype -> data, block_scale (swizzled).
 
-    method  "rtn": the exponent follows from the block's amax. If 0 < amax <= 448 * 2**-127 (2.6e-36), the scale
-            is byte 0, which reads as 0: as in comfy-kitchen, the block's zeros come back as NaN, and its other
-            values as 0. A block of zeros stays zeros.
+    method  "rtn": the exponent follows from the block's amax. As in comfy-kitchen, a block of zeros stays zeros,
+            but if 0 < amax <= 448 * 2**-127 (2.6e-36), zeros come back as NaN, and other values as 0.
             "search": the exponent of least squared error in each block; no NaN.
 
     Raises ValueError if w is not 2-D, not floating-point, empty or not finite, and for an unknown method.
@@ -550,8 +538,7 @@ class QuantLinear(nn.Module):
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
 
-        Raises ValueError for missing or unexpected tensors, wrong shapes or dtypes, and an unknown format or
-        mode.
+        Raises ValueError for missing, unexpected or unfitting tensors, and an unknown format or mode.
         """
         older = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
         tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
@@ -664,8 +651,7 @@ def quantize_activation(x: Tensor, layer: QuantLinear):
     """Activation (R, K) -> data, block_scale (swizzled), tensor_scale (None for MXFP8), in the layer's format.
 
     It rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that of x.
-    Nothing here waits for the GPU, so there is no check for NaN. A NaN in x makes its row of the product NaN; for
-    NVFP4 without input_scale, the whole product.
+    A check would wait for the GPU: NaN in x makes its row of y NaN, for NVFP4 without input_scale all of y.
     """
     x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
     compiled = x.is_cuda and not torch.compiler.is_compiling()  # else step by step, or in a larger compiled graph
@@ -750,10 +736,8 @@ def compiled_quantize_rows(device_type):
     """quantize_rows, compiled for any number of rows, once for each format and width.
 
     With the swizzle, 2.7 times x's bytes move for NVFP4, which reads x twice, and 1.6 times for MXFP8; without a
-    compiler 76 and 19 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache.
+    compiler 78 and 21 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache.
     """
-    compiled = torch.compile(quantize_rows, options=COMPILER_OPTIONS)
-
     def quantize(x, fmt, input_scale):
         torch._dynamo.maybe_mark_dynamic(x, 0)
         torch._dynamo.mark_static(x, 1)  # with a variable width, each element would cost integer divisions
@@ -761,6 +745,7 @@ def compiled_quantize_rows(device_type):
 
     print("compiling the quantizer of activations; the first layers take longer", file=sys.stderr, flush=True)
     try:
+        compiled = torch.compile(quantize_rows, options=COMPILER_OPTIONS)
         quantize(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
     except Exception as error:
         reason = str(error).partition("\n")[0]
