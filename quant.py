@@ -2,13 +2,14 @@
 
 NVFP4 is NVIDIA's 4-bit floating-point format: 16 neighboring weights share an 8-bit scale, and the matrix has
 one more scale in float32. A weight takes 4.5 bits instead of bfloat16's 16, and Blackwell GPUs multiply such
-matrices in their tensor cores. MXFP8 is its 8-bit relative: larger and more accurate. In three lines:
+matrices in their tensor cores. MXFP8 is its 8-bit relative: larger and more accurate. Use them like this:
 
-    stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize_nvfp4(w)))  # w: (out, in)
-    stored["comfy_quant"] = write_marker({"format": "nvfp4"})
+    data, block_scale, tensor_scale = quantize_nvfp4(w)  # w: (out_features, in_features)
+    stored = {"weight": data, "weight_scale": block_scale, "weight_scale_2": tensor_scale,
+              "comfy_quant": write_marker({"format": "nvfp4"})}
     y = QuantLinear.from_tensors("ffn.0", stored, in_features=w.shape[1], out_features=w.shape[0])(x)
 
-This file needs only torch. Copy it into another project, and it works there.
+QuantLinear also takes FP8 and plain weights, and LoRAs. This file needs only torch; it can be copied elsewhere.
 
 NVFP4 in one equation
 ---------------------
@@ -17,22 +18,22 @@ NVFP4 in one equation
   code          4 bits for every weight, E2M1: sign, 2 exponent bits, 1 mantissa bit. The eight magnitudes are
                 0, 0.5, 1, 1.5, 2, 3, 4, 6, and code = sign << 3 | index: code 5 is 3, code 13 is -3.
   block_scale   8 bits for every 16 consecutive weights of a row, E4M3: sign, 4 exponent bits (bias 7),
-                3 mantissa bits, no infinity; the largest value is 448 (arXiv 2209.05433).
+                3 mantissa bits. The largest value is 448; below 2**-6 the values are 2**-9 apart; 0x7F is NaN,
+                and there is no infinity (arXiv 2209.05433).
   tensor_scale  one float32 for the whole matrix. It brings the block scales into E4M3's range.
 
-All three multiply. (Some libraries store 1 / scale instead.) A weight costs 4 + 8 / 16 = 4.5 bits.
-
-To quantize, find the scales from the outside in, all in float32. amax is the largest absolute value:
+All three multiply. (Some libraries store 1 / scale instead.) A weight costs 4 + 8 / 16 = 4.5 bits. To quantize,
+find the scales from the outside in, all in float32. amax is the largest absolute value:
 
     tensor_scale = amax(w) / (448 * 6)
     block_scale  = e4m3(min(amax(block) / 6 / tensor_scale, 448))
     code         = e2m1(clamp(w / (tensor_scale * block_scale), -6, 6))
 
 e4m3 and e2m1 round to the nearest value; a tie takes the even code. The block scale maps the largest weight
-of its block to about 6, the largest E2M1 value. The tensor scale gives the block with the largest weight of
-all the scale 448, the largest E4M3 value; so the min acts only if a caller passes a smaller tensor_scale. The
-clamp acts if a block scale was rounded down. A block whose scale rounds to 0 gets codes 0. A matrix of zeros
-gets tensor_scale 1.
+of its block to about 6, the largest E2M1 value; the tensor scale maps the largest block scale to 448, the
+largest E4M3 value. The min matters only if tensor_scale is smaller than that: passed by the caller, or an
+activation's stored input_scale. Such blocks are clipped, and so is a largest weight whose block scale was
+rounded down. A block whose scale rounds to 0 gets codes 0. Where amax / 2688 is 0 in float32, tensor_scale is 1.
 
 One block, worked
 -----------------
@@ -42,19 +43,19 @@ A matrix with amax 672 has tensor_scale = 672 / 2688 = 0.25. In one of its block
 
 and the block is divided by 0.25 * 40 = 10. Codes and bytes are printed in hexadecimal:
 
-  w          38   -15     4     0 -61.5    25     9    -1 |    19   -31    47   -12    -3    13   -22   7.5
-  w / 10    3.8  -1.5   0.4     0 -6.15   2.5   0.9  -0.1 |   1.9  -3.1   4.7  -1.2  -0.3   1.3  -2.2  0.75
-  e2m1        4  -1.5   0.5     0    -6     2     1    -0 |     2    -3     4    -1  -0.5   1.5    -2     1
-  code        6     B     1     0     F     4     2     8 |     4     D     6     A     9     3     C     2
-  byte             6B          10          F4          28 |          4D          6A          93          C2
-  back       40   -15     5     0   -60    20    10    -0 |    20   -30    40   -10    -5    15   -20    10
+  w          38   -15     4     0 -61.5    25     9    -1    19   -31    47   -12    -3    13   -22   7.5
+  w / 10    3.8  -1.5   0.4     0 -6.15   2.5   0.9  -0.1   1.9  -3.1   4.7  -1.2  -0.3   1.3  -2.2  0.75
+  e2m1        4  -1.5   0.5     0    -6     2     1    -0     2    -3     4    -1  -0.5   1.5    -2     1
+  code        6     B     1     0     F     4     2     8     4     D     6     A     9     3     C     2
+  byte             6B          10          F4          28          4D          6A          93          C2
+  back       40   -15     5     0   -60    20    10    -0    20   -30    40   -10    -5    15   -20    10
 
 41 is between the E4M3 values 40 and 44 and was rounded down, so the largest weight is clipped: -6.15 becomes
 -6. 2.5 and 0.75 are ties, halfway between two values: 2.5 goes down to code 4, and 0.75 up to code 2.
 
-Two codes share a byte, and the EVEN element is in the HIGH nibble: 6, then B, is 6B. torchao and torch's own
-float4_e2m1fn_x2 put it in the low nibble. A product needs both operands in the same order. This file packs
-activations in its own order, so a weight packed in the other order gives wrong results here.
+Two codes share a byte, and elements 0, 2, 4, ... of a row are in the HIGH nibbles: 6, then B, is 6B. torchao and
+torch's own float4_e2m1fn_x2 put them in the low nibbles. A product needs both operands in the same order. This
+file packs activations high nibble first, so a weight packed in the other order gives wrong results here.
 
 MXFP8
 -----
@@ -62,59 +63,62 @@ MXFP8
 
 One E4M3 byte for every weight, and for every 32 consecutive weights of a row one byte that is a bare exponent
 (E8M0): 8.25 bits. scale = ceil(log2(amax(block) / 448)) + 127, rounded up so that the largest weight is not
-clipped (arXiv 2506.08027). There is no tensor scale. E2M1, E4M3 and E8M0 are specified in OCP Microscaling
-Formats 1.0: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+clipped (arXiv 2506.08027). A block of zeros gets byte 0, which this file (like comfy-kitchen) reads as 0; in
+the OCP specification it is 2**-127. There is no tensor scale. E2M1, E4M3 and E8M0 are specified in OCP
+Microscaling Formats 1.0: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+
+How a product is made
+---------------------
+For y = x @ w.T on Blackwell, the activation x (R, K) is quantized too, each time the layer runs:
+
+    y = torch._scaled_mm(x_data, w_data.T, x_block_scale, w_block_scale, out_dtype=torch.bfloat16)
+    y = y * (x_tensor_scale * w_tensor_scale) + bias
+
+with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. The product is rounded to
+bfloat16 before the tensor scales multiply it. On other devices, w is dequantized for each call.
 
 What is stored
 --------------
-A weight is (M, K) = (out_features, in_features). M16 is M rounded up to a multiple of 16, and so on; the
-padding is zeros. N is the number of blocks in a row, K16 / 16 or K32 / 32. L is the layer's name:
+Names and layout are those of ComfyUI's checkpoints. A weight is (M, K) = (out_features, in_features), padded
+with zeros to (Mp, Kp), multiples of 16 (NVFP4) or 32 (MXFP8), as comfy-kitchen does and torch._scaled_mm wants.
+A row has N = Kp / B blocks of B = 16 or 32. M128 is M rounded up to a multiple of 128, and so on:
 
-                in a checkpoint     NVFP4                                MXFP8
-  data          L.weight            uint8         (M16, K16 / 2)         float8_e4m3fn (M32, K32)
+                of the layer L      NVFP4                                MXFP8
+  data          L.weight            uint8         (Mp, Kp / 2)           float8_e4m3fn (Mp, Kp)
   block_scale   L.weight_scale      float8_e4m3fn (M128, N4)             uint8         (M128, N4)
   tensor_scale  L.weight_scale_2    float32       ()                     none
   marker        L.comfy_quant       uint8, JSON: {"format": "nvfp4"}     uint8, JSON: {"format": "mxfp8"}
 
-Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales,
-with a row for each row of the weight, is padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512
-consecutive bytes, and the tiles follow one another row by row. The scale of row r, block c is at
+Optional: L.bias (M,); L.pre_quant_scale (K,), which multiplies x; for NVFP4 L.input_scale (), the tensor scale
+of x. "full_precision_matrix_mult": true in the marker's JSON says that x must not be quantized.
+
+Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales is
+padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512 consecutive bytes, and the tiles follow one
+another row by row. The scale of row r, block c is at
 
     tile   = (r // 128) * (N4 / 4) + c // 4
     offset = 512 * tile + 16 * (r % 32) + 4 * (r % 128 // 32) + c % 4
 
 A 5120 x 5120 weight in NVFP4 has 5120 x 320 scales, so 80 tiles in a row of tiles. The scale of row 200,
-block 9 is in tile 1 * 80 + 2 = 82, at offset 512 * 82 + 16 * 8 + 4 * 2 + 1 = 42121. The stored 2-D shape only
-counts the bytes. Source: https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
-
-How a product is made
----------------------
-For y = x @ w.T on Blackwell, the activation x is quantized too, each time the layer runs:
-
-    y = torch._scaled_mm(x_data, w_data.T, x_block_scale, w_block_scale) * (x_tensor_scale * w_tensor_scale)
-
-with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. Then the padding is cropped
-and the bias added. On other devices, w is dequantized for each call.
-
-How this differs from torchao and comfy-kitchen
------------------------------------------------
-The formats are theirs, and method="rtn" (round to nearest) gives the bits of comfy-kitchen 0.2.40's eager
-backend (https://github.com/Comfy-Org/comfy-kitchen). Both wrap a weight in a tensor subclass that intercepts
-torch's operators, and bring their own CUDA or Triton kernels. Here a weight is two or three plain tensors in
-an nn.Module, and every kernel is torch's own or compiled by it. That gives up training, sharding, layers other
-than Linear, and formats other than these. torchao (https://github.com/pytorch/ao) packs the other nibble first.
+block 9 is in tile 1 * 80 + 2 = 82, at offset 512 * 82 + 16 * 8 + 4 * 2 + 1 = 42121. The stored 2-D shape has the
+right number of bytes, but its element [r, c] is not that scale. This layout is cuBLAS's:
+https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 
 Map
 ---
   for callers    quantize_nvfp4, dequantize_nvfp4, quantize_mxfp8, dequantize_mxfp8, swizzle, unswizzle,
                  QuantLinear, write_marker, read_marker, stored_tensors, describe, default_mode, default_dtype
   for converters encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1, encode_nvfp4, encode_mxfp8, round_e2m1
-  plain forms    plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch
-  operands       quantize_activation, scaled_mm_operands: what torch._scaled_mm multiplies
-  fast paths     the last section: the same bits, sooner
+  to read first  plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch
+
+The stored layout is comfy-kitchen's (https://github.com/Comfy-Org/comfy-kitchen), and method="rtn" (round to
+nearest) is bit-identical to its eager backend, version 0.2.40. comfy-kitchen and torchao both wrap a weight in
+a tensor subclass that intercepts torch's operators, and bring their own kernels. Here a weight is two or three
+plain tensors in an nn.Module, and every kernel is torch's own or compiled by it: no training, no sharding.
 """
 import functools
 import json
+import sys
 import warnings
 
 import torch
@@ -128,9 +132,6 @@ FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # a
 MXFP8_SMALLEST = E4M3_MAX * 2.0 ** -127  # the largest amax whose MXFP8 scale is byte 0, which reads as 0
 MODES = ("tensor_cores", "dequantize", "emulate")
 
-# Letters in shapes: a weight is (M, K) = (out, in), and (Mp, Kp) when padded: (M16, K16) or (M32, K32). A row has
-# N = Kp / B blocks of B weights. An activation is (R, K). Where (Mp, ...) is taken, any number of rows will do.
-
 
 def round_up(n, multiple):
     return -(-n // multiple) * multiple
@@ -140,6 +141,16 @@ def pad_to(w, rows, cols):
     """Pad with zeros, below and to the right, to multiples of rows and cols."""
     padding = (0, round_up(w.shape[1], cols) - w.shape[1], 0, round_up(w.shape[0], rows) - w.shape[0])
     return F.pad(w, padding) if any(padding) else w
+
+
+def crop(caller, w, shape, multiple):
+    """w without its padding: (Mp, Kp) -> shape (M, K), or all of w if shape is None."""
+    if shape is None:
+        return w
+    if tuple(round_up(n, multiple) for n in shape) != w.shape:
+        raise ValueError(f"{caller}: got shape {tuple(shape)}, which does not pad to the stored "
+                         f"{tuple(w.shape)}; pass this layer's (out_features, in_features)")
+    return w[:shape[0], :shape[1]].contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -182,10 +193,7 @@ def unpack_e2m1(data: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------
 
 def swizzle(scale: Tensor) -> Tensor:
-    """Scales (R, C) of any dtype -> (R128, C4) in the tensor cores' order, padded with zeros.
-
-    Raises ValueError if scale is not 2-D.
-    """
+    """2-D scales (R, C) of any dtype -> (R128, C4) in the tensor cores' order, padded with zeros."""
     if scale.dim() != 2:
         raise ValueError(f"swizzle: got shape {tuple(scale.shape)}, expected 2-D (rows, blocks in a row); "
                          f"reshape the scales")
@@ -197,10 +205,7 @@ def swizzle(scale: Tensor) -> Tensor:
 
 
 def unswizzle(scale: Tensor, rows: int, cols: int) -> Tensor:
-    """The inverse of swizzle: stored scales, 2-D or flat -> (rows, cols), with the padding dropped.
-
-    Raises ValueError if the number of elements is not that of swizzled (rows, cols) scales.
-    """
+    """The inverse of swizzle: stored scales, 2-D or flat -> (rows, cols), with the padding dropped."""
     rows128, cols4 = round_up(rows, 128), round_up(cols, 4)
     if scale.numel() != rows128 * cols4:
         raise ValueError(f"unswizzle: got {tuple(scale.shape)}, expected {(rows128, cols4)} for {rows} x {cols} "
@@ -218,11 +223,11 @@ def plain_nvfp4(w, tensor_scale=None, method="rtn"):
     """The three equations: padded w (Mp, Kp) -> data (Mp, Kp/2), block_scale (Mp, N), tensor_scale ().
 
     Rows are independent of one another once tensor_scale is given, so quantize_nvfp4 calls this on a few rows
-    at a time (by_rows). block_amax(w, 16) is the amax of each block of 16.
+    at a time (by_rows).
     """
-    amax = block_amax(w, NVFP4_BLOCK)  # (Mp, N)
+    amax = block_amax(w, NVFP4_BLOCK)  # (Mp, N): w.abs().unflatten(1, (-1, 16)).amax(-1)
     if tensor_scale is None:
-        tensor_scale = nvfp4_tensor_scale(amax.max())
+        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # first of each row: compiled, in parallel
     block_scale = (amax / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (Mp, N)
     blocks = w.float().unflatten(1, (-1, NVFP4_BLOCK))  # (Mp, N, 16)
     if method == "search":
@@ -232,7 +237,7 @@ def plain_nvfp4(w, tensor_scale=None, method="rtn"):
 
 
 def nvfp4_tensor_scale(amax):
-    """amax / (448 * 6), or 1 where that is 0: any scale represents zeros, and 0 itself would give 0 / 0."""
+    """amax / (448 * 6), or 1 where that is 0 in float32: a scale of 0 would give 0 / 0."""
     tensor_scale = amax / (E4M3_MAX * E2M1_MAX)
     return torch.where(tensor_scale == 0, 1.0, tensor_scale)
 
@@ -254,7 +259,7 @@ def quantize_nvfp4(w: Tensor, tensor_scale: Tensor | float | None = None,
                    method: str = "rtn") -> tuple[Tensor, Tensor, Tensor]:
     """Weight (M, K) of any float dtype -> data, block_scale (swizzled), tensor_scale.
 
-    tensor_scale  a positive number; by default amax / (448 * 6), or 1 where that is 0
+    tensor_scale  a positive number; by default amax / (448 * 6), or 1 where that is 0 in float32
     method        "rtn": the block scale follows from the block's amax. "search": the block scale of least
                   squared error, about 8 times slower
 
@@ -283,12 +288,11 @@ def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor,
     not fit together.
     """
     if data.dim() != 2 or data.dtype != torch.uint8:
-        raise ValueError(f"dequantize_nvfp4: got data {data.dtype} {tuple(data.shape)}, expected uint8 (M16, "
-                         f"K16 / 2); use dequantize_mxfp8 for MXFP8, and view float4_e2m1fn_x2 as uint8")
+        raise ValueError(f"dequantize_nvfp4: got data {data.dtype} {tuple(data.shape)}, expected uint8 (Mp, "
+                         f"Kp / 2); use dequantize_mxfp8 for MXFP8, and view float4_e2m1fn_x2 as uint8")
     rows, cols = data.shape[0], data.shape[1] * 2
-    check_crop("dequantize_nvfp4", (rows, cols), shape, NVFP4_BLOCK)
     scale = tensor_scale * unswizzle(block_scale, rows, cols // NVFP4_BLOCK).float()  # (Mp, N)
-    return crop(decode_by_rows(data, scale, dtype), shape)
+    return crop("dequantize_nvfp4", decode_by_rows(data, scale, dtype), shape, NVFP4_BLOCK)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -296,10 +300,7 @@ def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor,
 # ----------------------------------------------------------------------------------------------------
 
 def plain_mxfp8(w, method="rtn", smallest=0.0):
-    """MXFP8's equation: padded w (Mp, Kp) -> data (Mp, Kp), block_scale (Mp, N).
-
-    A block whose amax is at most `smallest` becomes zeros.
-    """
+    """MXFP8's equation: padded w (Mp, Kp) -> data (Mp, Kp), block_scale (Mp, N). amax <= smallest gives zeros."""
     amax = block_amax(w, MXFP8_BLOCK)  # (Mp, N)
     exponent = torch.log2((amax / E4M3_MAX).clamp(min=2.0 ** -127)).ceil()
     block_scale = (exponent + 127).clamp(0, 254).to(torch.uint8)  # (Mp, N)
@@ -307,7 +308,7 @@ def plain_mxfp8(w, method="rtn", smallest=0.0):
     if method == "search":
         block_scale = search_mxfp8(blocks, amax, block_scale)
     data = encode_mxfp8(blocks, decode_e8m0(block_scale)).view(torch.uint8)  # (Mp, N, 32)
-    data.mul_(~(amax <= smallest)[..., None])  # x / 0 is infinite, and 0 / 0 is NaN
+    data.mul_(~(amax <= smallest)[..., None])  # x / 0 is infinite, 0 / 0 is NaN; not amax > smallest: NaN stays
     return data.view(torch.float8_e4m3fn).flatten(1), block_scale
 
 
@@ -330,8 +331,8 @@ def decode_mxfp8(data: Tensor, scale: Tensor) -> Tensor:
 def quantize_mxfp8(w: Tensor, method: str = "rtn") -> tuple[Tensor, Tensor]:
     """Weight (M, K) of any float dtype -> data, block_scale (swizzled).
 
-    method  "rtn": the exponent follows from the block's amax. In a block whose amax is at most 448 * 2**-127
-            (2.6e-36) the scale is byte 0, which reads as 0, and zeros become NaN, as in comfy-kitchen.
+    method  "rtn": the exponent follows from the block's amax. As in comfy-kitchen, a block of zeros stays zeros,
+            but if 0 < amax <= 448 * 2**-127 (2.6e-36), zeros come back as NaN, and other values as 0.
             "search": the exponent of least squared error in each block; no NaN.
 
     Raises ValueError if w is not 2-D, not floating-point, empty or not finite, and for an unknown method.
@@ -351,19 +352,14 @@ def dequantize_mxfp8(data: Tensor, block_scale: Tensor, shape: tuple[int, int] |
     """
     if data.dim() != 2 or data.dtype != torch.float8_e4m3fn:
         raise ValueError(f"dequantize_mxfp8: got data {data.dtype} {tuple(data.shape)}, expected float8_e4m3fn "
-                         f"(M32, K32); use dequantize_nvfp4 for NVFP4")
+                         f"(Mp, Kp); use dequantize_nvfp4 for NVFP4")
     rows, cols = data.shape
-    check_crop("dequantize_mxfp8", (rows, cols), shape, MXFP8_BLOCK)
     scale = decode_e8m0(unswizzle(block_scale, rows, cols // MXFP8_BLOCK))  # (Mp, N)
-    return crop(decode_by_rows(data, scale, dtype), shape)
+    return crop("dequantize_mxfp8", decode_by_rows(data, scale, dtype), shape, MXFP8_BLOCK)
 
-
-# ----------------------------------------------------------------------------------------------------
-# What the four functions above refuse
-# ----------------------------------------------------------------------------------------------------
 
 def check_weight(caller, w, method):
-    """Refuse a weight or method that cannot be quantized; return the weight's amax."""
+    """Raise ValueError for a weight that cannot be quantized or an unknown method; return the weight's amax."""
     if method not in ("rtn", "search"):
         raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
     if w.dim() != 2 or w.numel() == 0:
@@ -375,16 +371,6 @@ def check_weight(caller, w, method):
         raise ValueError(f"{caller}: got NaN, or values that are infinite in float32, expected finite values; "
                          f"check the source of the weight")
     return amax
-
-
-def check_crop(caller, stored, shape, multiple):
-    if shape is not None and tuple(round_up(n, multiple) for n in shape) != stored:
-        raise ValueError(f"{caller}: got shape {tuple(shape)}, which does not pad to the stored {stored}; pass "
-                         f"this layer's (out_features, in_features)")
-
-
-def crop(w, shape):
-    return w if shape is None else w[:shape[0], :shape[1]].contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -409,10 +395,8 @@ def lowest_error(x, candidates, reconstruct):
 def search_nvfp4(x, amax, tensor_scale, rtn):
     """The E4M3 block scale of least squared error: x (Mp, N, 16), amax and rtn (Mp, N) -> (Mp, N).
 
-    The best scale is always among the sixteen consecutive E4M3 values from amax / 8 up. Below amax / 8,
-    clipping the largest weight costs more than doubling the scale costs the other fifteen together. Above
-    amax / 3.5, half the scale represents every value that the scale does, and more between them. E4M3 lacks
-    half of a value only for bytes under 16, and there sixteen steps reach all of them.
+    Compared are rtn and the sixteen consecutive E4M3 values from amax / 8 / tensor_scale up. Smaller scales
+    clip too much, and larger ones have coarser steps than they need. The tests compare with all 126 scales.
     """
     x = x.abs()
 
@@ -428,9 +412,8 @@ def search_nvfp4(x, amax, tensor_scale, rtn):
 def search_mxfp8(x, amax, rtn):
     """The exponent of least squared error: x (Mp, N, 32), amax and rtn (Mp, N) -> (Mp, N).
 
-    Only rtn - 1 can be better than rtn: small values get finer steps, and the largest is clipped. At rtn + 1
-    no new value is in range, and rtn - 2 cuts the largest weight to less than half. Byte 0, which reads as a
-    scale of 0, is for blocks of zeros only.
+    Only rtn - 1 can be better: small values get finer steps, and the largest is clipped. At rtn + 1 no new value
+    is in range; rtn - 2 cuts the largest weight to less than half. Byte 0, read as 0, is for blocks of zeros.
     """
     def reconstruct(byte):
         scale = decode_e8m0(byte)
@@ -449,15 +432,21 @@ def write_marker(info: dict) -> Tensor:
 
 
 def read_marker(marker: Tensor, name: str = "comfy_quant") -> dict:
-    """The inverse of write_marker. Raises ValueError, naming `name`, for bad JSON or an unknown format."""
+    """The inverse of write_marker. Raises ValueError, naming `name`, for bad JSON and unusable values."""
     try:
-        info = json.loads(bytes(marker.flatten().tolist()))
-    except (ValueError, TypeError) as error:
+        text = bytes(marker.flatten().tolist())
+        info = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f'{name}: got bytes that are not JSON ({error}), expected {{"format": ...}}; '
-                         f'the file is damaged: get it again') from None
-    if not isinstance(info, dict) or info.get("format") not in FORMAT_NAMES:
-        raise ValueError(f"{name}: got {info}, expected a format out of {', '.join(FORMAT_NAMES)}; "
+                         f'the file is damaged: download it again') from None
+    if not isinstance(info, dict) or info.get("format") not in list(FORMAT_NAMES):
+        raise ValueError(f"{name}: got {text[:100]}, expected a format out of {', '.join(FORMAT_NAMES)}; "
                          f"convert the layer to one of these")
+    shape = info.get("orig_shape", [1, 1])
+    if not (isinstance(shape, list) and len(shape) == 2
+            and all(type(size) is int and 0 < size < 2 ** 31 for size in shape)):
+        raise ValueError(f"{name}: got {text[:100]}, expected orig_shape [out_features, in_features]; "
+                         f"the file is damaged: download it again")
     return info
 
 
@@ -478,7 +467,7 @@ def stored_tensors(fmt: str | None, in_features: int, out_features: int) -> tupl
         return {"weight": weight, "weight_scale": number}, optional | {"input_scale": number}
     rows, cols = round_up(out_features, BLOCK[fmt]), round_up(in_features, BLOCK[fmt])
     scale_shape = (round_up(rows, 128), round_up(cols // BLOCK[fmt], 4))
-    scale_advice = "the scales must be padded and swizzled, once"
+    scale_advice = "the scales must be padded and swizzled exactly once"
     if fmt == "nvfp4":
         return {"weight": ((torch.uint8,), (rows, cols // 2), advice),
                 "weight_scale": ((torch.float8_e4m3fn, torch.uint8), scale_shape, scale_advice),
@@ -493,7 +482,7 @@ def check_stored(name, tensors, fmt, in_features, out_features):
     for suffix in required:
         if suffix not in tensors:
             raise ValueError(f"{name}.{suffix}: got nothing, expected a tensor, as the layer is {kind}; "
-                             f"the file is incomplete: get it again")
+                             f"the file is incomplete: download it again")
     for suffix, tensor in tensors.items():
         if suffix not in required | optional:
             raise ValueError(f"{name}.{suffix}: got a tensor, expected none, as the layer is {kind}; "
@@ -529,10 +518,10 @@ class QuantLinear(nn.Module):
     The mode is chosen when the layer is made:
       tensor_cores  quantize x on the fly, and multiply by torch._scaled_mm (sm_100 and later)
       dequantize    dequantize W for this call, and multiply in compute_dtype
-      emulate       compute what tensor_cores computes, on any device: quantize and dequantize x, dequantize W,
-                    multiply in float32
-    FP8 layers, plain layers and those marked full_precision_matrix_mult always use "dequantize"; the
-    input_scale of an FP8 layer is stored but ignored. A dequantized copy of W is freed after each call.
+      emulate       compute what tensor_cores computes, but for the rounding of the product to bfloat16, on any
+                    device: quantize and dequantize x, dequantize W, multiply in float32
+    FP8 layers, plain layers and those whose marker says "full_precision_matrix_mult" always use "dequantize";
+    the input_scale of an FP8 layer is stored but ignored. A dequantized copy of W is freed after each call.
 
     x has any float dtype and any leading dimensions; y has x's dtype. Use from_tensors to make a layer.
     """
@@ -549,8 +538,7 @@ class QuantLinear(nn.Module):
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
 
-        Raises ValueError for missing or unexpected tensors, wrong shapes or dtypes, and an unknown format or
-        mode.
+        Raises ValueError for missing, unexpected or unfitting tensors, and an unknown format or mode.
         """
         older = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
         tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
@@ -612,16 +600,14 @@ class QuantLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)  # (R, K)
         scaled = flat if self.pre_quant_scale is None else flat * self.pre_quant_scale  # (R, K)
         dtype = torch.float32 if self.mode == "emulate" else self.compute_dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
         if self.mode == "tensor_cores":
             *operands, tensor_scale = scaled_mm_operands(scaled, self)
-            y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)  # (R128, Mp)
-            y = y[:flat.shape[0], :self.out_features].to(dtype)  # (R, M)
-            y = y if tensor_scale is None else y * tensor_scale
-            y = y if bias is None else y + bias
+            y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)  # (R, Mp)
+            y = scale_and_add(y[:, :self.out_features].to(dtype), tensor_scale, self.bias)  # (R, M)
         else:
             if self.mode == "emulate":
                 scaled = dequantize_activation(*quantize_activation(scaled, self), scaled.shape)  # (R, K)
+            bias = None if self.bias is None else self.bias.to(dtype)
             y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, M)
         for i, scale in enumerate(self.lora_scales):
             up, down = getattr(self, f"lora_up_{i}").to(dtype), getattr(self, f"lora_down_{i}").to(dtype)
@@ -661,28 +647,29 @@ def describe(model: nn.Module) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def quantize_activation(x: Tensor, layer: QuantLinear, row_multiple: int = 1):
+def quantize_activation(x: Tensor, layer: QuantLinear):
     """Activation (R, K) -> data, block_scale (swizzled), tensor_scale (None for MXFP8), in the layer's format.
 
-    It rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that of
-    x: amax / (448 * 6), and 1 only for an x of zeros. Nothing here waits for the GPU, so there is no check for
-    NaN: a NaN stays NaN.
+    It rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that of x.
+    A check would wait for the GPU: NaN in x makes its row of y NaN, for NVFP4 without input_scale all of y.
     """
-    x = pad_to(x, row_multiple, 32)  # 32 for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
-    if torch.compiler.is_compiling():
-        quantize = quantize_rows  # part of a larger compiled graph
-    else:
-        quantize = compiled_quantize_rows(x.device.type) if x.is_cuda else chunked_quantize_rows
-    return quantize(x, layer.format, layer.input_scale)
+    x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
+    compiled = x.is_cuda and not torch.compiler.is_compiling()  # else step by step, or in a larger compiled graph
+    quantize = compiled_quantize_rows(x.device.type) if compiled else quantize_rows
+    data, block_scale, tensor_scale = quantize(x, layer.format, layer.input_scale)
+    return data, swizzle(block_scale), tensor_scale
 
 
 def quantize_rows(x, fmt, input_scale):
-    """The plain form of quantize_activation, for a padded x."""
+    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet."""
     if fmt == "mxfp8":
-        data, block_scale = plain_mxfp8(x, smallest=MXFP8_SMALLEST)
-        return data, swizzle(block_scale), None
-    data, block_scale, tensor_scale = plain_nvfp4(x, None if input_scale is None else input_scale.reshape(()))
-    return data, swizzle(block_scale), tensor_scale
+        return *by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None
+    tensor_scale = None if input_scale is None else input_scale.reshape(())
+    if torch.compiler.is_compiling():
+        return plain_nvfp4(x, tensor_scale)  # reads x once for the amax of the blocks and of all
+    if tensor_scale is None:
+        tensor_scale = nvfp4_tensor_scale(matrix_amax(x))
+    return *by_rows(plain_nvfp4, x, tensor_scale), tensor_scale
 
 
 def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | None,
@@ -696,11 +683,9 @@ def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tenso
 def scaled_mm_operands(x: Tensor, layer: QuantLinear):
     """Activation (R, K) -> (a, b, scale_a, scale_b, tensor_scale); the first four go to torch._scaled_mm.
 
-    tensor_scale (None for MXFP8) multiplies the product, as torch._scaled_mm takes block scales only. The
-    product is (R128, M16) for NVFP4 and (R128, M32) for MXFP8. The rows are padded to 128 because users report
-    failures for fewer.
+    tensor_scale (None for MXFP8) multiplies the product (R, Mp), as torch._scaled_mm takes block scales only.
     """
-    a, scale_a, tensor_scale = quantize_activation(x, layer, row_multiple=128)  # a: (R128, K32 / 2 or K32)
+    a, scale_a, tensor_scale = quantize_activation(x, layer)  # a: (R, K32 / 2 or K32)
     # If K16 is an odd number of blocks, one block of zeros makes K32. Its scale is in the padding of the tiles.
     b, scale_b = pad_to(layer.weight, 1, a.shape[1]), layer.weight_scale  # b: (Mp, K32 / 2 or K32)
     if layer.format == "nvfp4":
@@ -709,18 +694,28 @@ def scaled_mm_operands(x: Tensor, layer: QuantLinear):
     return a, b.t(), scale_a.view(torch.float8_e8m0fnu), scale_b.view(torch.float8_e8m0fnu), None
 
 
+def scale_and_add(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * scale + bias, in place and in one pass, computed in float32. Scale and bias may be None."""
+    if scale is None:
+        return y if bias is None else y.add_(bias)
+    scale = scale.reshape(1)  # torch rounds a 0-d scale to y's dtype: for bfloat16, an error of up to 0.2 %
+    return torch.mul(y, scale, out=y) if bias is None else torch.addcmul(bias, y, scale, out=y)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Faster, with the same bits. Nothing below is part of the formats.
 # ----------------------------------------------------------------------------------------------------
 
 def row_chunks(rows, cols, device):
-    """Slices of rows that keep temporaries small: in the L2 cache on a CPU, 128 MB elsewhere."""
-    step = max(1, (1 << 18 if device.type == "cpu" else 1 << 25) // cols)
+    """Slices of rows whose float32 temporaries fit the L2 cache: 1 MB on a CPU, 16 MB on a GPU."""
+    step = max(1, (1 << 18 if device.type == "cpu" else 1 << 22) // cols)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def by_rows(plain, w, *arguments):
     """data and block_scale of plain(w, *arguments), a plain form, computed on a few rows at a time."""
+    if torch.compiler.is_compiling():  # the compiler makes one loop of the plain form
+        return plain(w, *arguments)[:2]
     whole = []
     for rows in row_chunks(*w.shape, w.device):
         parts = plain(w[rows], *arguments)[:2]
@@ -730,36 +725,39 @@ def by_rows(plain, w, *arguments):
     return whole
 
 
-def chunked_quantize_rows(x, fmt, input_scale):
-    """quantize_rows, a few rows at a time: the tensor scale of all of x first."""
-    if fmt == "mxfp8":
-        data, block_scale = by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST)
-        return data, swizzle(block_scale), None
-    tensor_scale = nvfp4_tensor_scale(matrix_amax(x)) if input_scale is None else input_scale.reshape(())
-    data, block_scale = by_rows(plain_nvfp4, x, tensor_scale)
-    return data, swizzle(block_scale), tensor_scale
+# division_rounding gives the bits of the plain form. The thresholds keep the unpacked codes out of memory: each
+# is computed where it is packed, although the packing reads the codes twice.
+COMPILER_OPTIONS = {"eager_numerics.division_rounding": True,
+                    "realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
 
 
 @functools.cache
 def compiled_quantize_rows(device_type):
-    """quantize_rows, compiled: x is read twice, for the magnitudes and for the codes, which are written once.
+    """quantize_rows, compiled for any number of rows, once for each format and width.
 
-    Step by step, 30 times as many bytes would move. If torch.compile does not work (it needs Triton and a C
-    compiler), this is quantize_rows itself, with a warning.
+    With the swizzle, 2.7 times x's bytes move for NVFP4, which reads x twice, and 1.6 times for MXFP8; without a
+    compiler 78 and 21 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache.
     """
-    exact = {"eager_numerics.division_rounding": True}  # the same bits as step by step
-    compiled = torch.compile(quantize_rows, dynamic=True, options=exact)
+    def quantize(x, fmt, input_scale):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.mark_static(x, 1)  # with a variable width, each element would cost integer divisions
+        return compiled(x, fmt, input_scale)
+
+    print("compiling the quantizer of activations; the first layers take longer", file=sys.stderr, flush=True)
     try:
-        compiled(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
+        compiled = torch.compile(quantize_rows, options=COMPILER_OPTIONS)
+        quantize(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
     except Exception as error:
-        warnings.warn(f"activations are quantized step by step, which is slow: torch.compile failed: {error}")
+        reason = str(error).partition("\n")[0]
+        warnings.warn("activations are quantized step by step, which is slow: torch.compile failed; it needs a C "
+                      f"compiler and Triton (on Windows: pip install triton-windows): {reason}")
         return quantize_rows
-    return compiled
+    return quantize
 
 
 def matrix_amax(w):
     """The largest absolute value of w: a 0-d float32 tensor, NaN if w holds one. In one pass, without |w|."""
-    low, high = torch.aminmax(w if w.element_size() > 1 else w.float())  # torch compares no float8
+    low, high = torch.aminmax(w if w.element_size() > 1 else w.float())  # torch cannot compare float8
     return torch.maximum(low.abs(), high.abs()).float()
 
 
@@ -789,7 +787,7 @@ def round_e2m1(a: Tensor) -> Tensor:
 def decode_by_rows(data, scale, dtype):
     """decode_nvfp4 (uint8 data) or decode_mxfp8 (float8 data) in dtype, computed on a few rows at a time."""
     packed = data.dtype == torch.uint8
-    if torch.compiler.is_compiling():  # the compiler makes one loop of the plain form
+    if torch.compiler.is_compiling():  # as in by_rows
         return (decode_nvfp4 if packed else decode_mxfp8)(data, scale).to(dtype)
     (rows, blocks), block = scale.shape, NVFP4_BLOCK if packed else MXFP8_BLOCK
     table = e2m1_pairs(data.device) if packed else None

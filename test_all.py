@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import types
 import weakref
 import xml.etree.ElementTree
@@ -121,7 +122,7 @@ def printed(pattern):
 def test_every_row_of_the_printed_block_is_true():
     rows = {}
     for name in ("w", "w / 10", "e2m1", "code", "byte", "back"):
-        rows[name] = printed(rf"(?m)^  {name}  +(\S.*)$").replace("|", " ").split()
+        rows[name] = printed(rf"(?m)^  {name}  +(\S.*)$").split()
         assert len(rows[name]) == (8 if name == "byte" else 16)
     matrix_amax, tensor_scale = map(float, printed(r"with amax (\d+) has tensor_scale = \d+ / 2688 = (\S+)\. "))
     quotient, block_scale, byte = printed(r"\(61\.5 / 6 / 0\.25\) = e4m3\((\S+)\) = (\d+), the byte 0x(\w\w) ")
@@ -151,10 +152,10 @@ def test_the_printed_entry_of_the_swizzle_is_where_it_says():
     assert found == offset and found // 512 == tile
 
 
-def test_the_three_lines_of_the_docstring_run():
+def test_the_example_of_the_docstring_runs():
     w, x = torch.randn(48, 32), torch.randn(3, 32)
     names = vars(quant) | {"w": w, "x": x}
-    exec("\n".join(line.strip() for line in quant.__doc__.split("three lines:")[1].splitlines()[2:5]), names)
+    exec(textwrap.dedent(quant.__doc__.split("like this:\n\n")[1].split("\n\n")[0]), names)
     expected = x @ quant.dequantize_nvfp4(*quant.quantize_nvfp4(w)).T
     torch.testing.assert_close(names["y"], expected, rtol=1e-5, atol=1e-5)
 
@@ -258,6 +259,17 @@ def test_weights_too_small_for_a_scale_become_zeros_not_nan(value):
     assert quant.dequantize_mxfp8(*quant.quantize_mxfp8(w, method="search")).abs().max() <= 1e-40
     layer, _ = make("mxfp8", 32, 32, mode="emulate", bias=False)
     assert layer(w).eq(0).all()  # an activation; as a weight, "rtn" repeats comfy-kitchen's NaN
+    assert torch.equal(quant.dequantize_mxfp8(*quant.quantize_mxfp8(w)).isnan(), (w == 0) & w[:, :1].ne(0))
+
+
+@pytest.mark.parametrize("fmt, input_scale, nan_rows",
+                         [("nvfp4", None, 4), ("nvfp4", 0.01, 1), ("mxfp8", None, 1)])
+def test_nan_in_an_activation_stays_nan_in_its_row_or_everywhere(fmt, input_scale, nan_rows):
+    layer, _ = make(fmt, extra={"input_scale": torch.tensor(input_scale)} if input_scale else {}, mode="emulate")
+    x = torch.randn(4, 56)
+    x[2, 40] = math.nan
+    nan = layer(x).isnan()
+    assert nan[2].all() and nan.all(1).sum() == nan.any(1).sum() == nan_rows
 
 
 def test_nvfp4_agrees_with_torchao():
@@ -403,22 +415,58 @@ def test_amax_by_integers_and_in_one_pass_is_amax(kind, dtype):
                                                        ("mxfp8", None, 96)])
 def test_activations_get_the_plain_bits_by_chunks_and_compiled(fmt, input_scale, columns, seven_rows_at_a_time):
     """On a CPU; not yet run with Triton on a GPU."""
-    x = torch.randn(256, columns).bfloat16()
-    x[3] = 0
+    x = torch.randn(250, columns).bfloat16()
+    x[3], x[5] = 0, -0.0
     x[4] *= 1e-38
     scale = None if input_scale is None else torch.tensor([input_scale])
     with torch.inference_mode():
-        expected = quant.quantize_rows(x, fmt, scale)
-        assert all_same_bits(quant.chunked_quantize_rows(x, fmt, scale), expected)
+        if fmt == "mxfp8":
+            expected = *quant.plain_mxfp8(x, "rtn", quant.MXFP8_SMALLEST), None
+        else:
+            expected = quant.plain_nvfp4(x, None if scale is None else scale[0])
+        assert all_same_bits(quant.quantize_rows(x, fmt, scale), expected)
         assert all_same_bits(quant.compiled_quantize_rows("cpu")(x, fmt, scale), expected)
 
 
-def test_without_a_compiler_activations_take_the_plain_form(monkeypatch):
+def test_without_a_compiler_activations_are_quantized_by_chunks(monkeypatch, capsys):
     def no_compiler(*args, **kwargs):
-        raise RuntimeError("no C compiler")
+        raise RuntimeError("no Triton\nand more")
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
-    with pytest.warns(UserWarning, match="step by step, which is slow: torch.compile failed: no C compiler"):
+    with pytest.warns(UserWarning, match=r"which is slow: .*pip install triton-windows\): no Triton$"):
         assert quant.compiled_quantize_rows.__wrapped__("cpu") is quant.quantize_rows
+    assert capsys.readouterr().err.count("\n") == 1  # the announcement
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_activations_are_compiled_for_each_width_and_any_number_of_rows(monkeypatch):
+    """The Linears of the 14B, with and without input_scale; torch runs more than eight variants uncompiled."""
+    variants, compile_with = [], torch.compile
+
+    def backend(graph, inputs):
+        variants.append(inputs)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda f, options: compile_with(f, backend=backend))
+    torch._dynamo.reset()  # variants of other tests count too
+    quantize = quant.compiled_quantize_rows.__wrapped__("meta")
+    scale = torch.empty(1, device="meta")
+    for columns, rows in itertools.product((5120, 13824), (32760, 128, 257, 512, 5120)):
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+        for arguments in (("nvfp4", None), ("nvfp4", scale), ("mxfp8", None)):
+            assert quantize(x, *arguments)[0].shape[0] == rows
+    assert len(variants) == 7  # the trial, and two widths for each of the three
+    assert not any(isinstance(tensor, float) for inputs in variants for tensor in inputs)
+
+
+@pytest.mark.parametrize("scale, bias", list(itertools.product((None, 1.003), (None, *FLOATS[:2]))))
+def test_the_product_is_scaled_in_float32_and_rounded_once(scale, bias):
+    y = torch.randn(7, 40).bfloat16()
+    scale = None if scale is None else torch.tensor(scale)
+    bias = None if bias is None else torch.randn(30).to(bias)
+    expected = y[:, :30].double()
+    expected = expected if scale is None else expected * scale
+    expected = expected if bias is None else expected + bias
+    got = quant.scale_and_add(y[:, :30], scale, bias)
+    assert got.data_ptr() == y.data_ptr() and torch.equal(got, expected.float().bfloat16())
 
 
 # Refusals
@@ -641,7 +689,7 @@ def test_linear_moves_between_devices(fmt):
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize("rows", [1, 100, 128, 1950])
+@pytest.mark.parametrize("rows", [1, 31, 128, 32760])
 @pytest.mark.parametrize("out_features, in_features", [(5120, 5120), (24, 5120), (40, 72), (130, 48), (5, 7)])
 def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_features):
     """On the meta device torch checks dtypes, strides and the number of scales without a GPU."""
@@ -654,7 +702,7 @@ def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_
     *operands, tensor_scale = quant.scaled_mm_operands(x, layer)
     y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)
     block = 16 if fmt == "nvfp4" else 32
-    assert y.shape == (-(-rows // 128) * 128, -(-out_features // block) * block)
+    assert y.shape == (rows, -(-out_features // block) * block)
     assert (tensor_scale is None) == (fmt == "mxfp8") and layer(x).shape == (rows, out_features)
     operands[2] = operands[2].flatten()[:-4]  # too few scales
     with pytest.raises(RuntimeError):
@@ -673,7 +721,8 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, shape, monkeypatch)
                 assert scale.dtype == torch.float8_e8m0fnu
                 return ck.dequantize_mxfp8(data, scale, torch.float32)
             return ck.dequantize_nvfp4(data.view(torch.uint8), torch.tensor(1.0), scale, torch.float32)
-        return operand(a, scale_a) @ operand(b.t(), scale_b).T  # in float32, not out_dtype
+        a = F.pad(a.view(torch.uint8), (0, 0, 0, -len(a) % 128)).view(a.dtype)  # comfy-kitchen wants 128 rows
+        return (operand(a, scale_a) @ operand(b.t(), scale_b).T)[:rows]  # in float32, not out_dtype
 
     layer, _ = make(fmt, out_features, in_features, mode="tensor_cores",
                     extra={"pre_quant_scale": torch.rand(in_features)})
@@ -702,7 +751,7 @@ def without(*names):
 
 @pytest.mark.parametrize("fmt, change, kwargs, message", [
     ("nvfp4", lambda t: t | {"weight_scale": t["weight_scale"][:32]}, {},
-     r"\.weight_scale: got \(32, 16\), expected \(256, 16\); the scales must be padded and swizzled, once"),
+     r"\.weight_scale: got \(32, 16\), expected \(256, 16\); the scales must be padded and swizzled exactly"),
     ("nvfp4", lambda t: t | {"weight": t["weight"][:128]}, {},
      r"\.weight: got \(128, 128\), expected \(256, 128\); check that the file is for this model"),
     ("nvfp4", lambda t: t | {"weight_scale": t["weight_scale"].float()}, {},
@@ -734,6 +783,19 @@ def test_marker_round_trip():
     marker = quant.write_marker(info)
     assert marker.dtype == torch.uint8 and quant.read_marker(marker) == info
     assert bytes(quant.write_marker({"format": "nvfp4"}).tolist()) == b'{"format": "nvfp4"}'
+
+
+@pytest.mark.parametrize("text, message", [
+    ('[1]', "expected a format out of"), ('7', "expected a format out of"), ('{"format": ["nvfp4"]}', "a format"),
+    ('[' * 10 ** 5, "not JSON .*recursion"), ('9' * 5000, "not JSON"), ('{"format": "nvfp4"', "not JSON"),
+    *((f'{{"format": "nvfp4", "orig_shape": {shape}}}', r"expected orig_shape \[out_features, in_features\]")
+      for shape in ("7", "null", "[]", "[5]", "[5, -1]", "[0, 5]", "[5, 1.5]", "[5, 1e999]", "[5, 9999999999]",
+                    "[5, 5, 5]", '["5", "5"]', "[[5], 5]", "{}")),
+])
+def test_read_marker_refuses_what_write_marker_does_not_write(text, message):
+    with pytest.raises(ValueError, match=f"^L.comfy_quant: got .*{message}.*; (the file|convert)") as error:
+        quant.read_marker(torch.tensor(list(text.encode()), dtype=torch.uint8), "L.comfy_quant")
+    assert len(str(error.value)) < 400
 
 
 def test_describe_counts_layers_by_format():
