@@ -1074,7 +1074,7 @@ def assign_state(model, state, path):
 def in_features(tensors, layer):
     """The input width of a Linear, quantized or not."""
     weight, marker = tensors[layer + ".weight"], tensors.get(layer + ".comfy_quant")
-    shape = read_marker(marker, layer).get("orig_shape") if marker is not None else None
+    shape = read_marker(marker, f"{layer}.comfy_quant").get("orig_shape") if marker is not None else None
     return shape[1] if shape else weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
 
