@@ -2274,25 +2274,47 @@ def test_networks_may_be_folders_of_shards(place, spiece):
 REFUSED = {  # arguments: what the one line says
     "": "the following arguments are required: image",
     "photo.png --frames 80": "frames 80: expected 4k + 1; the nearest are 77 and 81",
+    "photo.png --frames 1000000001": "frames 1000000001: expected 1 to 4093 (Wan has 1024 positions in time",
     "photo.png --frames x": "--frames",
-    "photo.png --steps 0": "steps 0: expected 1 or more",
+    "photo.png --steps 0": "steps 0: expected 1 to 1000 (the model has 1000 noise levels)",
+    "photo.png --steps 1000000000": "steps 1000000000: expected 1 to 1000",
+    "photo.png --steps=--": "argument --steps: expected one argument",
+    "photo.png --cfg nan": "cfg nan: expected a finite number",
+    "photo.png --cfg inf": "cfg inf: expected a finite number",
+    "photo.png --size 0": "'0': expected WIDTHxHEIGHT",
+    "photo.png --size 00x64": "'00x64': expected WIDTHxHEIGHT",
+    "photo.png --size 16x17000": "size: side 17008: expected 16 to 16384 (Wan has 1024 positions along each side",
+    "photo.png --size 16000x16000": "area 256000000: expected 256 to 35651584",
+    "photo.png --prompt \udcff": "prompt: got bytes that are not UTF-8",
+    "photo.png --negative \udcff": "--negative: got bytes that are not UTF-8",
+    "photo.png --prompt-file latin": "--prompt-file latin: got bytes that are not UTF-8",
+    "photo.png --device mps": "--device mps: only cpu and cuda are supported",
+    "photo.png --device meta": "--device meta: only cpu and cuda are supported",
+    "photo.png -o fifo": "fifo: is not a regular file; give another name",
+    f"photo.png -o {'a' * 240}.mp4": "aaa.mp4: file name too long",  # with the ending for the latents
+    "photo.png -o kept.mp4": "kept.mp4.latents.safetensors: holds the latents of an interrupted run",
+    "fifo": "fifo: is not a regular file",
+    "photo.png --interpolate text.png": "text.png: ",
+    "--decode channels": "got latents F32 (1, 17, 1, 2, 2), expected the tensor latents (1, 16, T, H, W)",
+    "--decode nan": "--decode nan: latents: got NaN or infinity",
+    "sdp.jpg": "sdp.jpg: not a readable image",
     "photo.png --shift -1": "shift -1.0: expected a positive number",
     "photo.png --sampler dpm": "'lcm', 'euler', 'heun'",
     "photo.png --scheduler karras": "'normal', 'simple', 'linear_quadratic'",
     "photo.png --size 64": "'64': expected WIDTHxHEIGHT",
     "photo.png --size 0x64": "'0x64': expected WIDTHxHEIGHT",
     "photo.png --device toaster": "--device toaster: ",
-    "photo.png --seed -1": "seed -1: expected 0 to 2**63 - 1",
+    "photo.png --seed -1": "seed -1: expected 0 to 9223372036854775807",
     "missing.png": "missing.png: no such file",
-    "demo": "demo: no such file",
+    "demo": "demo: is not a regular file",
     "text.png": "text.png: not a readable image; expected png, jpg or still webp",
     "empty.png": "empty.png: not a readable image",
-    "film.mp4": "expected an image (png, jpg or webp)",
+    "film.mp4": "film.mp4: not a readable image",
     "photo.png -o a.avi": "a.avi: unknown extension '.avi', expected .mp4, .gif, .webp; for a folder",
     "photo.png -o no/a.mp4": "no: no such folder",
     "photo.png -o demo": "demo: is a folder that is not empty; give another name",
     "photo.png -o empty.png/": "empty.png: is a file, expected a folder or a new name",
-    "photo.webp -o photo.webp": "-o photo.webp: is the picture itself; give another name",
+    "photo.webp -o photo.webp": "-o photo.webp: is photo.webp, which this run reads",
     "photo.png photo.png -o a.mp4": "-o a.mp4: no such folder; 2 videos need an existing folder",
     "photo.png photo.png --prompt-file three.txt": "got 2 pictures and 3 prompts; expected as many prompts as",
     "photo.png --prompt-file blank.txt": "--prompt-file blank.txt: got no text, expected one prompt a line",
@@ -2307,7 +2329,7 @@ REFUSED = {  # arguments: what the one line says
     "photo.png --lora text.safetensors": "text.safetensors: not a safetensors file",
     "photo.png --interpolate flownet.pkl": "--interpolate flownet.pkl: no such file, here or in ",
     "--decode lost.latents.safetensors": "lost.latents.safetensors: no such file",
-    "--decode model.safetensors": "got blocks.0.ffn.0.weight, expected the tensor latents",
+    "--decode model.safetensors": "got blocks.0.ffn.0.weight F32 (2, 2), expected the tensor latents",
     "--decode latents": "--decode latents: this name does not tell the video's name; give it with -o",
 }
 if not torch.cuda.is_available():
@@ -2320,12 +2342,43 @@ def test_bad_arguments_are_refused_before_any_work(place, fakes, capsys, argumen
                        "empty.png": "", "three.txt": "a\nb\nc\n", "blank.txt": " \n"}.items():
         Path(name).write_text(text)
     save_file({"blocks.0.ffn.0.weight": torch.ones(2, 2)}, "model.safetensors")
-    save_file({"latents": torch.ones(1, 16, 1, 2, 2)}, "latents")
+    for name, latents in {"latents": torch.ones(1, 16, 1, 2, 2), "channels": torch.ones(1, 17, 1, 2, 2),
+                          "nan": torch.full((1, 16, 1, 2, 2), math.nan),
+                          "kept.mp4.latents.safetensors": torch.ones(1)}.items():
+        save_file({"latents": latents}, name)
+    Path("latin").write_bytes(b"caf\xe9")
+    Path("sdp.jpg").write_text("v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+                               "m=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n")
+    os.mkfifo("fifo")
     Image.fromarray(picture()).save("photo.webp")
     sample.write_video("film.mp4", clip(3), None)
     before = sorted(os.listdir(place))
     fails(sample.main, arguments.split(), REFUSED[arguments])
     assert capsys.readouterr().out == "" and fakes.log == [] and sorted(os.listdir(place)) == before
+
+
+@pytest.mark.parametrize("key, value, text", [
+    ("frames", "many", "frames in its header: got 'many', expected a whole number; give another with --frames"),
+    ("frames", "9" * 5000, "frames in its header: got '99999999999999999999', expected"),
+    ("frames", "6", "frames in its header: frames 6: expected 4k + 1"),
+    ("area", "5", "area in its header: area 5: expected 256 to 35651584"),
+    ("area", str(2**31), "area in its header: got '2147483648', expected a whole number; give another with --s")])
+def test_bad_numbers_in_the_header_of_the_dit(place, fakes, key, value, text):
+    save_file({"w": torch.ones(1)}, "demo/dit.safetensors", {key: value})
+    fails(sample.main, ["photo.png"], f"dit.safetensors: {text}")
+    run("photo.png -o a.mp4 --frames 1 --size 64x64")
+    assert fakes.log
+
+
+def test_a_models_folder_with_cycles_and_pipes(models, monkeypatch):
+    os.symlink("..", models / "loop")
+    os.symlink("vae.safetensors", models / "the-same-vae.safetensors")
+    for name in ("a.safetensors", "a.pth", "a.index.json"):
+        os.mkfifo(models / name)
+    assert sample.find_files(NOT_NAMED)[0].keys() == NOT_NAMED.keys()
+    monkeypatch.setattr(sample, "MOST_ENTRIES", 3)
+    with pytest.raises(ValueError, match="models: more than 3 files, expected a folder of models"):
+        sample.find_files(NOT_NAMED)
 
 
 def test_a_broken_demo_is_an_error(place):
@@ -2338,7 +2391,7 @@ def test_a_broken_demo_is_an_error(place):
     ("b:c:-2", "b:c", -2), ("a:1e-1", "a", 0.1), ("7", "7", 1), ("a:b/c", "a:b/c", 1),
     (r"C:\x.safetensors", r"C:\x.safetensors", 1), (r"C:\x.safetensors:0.5", r"C:\x.safetensors", 0.5)])
 def test_lora_argument(monkeypatch, text, path, strength):
-    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(sample, "check_file", lambda path: None)
     assert sample.parse_lora(text) == (Path(path), strength)
 
 
