@@ -1276,7 +1276,8 @@ def explain(error):
         where = f"{error.filename}: " if error.filename else where or f"{error.filename!r}: "
         return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
     if isinstance(error, ValueError | OSError):
-        return str(error)
+        named = not notes or notes[0].rpartition(": ")[2] in str(error)
+        return str(error) if named else f"{where}{error}"
     return f"{where}{reason}; check that the file is complete and belongs to Wan2.1 I2V"
 
 

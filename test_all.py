@@ -14,9 +14,11 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import weakref
 import xml.etree.ElementTree
@@ -1717,6 +1719,40 @@ def test_exif_with_big_endian_or_broken_header():
     data = b"\xff\xd8\xff\xe1..Exif\0\0MM\0*" + (8).to_bytes(4, "big") + table
     assert sample.exif_orientation(data) == 6
     assert sample.exif_orientation(data[:-13]) == 1 and sample.exif_orientation(b"") == 1
+    for value in (0, 9, 255):
+        assert sample.exif_orientation(data.replace(b"\0\6\0\0", bytes([0, value, 0, 0]))) == 1
+
+
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
+    Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: not a readable image; expected .* of at most 64 megapixels"):
+        sample.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("settings, size", [({}, (1451, 1088)), ({"size": (800, 800)}, (2000, 1500)),
+                                            ({"area": 9216}, (448, 336))])
+def test_large_pictures_shrink_on_reading(tmp_path, settings, size):
+    """To twice the video's size, and to what CLIP needs."""
+    image, exif = Image.fromarray(picture(1500, 2000)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.png", exif=exif)
+    got = sample.read_image(tmp_path / "a.png", sample.Settings(**settings))
+    assert got.shape == (3, *size[::-1])
+    assert np.abs(as_uint8(got).astype(int) - np.asarray(image.resize(size, Image.BICUBIC))).max() <= 2
+    assert sample.read_image(tmp_path / "b.png", sample.Settings(**settings)).shape == (3, *size)
+    assert sample.read_image(tmp_path / "a.png").shape == (3, 1500, 2000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
+def test_reading_a_large_picture_takes_little_memory(tmp_path):
+    Image.fromarray(picture(60, 80)).resize((4000, 3000)).save(tmp_path / "a.jpg")
+    run_python(PEAK + """
+import sample, sys
+before = peak()
+sample.read_image(sys.argv[1], sample.Settings())
+assert peak() - before < 25 * 4000 * 3000, (peak() - before) / 12e6  # bytes a pixel
+""", tmp_path / "a.jpg")
 
 
 def test_fit_size():
@@ -1728,6 +1764,7 @@ def test_fit_size():
         for area in (9216, 480 * 832):
             w, h = sample.fit_size(width, height, area)
             assert w % 16 == h % 16 == 0 and w >= 16 and h >= 16 and w * h <= area
+    assert sample.fit_size(100000, 1, 480 * 832) == (16384, 16)
 
 
 @pytest.mark.parametrize("size, crop, box", [
@@ -1794,6 +1831,10 @@ def test_tokenizer_is_found_in_the_file_or_beside_it(tmp_path, spiece, spiece_te
         (tmp_path / name).unlink()
     save_file({"spiece_model": spiece_tensor}, weights)
     assert sample.load_tokenizer(weights).encode("pan left") == expected
+    for broken in (spiece_tensor[:20], spiece_tensor.float(), spiece_tensor[:0], spiece_tensor[None]):
+        save_file({"spiece_model": broken}, weights)
+        with pytest.raises(ValueError, match="t.safetensors: spiece_model: "):
+            sample.load_tokenizer(weights)
 
 
 def test_tokenize(tmp_path, spiece):
@@ -1904,6 +1945,8 @@ def test_free_name(tmp_path, monkeypatch):
     for expected in ("photo-seed0.mp4", "photo-seed0-1.mp4", "photo-seed0-2.mp4"):
         assert sample.free_name("photo.jpg", "", 0) == expected
         (tmp_path / expected).touch()
+    (tmp_path / "photo-seed0-3.mp4.latents.safetensors").touch()  # of an interrupted run
+    assert sample.free_name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
 
 
 # memory
@@ -2118,6 +2161,41 @@ def test_a_cache_that_cannot_be_written_is_no_error(place, fakes, models, monkey
     assert "features are not cached: " in err and "demo" not in err and (place / "a.mp4").exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "name", "shape", "value", "folder", "fifo"])
+def test_a_damaged_cache_entry_is_a_miss(place, fakes, models, damage):
+    command = "photo.png -o a.mp4 --frames 1 --size 64x48 --prompt pan-left"
+    run(command)
+    entry, = Path(os.environ["XDG_CACHE_HOME"], "wan-fp4").iterdir()
+    good, text = entry.read_bytes(), load_file(entry)["text"]
+    entry.unlink()
+    if damage == "truncated":
+        entry.write_bytes(good[:-5])
+    elif damage == "folder":
+        entry.mkdir()
+    elif damage == "fifo":
+        os.mkfifo(entry)
+    else:
+        save_file({"name": {"x": text}, "shape": {"text": text[0]}, "value": {"text": text * 2}}[damage], entry,
+                  wan_fp4_metadata(good))
+    run(command)
+    run(command)
+    assert len(fakes.prompts) == (3 if damage == "folder" else 2)  # a folder cannot be replaced
+    assert torch.equal(fakes.dit_calls[-1][2], text)
+
+
+def wan_fp4_metadata(data):
+    return json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
+@pytest.mark.parametrize("home", ["", "relative", "~"])
+def test_without_a_home_there_is_no_cache(place, fakes, models, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
+    before = sorted(os.listdir(place))
+    run("photo.png -o a.mp4 --frames 1 --size 64x48")
+    assert sorted(os.listdir(place)) == ["a.mp4", *before]
+
+
 @pytest.mark.network
 def test_interpolate_doubles_the_frames(place, fakes, models, flownet, bikes, capsys):
     (models / "rife").mkdir()
@@ -2182,6 +2260,113 @@ def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys):
     run("--decode again.mp4.latents.safetensors")
     assert (place / "whole.mp4").read_bytes() == (place / "again.mp4").read_bytes()
     assert "again.mp4: 112x80, 13 frames" in capsys.readouterr().out
+
+
+def test_a_png_folder_is_finished_by_decode(place, fakes, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "decode_video", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("photo.png -o frames/ --frames 5")
+    run("--decode frames.latents.safetensors -o frames/")
+    run("--decode frames.latents.safetensors -o again/")
+    assert len(os.listdir("frames")) == len(os.listdir("again")) == 5
+
+
+def test_two_runs_at_once_make_two_videos(place, fakes):
+    """The second starts while the first samples, and chooses the same name."""
+    dit, started = fakes.dit, []
+
+    def second_run(*args):
+        if not started:
+            started.append(True)
+            fakes.loaded.clear()
+            run("photo.png --seed 0")
+        return dit(*args)
+    fakes.dit = second_run
+    run("photo.png")
+    assert len(list(place.iterdir())) == 4 and len(list(place.glob("photo-zoom-in-seed0*.mp4"))) == 2
+
+
+@pytest.mark.parametrize("failure", ["full disk", "name taken"])
+def test_latents_that_cannot_be_kept_are_a_warning(place, fakes, monkeypatch, capsys, failure):
+    def full(*args):
+        Path(args[1]).write_bytes(b"half")
+        raise sample.SafetensorError("I/O error: No space left on device")
+    kept = place / "a.mp4.latents.safetensors"
+    if failure == "full disk":
+        monkeypatch.setattr(sample, "serialize_file", full)
+    else:  # by another run with the same -o
+        dit = fakes.dit
+        fakes.dit = lambda *args: kept.write_bytes(b"another's") and dit(*args)
+    run("photo.png -o a.mp4 --frames 1")
+    assert "warning: the latents are not kept: " in capsys.readouterr().err and Path("a.mp4").exists()
+    assert kept.exists() == (failure == "name taken")
+    assert not list(place.glob("*.part"))
+
+
+OUT_OF_MEMORY = "out of memory; try --offload, fewer --frames or a smaller --size"
+RAISED = {  # where, what: what the one line says
+    ("dit", torch.OutOfMemoryError("CUDA out of memory.\nTried")):
+        f"sample: {{demo}}/dit.safetensors: {OUT_OF_MEMORY}\n",
+    ("decode_chunks", torch.OutOfMemoryError("CUDA out")): "finish with --decode OUT.latents.safetensors\n",
+    ("umt5", RuntimeError("DefaultCPUAllocator: can't allocate memory")): OUT_OF_MEMORY,
+    ("clip", RuntimeError("shapes do not match\nmore")): "clip.safetensors: shapes do not match; check that",
+    ("umt5", IndexError("index out of range")): "text: {demo}/umt5.safetensors: index out of range; check",
+    ("encode", ValueError("math domain error")): "encode: {demo}/vae.safetensors: math domain error\n",
+    ("dit", sample.SafetensorError("header")): "dit.safetensors: header; check that the file is complete",
+    ("clip", PermissionError(13, "Permission denied", "x")): "error: x: permission denied\n",
+}
+
+
+@pytest.mark.parametrize("where, error", RAISED)
+def test_errors_of_libraries_become_one_line(place, fakes, monkeypatch, where, error):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(fakes, where, fail)
+    text, stderr = RAISED[where, error].format(demo=place / "demo"), io.StringIO()
+    monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+        run("photo.png -o a.mp4 --frames 1")
+    assert stop.value.code == 2 and text in stderr.getvalue() and not Path("a.mp4").exists()
+    assert stderr.getvalue().splitlines()[-1].startswith("sample.py: error: ")
+    assert sorted({*os.listdir(place)} - {"a.mp4.latents.safetensors"}) == ["demo", "photo.png"]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_nan_is_an_error_not_a_video(place, fakes, monkeypatch, at):
+    dit, count = fakes.dit, itertools.count()
+    fakes.dit = lambda x, *rest: dit(x, *rest) * (math.nan if next(count) == at else 1)
+    monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
+    with pytest.raises(SystemExit):
+        run("photo.png -o a.mp4 --frames 1")
+    assert next(count) == at + 1 and sorted(os.listdir(place)) == ["demo", "photo.png"]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.mp4", "a"])
+def test_a_full_disk_is_an_oserror_that_leaves_nothing(tmp_path, name):
+    run_python("""
+import resource, signal, sys, torch, sample
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    with sample.errors_in_one_line():
+        sample.write_video(sys.argv[1], torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8), None)
+except SystemExit as stop:
+    assert stop.code == 2
+""", tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.parametrize("after", [0.15, 0.4, 0.8])
+def test_interrupt_while_torch_is_imported(after):
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "sample.py"], cwd=REPOSITORY,
+                               stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if "warnings" in line or "argparse" in line)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode in (130, 2) and "Traceback" not in err  # 2: it was faster
 
 
 def test_interrupt(place, fakes, capsys):
