@@ -1554,4 +1554,5 @@ def check_format(fmt, quantize, device, reason):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for prompts and names that the terminal cannot show
     main()

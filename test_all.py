@@ -1976,6 +1976,109 @@ assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
 """)
 
 
+class Clocks:
+    """Vector clocks of the host and of two streams: what each knows to have happened. Two accesses to a buffer,
+    one of them a write, of which neither is known to the other, are a race."""
+
+    def __init__(self):
+        self.known = {"host": Counter(), "compute": Counter(), "copy": Counter()}
+        self.accesses, self.races = [], []
+
+    def join(self, agent, other):
+        self.known[agent] |= other
+
+    def access(self, agent, buffer, write):
+        if agent != "host":
+            self.join(agent, self.known["host"])  # what was done before the call that queued this
+        self.known[agent][agent] += 1
+        for who, time_, where, wrote in self.accesses:
+            if where == buffer and (write or wrote) and self.known[agent][who] < time_:
+                self.races.append((buffer, who, agent))
+        self.accesses.append((agent, self.known[agent][agent], buffer, write))
+
+
+def pretended_stream(clocks, name):
+    def wait(clock):
+        clocks.join(name, clocks.known["host"])
+        clocks.join(name, clock)
+    return types.SimpleNamespace(name=name, wait_event=lambda event: wait(event.clock),
+                                 wait_stream=lambda other: wait(clocks.known[other.name]))
+
+
+class PretendedEvent:
+    def __init__(self, clocks, current):
+        self.clocks, self.current, self.clock = clocks, current, Counter()
+
+    def record(self, stream=None):
+        self.clock = self.clocks.known[(stream or self.current[-1]).name].copy()
+
+    def synchronize(self):
+        self.clocks.join("host", self.clock)
+
+
+class PretendedBuffer:
+    def __init__(self, name, clocks, current):
+        self.name, self.clocks, self.current = name, clocks, current
+
+    def __getitem__(self, part):
+        return self
+
+    def view(self, *args):
+        return self
+
+    def copy_(self, other, non_blocking=False):
+        if isinstance(other, PretendedBuffer):
+            self.clocks.access(self.current[-1].name, other.name, False)
+            self.clocks.access(self.current[-1].name, self.name, True)
+        else:
+            self.clocks.access("host", self.name, True)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("stop", [None, "error", "break", "before the block"])
+def test_streams_never_race(monkeypatch, blocks, stop):
+    """Also if a block raises, or if the loop is left and other kernels get the buffers' memory."""
+    clocks = Clocks()
+    compute, copy = (pretended_stream(clocks, name) for name in ("compute", "copy"))
+    current = [compute]
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        current.append(stream)
+        yield
+        current.pop()
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    streamed = sample.StreamedBlocks([torch.nn.Linear(2, 2) for _ in range(blocks)], "cpu")
+    streamed.cuda_device, streamed.copy_stream = torch.device("cuda:0"), copy
+    for kind in ("pinned", "slots"):
+        setattr(streamed, kind, [PretendedBuffer(f"{kind} {i}", clocks, current) for i in range(2)])
+    for kind in ("copied", "computed"):
+        setattr(streamed, kind, [PretendedEvent(clocks, current) for i in range(2)])
+
+    def others_use_the_memory():
+        for i in range(2):
+            clocks.access("compute", f"slots {i}", True)
+
+    def one_pass(stop_at):
+        for i, _ in enumerate(streamed):
+            if i == stop_at and stop == "before the block":
+                return
+            clocks.access("compute", f"slots {i % 2}", False)
+            if i == stop_at and stop == "error":
+                raise MemoryError
+            if i == stop_at and stop == "break":
+                return
+    for stop_at in range(blocks):
+        others_use_the_memory()
+        with contextlib.suppress(MemoryError):
+            one_pass(stop_at)
+        others_use_the_memory()
+        one_pass(None)
+        one_pass(None)
+    assert clocks.races == []
+
+
 # the pipeline, with networks that only record what they are given
 
 class Fakes:
@@ -2564,6 +2667,42 @@ def test_a_models_folder_with_cycles_and_pipes(models, monkeypatch):
     monkeypatch.setattr(sample, "MOST_ENTRIES", 3)
     with pytest.raises(ValueError, match="models: more than 3 files, expected a folder of models"):
         sample.find_files(NOT_NAMED)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_files_give_a_video_or_one_line(tmp_path, monkeypatch, seed):
+    """Bits flipped and ends cut off, of a picture, of latents and of each network of the demo."""
+    monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
+    monkeypatch.chdir(tmp_path)
+    rng, demo = random.Random(seed), REPOSITORY / "demo"
+    networks = {demo / network.demo: flag for flag, network in sample.NETWORKS.items()}
+    save_file({"latents": torch.randn(1, 16, 1, 4, 4)}, "z.latents.safetensors")
+    sources = [demo / "photo.jpg", *networks, tmp_path / "z.latents.safetensors"]
+    for source in sources * 3:
+        data, damaged = bytearray(source.read_bytes()), tmp_path / f"damaged{source.suffix}"
+        for _ in range(rng.choice([1, 20])):  # half of them near the start, where the header is
+            data[rng.randrange(rng.choice([400, len(data)]))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(data[:rng.choice([len(data), rng.randrange(len(data))])])
+        arguments = ["-o", "a.gif", "--frames", "1", "--size", "32x32", "--steps", "1"]
+        if source in networks:
+            arguments.append(demo / "photo.jpg")
+            for file, flag in networks.items():
+                arguments += [f"--{flag}", damaged if file == source else file]
+        elif source.suffix == ".jpg":
+            arguments.append(damaged)
+        else:
+            arguments += ["--decode", damaged, "--vae", demo / "vae.safetensors"]
+        stderr, code = io.StringIO(), 0
+        try:
+            with contextlib.redirect_stderr(stderr):
+                sample.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        assert code in (0, 2) and Path("a.gif").exists() == (code == 0), stderr.getvalue()
+        assert code == 0 or stderr.getvalue().splitlines()[-1].startswith("sample.py: error: ")
+        for path in tmp_path.iterdir():
+            if path not in sources:
+                path.unlink()
 
 
 def test_a_broken_demo_is_an_error(place):
