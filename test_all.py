@@ -2603,6 +2603,7 @@ REFUSED = {  # arguments: what the one line says
     "photo.png -o demo": "demo: is a folder that is not empty; give another name",
     "photo.png -o empty.png/": "empty.png: is a file, expected a folder or a new name",
     "photo.webp -o photo.webp": "-o photo.webp: is photo.webp, which this run reads",
+    "photo.png --prompt-file text.webp -o ./text.webp": "-o ./text.webp: is text.webp, which this run reads",
     "photo.png photo.png -o a.mp4": "-o a.mp4: no such folder; 2 videos need an existing folder",
     "photo.png photo.png --prompt-file three.txt": "got 2 pictures and 3 prompts; expected as many prompts as",
     "photo.png --prompt-file blank.txt": "--prompt-file blank.txt: got no text, expected one prompt a line",
@@ -2627,7 +2628,7 @@ if not torch.cuda.is_available():
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_bad_arguments_are_refused_before_any_work(place, fakes, capsys, arguments):
     for name, text in {"text.png": "not an image\n" * 50, "text.safetensors": "not a model\n" * 50,
-                       "empty.png": "", "three.txt": "a\nb\nc\n", "blank.txt": " \n"}.items():
+                       "empty.png": "", "three.txt": "a\nb\nc\n", "text.webp": "a", "blank.txt": " \n"}.items():
         Path(name).write_text(text)
     save_file({"blocks.0.ffn.0.weight": torch.ones(2, 2)}, "model.safetensors")
     for name, latents in {"latents": torch.ones(1, 16, 1, 2, 2), "channels": torch.ones(1, 17, 1, 2, 2),
@@ -2661,6 +2662,8 @@ def test_bad_numbers_in_the_header_of_the_dit(place, fakes, key, value, text):
 def test_a_models_folder_with_cycles_and_pipes(models, monkeypatch):
     os.symlink("..", models / "loop")
     os.symlink("vae.safetensors", models / "the-same-vae.safetensors")
+    (models / "dit.safetensors").rename(models / "0123abcd")  # as in the cache of huggingface_hub
+    os.symlink("0123abcd", models / "dit.safetensors")
     for name in ("a.safetensors", "a.pth", "a.index.json"):
         os.mkfifo(models / name)
     assert sample.find_files(NOT_NAMED)[0].keys() == NOT_NAMED.keys()
