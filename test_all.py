@@ -14,10 +14,12 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import types
 import weakref
 import xml.etree.ElementTree
@@ -1779,6 +1781,40 @@ def test_exif_with_big_endian_or_broken_header():
     data = b"\xff\xd8\xff\xe1..Exif\0\0MM\0*" + (8).to_bytes(4, "big") + table
     assert sample.exif_orientation(data) == 6
     assert sample.exif_orientation(data[:-13]) == 1 and sample.exif_orientation(b"") == 1
+    for value in (0, 9, 255):
+        assert sample.exif_orientation(data.replace(b"\0\6\0\0", bytes([0, value, 0, 0]))) == 1
+
+
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
+    Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: not a readable image; expected .* of at most 64 megapixels"):
+        sample.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("settings, size", [({}, (1451, 1088)), ({"size": (800, 800)}, (2000, 1500)),
+                                            ({"area": 9216}, (448, 336))])
+def test_large_pictures_shrink_on_reading(tmp_path, settings, size):
+    """To twice the video's size, and to what CLIP needs."""
+    image, exif = Image.fromarray(picture(1500, 2000)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.png", exif=exif)
+    got = sample.read_image(tmp_path / "a.png", sample.Settings(**settings))
+    assert got.shape == (3, *size[::-1])
+    assert np.abs(as_uint8(got).astype(int) - np.asarray(image.resize(size, Image.BICUBIC))).max() <= 2
+    assert sample.read_image(tmp_path / "b.png", sample.Settings(**settings)).shape == (3, *size)
+    assert sample.read_image(tmp_path / "a.png").shape == (3, 1500, 2000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
+def test_reading_a_large_picture_takes_little_memory(tmp_path):
+    Image.fromarray(picture(60, 80)).resize((4000, 3000)).save(tmp_path / "a.jpg")
+    run_python(PEAK + """
+import sample, sys
+before = peak()
+sample.read_image(sys.argv[1], sample.Settings())
+assert peak() - before < 25 * 4000 * 3000, (peak() - before) / 12e6  # bytes a pixel
+""", tmp_path / "a.jpg")
 
 
 def test_fit_size():
@@ -1790,6 +1826,7 @@ def test_fit_size():
         for area in (9216, 480 * 832):
             w, h = sample.fit_size(width, height, area)
             assert w % 16 == h % 16 == 0 and w >= 16 and h >= 16 and w * h <= area
+    assert sample.fit_size(100000, 1, 480 * 832) == (16384, 16)
 
 
 @pytest.mark.parametrize("size, crop, box", [
@@ -1856,6 +1893,10 @@ def test_tokenizer_is_found_in_the_file_or_beside_it(tmp_path, spiece, spiece_te
         (tmp_path / name).unlink()
     save_file({"spiece_model": spiece_tensor}, weights)
     assert sample.load_tokenizer(weights).encode("pan left") == expected
+    for broken in (spiece_tensor[:20], spiece_tensor.float(), spiece_tensor[:0], spiece_tensor[None]):
+        save_file({"spiece_model": broken}, weights)
+        with pytest.raises(ValueError, match="t.safetensors: spiece_model: "):
+            sample.load_tokenizer(weights)
 
 
 def test_tokenize(tmp_path, spiece):
@@ -1966,6 +2007,8 @@ def test_free_name(tmp_path, monkeypatch):
     for expected in ("photo-seed0.mp4", "photo-seed0-1.mp4", "photo-seed0-2.mp4"):
         assert sample.free_name("photo.jpg", "", 0) == expected
         (tmp_path / expected).touch()
+    (tmp_path / "photo-seed0-3.mp4.latents.safetensors").touch()  # of an interrupted run
+    assert sample.free_name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
 
 
 # memory
@@ -1993,6 +2036,109 @@ needed = peak() - before
 assert sample.decode_tile(vae, side, side, needed) is None, needed
 assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
 """)
+
+
+class Clocks:
+    """Vector clocks of the host and of two streams: what each knows to have happened. Two accesses to a buffer,
+    one of them a write, of which neither is known to the other, are a race."""
+
+    def __init__(self):
+        self.known = {"host": Counter(), "compute": Counter(), "copy": Counter()}
+        self.accesses, self.races = [], []
+
+    def join(self, agent, other):
+        self.known[agent] |= other
+
+    def access(self, agent, buffer, write):
+        if agent != "host":
+            self.join(agent, self.known["host"])  # what was done before the call that queued this
+        self.known[agent][agent] += 1
+        for who, time_, where, wrote in self.accesses:
+            if where == buffer and (write or wrote) and self.known[agent][who] < time_:
+                self.races.append((buffer, who, agent))
+        self.accesses.append((agent, self.known[agent][agent], buffer, write))
+
+
+def pretended_stream(clocks, name):
+    def wait(clock):
+        clocks.join(name, clocks.known["host"])
+        clocks.join(name, clock)
+    return types.SimpleNamespace(name=name, wait_event=lambda event: wait(event.clock),
+                                 wait_stream=lambda other: wait(clocks.known[other.name]))
+
+
+class PretendedEvent:
+    def __init__(self, clocks, current):
+        self.clocks, self.current, self.clock = clocks, current, Counter()
+
+    def record(self, stream=None):
+        self.clock = self.clocks.known[(stream or self.current[-1]).name].copy()
+
+    def synchronize(self):
+        self.clocks.join("host", self.clock)
+
+
+class PretendedBuffer:
+    def __init__(self, name, clocks, current):
+        self.name, self.clocks, self.current = name, clocks, current
+
+    def __getitem__(self, part):
+        return self
+
+    def view(self, *args):
+        return self
+
+    def copy_(self, other, non_blocking=False):
+        if isinstance(other, PretendedBuffer):
+            self.clocks.access(self.current[-1].name, other.name, False)
+            self.clocks.access(self.current[-1].name, self.name, True)
+        else:
+            self.clocks.access("host", self.name, True)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("stop", [None, "error", "break", "before the block"])
+def test_streams_never_race(monkeypatch, blocks, stop):
+    """Also if a block raises, or if the loop is left and other kernels get the buffers' memory."""
+    clocks = Clocks()
+    compute, copy = (pretended_stream(clocks, name) for name in ("compute", "copy"))
+    current = [compute]
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        current.append(stream)
+        yield
+        current.pop()
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    streamed = sample.StreamedBlocks([torch.nn.Linear(2, 2) for _ in range(blocks)], "cpu")
+    streamed.cuda_device, streamed.copy_stream = torch.device("cuda:0"), copy
+    for kind in ("pinned", "slots"):
+        setattr(streamed, kind, [PretendedBuffer(f"{kind} {i}", clocks, current) for i in range(2)])
+    for kind in ("copied", "computed"):
+        setattr(streamed, kind, [PretendedEvent(clocks, current) for i in range(2)])
+
+    def others_use_the_memory():
+        for i in range(2):
+            clocks.access("compute", f"slots {i}", True)
+
+    def one_pass(stop_at):
+        for i, _ in enumerate(streamed):
+            if i == stop_at and stop == "before the block":
+                return
+            clocks.access("compute", f"slots {i % 2}", False)
+            if i == stop_at and stop == "error":
+                raise MemoryError
+            if i == stop_at and stop == "break":
+                return
+    for stop_at in range(blocks):
+        others_use_the_memory()
+        with contextlib.suppress(MemoryError):
+            one_pass(stop_at)
+        others_use_the_memory()
+        one_pass(None)
+        one_pass(None)
+    assert clocks.races == []
 
 
 # the pipeline, with networks that only record what they are given
@@ -2180,6 +2326,41 @@ def test_a_cache_that_cannot_be_written_is_no_error(place, fakes, models, monkey
     assert "features are not cached: " in err and "demo" not in err and (place / "a.mp4").exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "name", "shape", "value", "folder", "fifo"])
+def test_a_damaged_cache_entry_is_a_miss(place, fakes, models, damage):
+    command = "photo.png -o a.mp4 --frames 1 --size 64x48 --prompt pan-left"
+    run(command)
+    entry, = Path(os.environ["XDG_CACHE_HOME"], "wan-fp4").iterdir()
+    good, text = entry.read_bytes(), load_file(entry)["text"]
+    entry.unlink()
+    if damage == "truncated":
+        entry.write_bytes(good[:-5])
+    elif damage == "folder":
+        entry.mkdir()
+    elif damage == "fifo":
+        os.mkfifo(entry)
+    else:
+        save_file({"name": {"x": text}, "shape": {"text": text[0]}, "value": {"text": text * 2}}[damage], entry,
+                  wan_fp4_metadata(good))
+    run(command)
+    run(command)
+    assert len(fakes.prompts) == (3 if damage == "folder" else 2)  # a folder cannot be replaced
+    assert torch.equal(fakes.dit_calls[-1][2], text)
+
+
+def wan_fp4_metadata(data):
+    return json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
+@pytest.mark.parametrize("home", ["", "relative", "~"])
+def test_without_a_home_there_is_no_cache(place, fakes, models, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
+    before = sorted(os.listdir(place))
+    run("photo.png -o a.mp4 --frames 1 --size 64x48")
+    assert sorted(os.listdir(place)) == ["a.mp4", *before]
+
+
 @pytest.mark.network
 def test_interpolate_doubles_the_frames(place, fakes, models, flownet, bikes, capsys):
     (models / "rife").mkdir()
@@ -2244,6 +2425,113 @@ def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys):
     run("--decode again.mp4.latents.safetensors")
     assert (place / "whole.mp4").read_bytes() == (place / "again.mp4").read_bytes()
     assert "again.mp4: 112x80, 13 frames" in capsys.readouterr().out
+
+
+def test_a_png_folder_is_finished_by_decode(place, fakes, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "decode_video", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("photo.png -o frames/ --frames 5")
+    run("--decode frames.latents.safetensors -o frames/")
+    run("--decode frames.latents.safetensors -o again/")
+    assert len(os.listdir("frames")) == len(os.listdir("again")) == 5
+
+
+def test_two_runs_at_once_make_two_videos(place, fakes):
+    """The second starts while the first samples, and chooses the same name."""
+    dit, started = fakes.dit, []
+
+    def second_run(*args):
+        if not started:
+            started.append(True)
+            fakes.loaded.clear()
+            run("photo.png --seed 0")
+        return dit(*args)
+    fakes.dit = second_run
+    run("photo.png")
+    assert len(list(place.iterdir())) == 4 and len(list(place.glob("photo-zoom-in-seed0*.mp4"))) == 2
+
+
+@pytest.mark.parametrize("failure", ["full disk", "name taken"])
+def test_latents_that_cannot_be_kept_are_a_warning(place, fakes, monkeypatch, capsys, failure):
+    def full(*args):
+        Path(args[1]).write_bytes(b"half")
+        raise sample.SafetensorError("I/O error: No space left on device")
+    kept = place / "a.mp4.latents.safetensors"
+    if failure == "full disk":
+        monkeypatch.setattr(sample, "serialize_file", full)
+    else:  # by another run with the same -o
+        dit = fakes.dit
+        fakes.dit = lambda *args: kept.write_bytes(b"another's") and dit(*args)
+    run("photo.png -o a.mp4 --frames 1")
+    assert "warning: the latents are not kept: " in capsys.readouterr().err and Path("a.mp4").exists()
+    assert kept.exists() == (failure == "name taken")
+    assert not list(place.glob("*.part"))
+
+
+OUT_OF_MEMORY = "out of memory; try --offload, fewer --frames or a smaller --size"
+RAISED = {  # where, what: what the one line says
+    ("dit", torch.OutOfMemoryError("CUDA out of memory.\nTried")):
+        f"sample: {{demo}}/dit.safetensors: {OUT_OF_MEMORY}\n",
+    ("decode_chunks", torch.OutOfMemoryError("CUDA out")): "finish with --decode OUT.latents.safetensors\n",
+    ("umt5", RuntimeError("DefaultCPUAllocator: can't allocate memory")): OUT_OF_MEMORY,
+    ("clip", RuntimeError("shapes do not match\nmore")): "clip.safetensors: shapes do not match; check that",
+    ("umt5", IndexError("index out of range")): "text: {demo}/umt5.safetensors: index out of range; check",
+    ("encode", ValueError("math domain error")): "encode: {demo}/vae.safetensors: math domain error\n",
+    ("dit", sample.SafetensorError("header")): "dit.safetensors: header; check that the file is complete",
+    ("clip", PermissionError(13, "Permission denied", "x")): "error: x: permission denied\n",
+}
+
+
+@pytest.mark.parametrize("where, error", RAISED)
+def test_errors_of_libraries_become_one_line(place, fakes, monkeypatch, where, error):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(fakes, where, fail)
+    text, stderr = RAISED[where, error].format(demo=place / "demo"), io.StringIO()
+    monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+        run("photo.png -o a.mp4 --frames 1")
+    assert stop.value.code == 2 and text in stderr.getvalue() and not Path("a.mp4").exists()
+    assert stderr.getvalue().splitlines()[-1].startswith("sample.py: error: ")
+    assert sorted({*os.listdir(place)} - {"a.mp4.latents.safetensors"}) == ["demo", "photo.png"]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_nan_is_an_error_not_a_video(place, fakes, monkeypatch, at):
+    dit, count = fakes.dit, itertools.count()
+    fakes.dit = lambda x, *rest: dit(x, *rest) * (math.nan if next(count) == at else 1)
+    monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
+    with pytest.raises(SystemExit):
+        run("photo.png -o a.mp4 --frames 1")
+    assert next(count) == at + 1 and sorted(os.listdir(place)) == ["demo", "photo.png"]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.mp4", "a"])
+def test_a_full_disk_is_an_oserror_that_leaves_nothing(tmp_path, name):
+    run_python("""
+import resource, signal, sys, torch, sample
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    with sample.errors_in_one_line():
+        sample.write_video(sys.argv[1], torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8), None)
+except SystemExit as stop:
+    assert stop.code == 2
+""", tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.parametrize("after", [0.15, 0.4, 0.8])
+def test_interrupt_while_torch_is_imported(after):
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "sample.py"], cwd=REPOSITORY,
+                               stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if "warnings" in line or "argparse" in line)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode in (130, 2) and "Traceback" not in err  # 2: it was faster
 
 
 def test_interrupt(place, fakes, capsys):
@@ -2336,25 +2624,48 @@ def test_networks_may_be_folders_of_shards(place, spiece):
 REFUSED = {  # arguments: what the one line says
     "": "the following arguments are required: image",
     "photo.png --frames 80": "frames 80: expected 4k + 1; the nearest are 77 and 81",
+    "photo.png --frames 1000000001": "frames 1000000001: expected 1 to 4093 (Wan has 1024 positions in time",
     "photo.png --frames x": "--frames",
-    "photo.png --steps 0": "steps 0: expected 1 or more",
+    "photo.png --steps 0": "steps 0: expected 1 to 1000 (the model has 1000 noise levels)",
+    "photo.png --steps 1000000000": "steps 1000000000: expected 1 to 1000",
+    "photo.png --steps=--": "argument --steps: expected one argument",
+    "photo.png --cfg nan": "cfg nan: expected a finite number",
+    "photo.png --cfg inf": "cfg inf: expected a finite number",
+    "photo.png --size 0": "'0': expected WIDTHxHEIGHT",
+    "photo.png --size 00x64": "'00x64': expected WIDTHxHEIGHT",
+    "photo.png --size 16x17000": "size: side 17008: expected 16 to 16384 (Wan has 1024 positions along each side",
+    "photo.png --size 16000x16000": "area 256000000: expected 256 to 35651584",
+    "photo.png --prompt \udcff": "prompt: got bytes that are not UTF-8",
+    "photo.png --negative \udcff": "--negative: got bytes that are not UTF-8",
+    "photo.png --prompt-file latin": "--prompt-file latin: got bytes that are not UTF-8",
+    "photo.png --device mps": "--device mps: only cpu and cuda are supported",
+    "photo.png --device meta": "--device meta: only cpu and cuda are supported",
+    "photo.png -o fifo": "fifo: is not a regular file; give another name",
+    f"photo.png -o {'a' * 240}.mp4": "aaa.mp4: file name too long",  # with the ending for the latents
+    "photo.png -o kept.mp4": "kept.mp4.latents.safetensors: holds the latents of an interrupted run",
+    "fifo": "fifo: is not a regular file",
+    "photo.png --interpolate text.png": "text.png: ",
+    "--decode channels": "got latents F32 (1, 17, 1, 2, 2), expected the tensor latents (1, 16, T, H, W)",
+    "--decode nan": "--decode nan: latents: got NaN or infinity",
+    "sdp.jpg": "sdp.jpg: not a readable image",
     "photo.png --shift -1": "shift -1.0: expected a positive number",
     "photo.png --sampler dpm": "'lcm', 'euler', 'heun'",
     "photo.png --scheduler karras": "'normal', 'simple', 'linear_quadratic'",
     "photo.png --size 64": "'64': expected WIDTHxHEIGHT",
     "photo.png --size 0x64": "'0x64': expected WIDTHxHEIGHT",
     "photo.png --device toaster": "--device toaster: ",
-    "photo.png --seed -1": "seed -1: expected 0 to 2**63 - 1",
+    "photo.png --seed -1": "seed -1: expected 0 to 9223372036854775807",
     "missing.png": "missing.png: no such file",
-    "demo": "demo: no such file",
+    "demo": "demo: is not a regular file",
     "text.png": "text.png: not a readable image; expected png, jpg or still webp",
     "empty.png": "empty.png: not a readable image",
-    "film.mp4": "expected an image (png, jpg or webp)",
+    "film.mp4": "film.mp4: not a readable image",
     "photo.png -o a.avi": "a.avi: unknown extension '.avi', expected .mp4, .gif, .webp; for a folder",
     "photo.png -o no/a.mp4": "no: no such folder",
     "photo.png -o demo": "demo: is a folder that is not empty; give another name",
     "photo.png -o empty.png/": "empty.png: is a file, expected a folder or a new name",
-    "photo.webp -o photo.webp": "-o photo.webp: is the picture itself; give another name",
+    "photo.webp -o photo.webp": "-o photo.webp: is photo.webp, which this run reads",
+    "photo.png --prompt-file text.webp -o ./text.webp": "-o ./text.webp: is text.webp, which this run reads",
     "photo.png photo.png -o a.mp4": "-o a.mp4: no such folder; 2 videos need an existing folder",
     "photo.png photo.png --prompt-file three.txt": "got 2 pictures and 3 prompts; expected as many prompts as",
     "photo.png --prompt-file blank.txt": "--prompt-file blank.txt: got no text, expected one prompt a line",
@@ -2369,7 +2680,7 @@ REFUSED = {  # arguments: what the one line says
     "photo.png --lora text.safetensors": "text.safetensors: not a safetensors file",
     "photo.png --interpolate flownet.pkl": "--interpolate flownet.pkl: no such file, here or in ",
     "--decode lost.latents.safetensors": "lost.latents.safetensors: no such file",
-    "--decode model.safetensors": "got blocks.0.ffn.0.weight, expected the tensor latents",
+    "--decode model.safetensors": "got blocks.0.ffn.0.weight F32 (2, 2), expected the tensor latents",
     "--decode latents": "--decode latents: this name does not tell the video's name; give it with -o",
 }
 if not torch.cuda.is_available():
@@ -2379,15 +2690,84 @@ if not torch.cuda.is_available():
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_bad_arguments_are_refused_before_any_work(place, fakes, capsys, arguments):
     for name, text in {"text.png": "not an image\n" * 50, "text.safetensors": "not a model\n" * 50,
-                       "empty.png": "", "three.txt": "a\nb\nc\n", "blank.txt": " \n"}.items():
+                       "empty.png": "", "three.txt": "a\nb\nc\n", "text.webp": "a", "blank.txt": " \n"}.items():
         Path(name).write_text(text)
     save_file({"blocks.0.ffn.0.weight": torch.ones(2, 2)}, "model.safetensors")
-    save_file({"latents": torch.ones(1, 16, 1, 2, 2)}, "latents")
+    for name, latents in {"latents": torch.ones(1, 16, 1, 2, 2), "channels": torch.ones(1, 17, 1, 2, 2),
+                          "nan": torch.full((1, 16, 1, 2, 2), math.nan),
+                          "kept.mp4.latents.safetensors": torch.ones(1)}.items():
+        save_file({"latents": latents}, name)
+    Path("latin").write_bytes(b"caf\xe9")
+    Path("sdp.jpg").write_text("v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+                               "m=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n")
+    os.mkfifo("fifo")
     Image.fromarray(picture()).save("photo.webp")
     sample.write_video("film.mp4", clip(3), None)
     before = sorted(os.listdir(place))
     fails(sample.main, arguments.split(), REFUSED[arguments])
     assert capsys.readouterr().out == "" and fakes.log == [] and sorted(os.listdir(place)) == before
+
+
+@pytest.mark.parametrize("key, value, text", [
+    ("frames", "many", "frames in its header: got 'many', expected a whole number; give another with --frames"),
+    ("frames", "9" * 5000, "frames in its header: got '99999999999999999999', expected"),
+    ("frames", "6", "frames in its header: frames 6: expected 4k + 1"),
+    ("area", "5", "area in its header: area 5: expected 256 to 35651584"),
+    ("area", str(2**31), "area in its header: got '2147483648', expected a whole number; give another with --s")])
+def test_bad_numbers_in_the_header_of_the_dit(place, fakes, key, value, text):
+    save_file({"w": torch.ones(1)}, "demo/dit.safetensors", {key: value})
+    fails(sample.main, ["photo.png"], f"dit.safetensors: {text}")
+    run("photo.png -o a.mp4 --frames 1 --size 64x64")
+    assert fakes.log
+
+
+def test_a_models_folder_with_cycles_and_pipes(models, monkeypatch):
+    os.symlink("..", models / "loop")
+    os.symlink("vae.safetensors", models / "the-same-vae.safetensors")
+    (models / "dit.safetensors").rename(models / "0123abcd")  # as in the cache of huggingface_hub
+    os.symlink("0123abcd", models / "dit.safetensors")
+    for name in ("a.safetensors", "a.pth", "a.index.json"):
+        os.mkfifo(models / name)
+    assert sample.find_files(NOT_NAMED)[0].keys() == NOT_NAMED.keys()
+    monkeypatch.setattr(sample, "MOST_ENTRIES", 3)
+    with pytest.raises(ValueError, match="models: more than 3 files, expected a folder of models"):
+        sample.find_files(NOT_NAMED)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_files_give_a_video_or_one_line(tmp_path, monkeypatch, seed):
+    """Bits flipped and ends cut off, of a picture, of latents and of each network of the demo."""
+    monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
+    monkeypatch.chdir(tmp_path)
+    rng, demo = random.Random(seed), REPOSITORY / "demo"
+    networks = {demo / network.demo: flag for flag, network in sample.NETWORKS.items()}
+    save_file({"latents": torch.randn(1, 16, 1, 4, 4)}, "z.latents.safetensors")
+    sources = [demo / "photo.jpg", *networks, tmp_path / "z.latents.safetensors"]
+    for source in sources * 3:
+        data, damaged = bytearray(source.read_bytes()), tmp_path / f"damaged{source.suffix}"
+        for _ in range(rng.choice([1, 20])):  # half of them near the start, where the header is
+            data[rng.randrange(rng.choice([400, len(data)]))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(data[:rng.choice([len(data), rng.randrange(len(data))])])
+        arguments = ["-o", "a.gif", "--frames", "1", "--size", "32x32", "--steps", "1"]
+        if source in networks:
+            arguments.append(demo / "photo.jpg")
+            for file, flag in networks.items():
+                arguments += [f"--{flag}", damaged if file == source else file]
+        elif source.suffix == ".jpg":
+            arguments.append(damaged)
+        else:
+            arguments += ["--decode", damaged, "--vae", demo / "vae.safetensors"]
+        stderr, code = io.StringIO(), 0
+        try:
+            with contextlib.redirect_stderr(stderr):
+                sample.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        assert code in (0, 2) and Path("a.gif").exists() == (code == 0), stderr.getvalue()
+        assert code == 0 or stderr.getvalue().splitlines()[-1].startswith("sample.py: error: ")
+        for path in tmp_path.iterdir():
+            if path not in sources:
+                path.unlink()
 
 
 def test_a_broken_demo_is_an_error(place):
@@ -2400,7 +2780,7 @@ def test_a_broken_demo_is_an_error(place):
     ("b:c:-2", "b:c", -2), ("a:1e-1", "a", 0.1), ("7", "7", 1), ("a:b/c", "a:b/c", 1),
     (r"C:\x.safetensors", r"C:\x.safetensors", 1), (r"C:\x.safetensors:0.5", r"C:\x.safetensors", 0.5)])
 def test_lora_argument(monkeypatch, text, path, strength):
-    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(sample, "check_file", lambda path: None)
     assert sample.parse_lora(text) == (Path(path), strength)
 
 
