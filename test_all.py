@@ -1030,6 +1030,14 @@ def test_clip_equals_transformers(kind, dim, side, patch, metadata, tmp_path):
         wan_fp4.load_clip(file)
 
 
+def test_clip_refuses_quantized_q_k_v_apart(tmp_path):
+    layer = "vision_model.encoder.layers.0.self_attn"
+    data, *_ = quant.quantize_nvfp4(torch.randn(64, 64))
+    save_file({f"{layer}.{part}_proj.weight": data.clone() for part in "qkv"}, tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"q_proj.weight: got q, k and v of torch.uint8 \(64, 32\), exp"):
+        wan_fp4.load_clip(tmp_path / "clip")
+
+
 # IFNet
 
 @pytest.fixture(scope="session")
@@ -1127,11 +1135,39 @@ def test_ifnet_refuses_frames_of_other_sizes(a, b):
         ifnet(torch.zeros(a), torch.zeros(b))
 
 
+# Attention
+
+@pytest.mark.parametrize("network", ["dit", "vae", "umt5", "clip"])
+def test_every_attention_gets_what_fused_kernels_take(network, monkeypatch):
+    """Where the last dimension of q, k, v or the bias is not contiguous, a GPU would make the N x N matrix. The
+    meta device takes the GPU's path."""
+    strides, real = [], F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, **rest):
+        strides.extend(t.stride(-1) for t in (q, k, v, attn_mask) if t is not None)
+        return real(q, k, v, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with torch.device("meta"):
+        model = getattr(wan_fp4, f"load_{network}")(REPOSITORY / "demo" / f"{network}.safetensors", "meta")
+        ids, side = torch.ones(2, 9, dtype=torch.long), getattr(model, "image_size", 0)
+        model.token_embedding = torch.nn.Embedding(9, model.cfg.dim) if network == "umt5" else None
+        {"dit": lambda: model(*demo_inputs(model.cfg, 900.0, "meta")), "umt5": lambda: model(ids, ids),
+         "vae": lambda: (model.encode(torch.empty(1, 3, 5, 32, 48)), model.decode(torch.empty(1, 16, 2, 4, 6))),
+         "clip": lambda: model(torch.empty(1, 3, side, side))}[network]()
+    assert len(strides) >= 3 and set(strides) == {1}
+
+
 # Reading files
 
 @pytest.mark.parametrize("files, error, text", [
     ({}, ValueError, "got no .safetensors file, expected a model; name its file or folder"),
-    ({"m.safetensors.index.json": b"[]"}, ValueError, "m.safetensors.index.json: got no weight_map, expected"),
+    *(({"m.safetensors.index.json": b'{"weight_map": %b}' % files}, ValueError, f"index.json: {text}")
+      for files, text in ((b"{}", "got no weight_map, expected"), (b"[1]", "got no weight_map, expected"),
+                          (b'{"x": 5}', "got no weight_map, expected"),
+                          (9 ** 6 * b"[", "not a shard index .maximum recursion"))),
+    ({"m.safetensors.index.json": b'{"weight_map": {"x": "a\\u0000b"}}'}, ValueError, "embedded null byte"),
+    ({"m.safetensors.index.json": b'{"weight_map": {"x": "."}}'}, ValueError, "model: not a .* only regular"),
     ({"a.safetensors.index.json": b"", "b.safetensors.index.json": b""}, ValueError,
      "got 2 models, expected one; name one of .*a.safetensors.index.json, .*b.safetensors.index.json"),
     ({"m.safetensors.index.json": b'{"weight_map": {"x": "lost.safetensors"}}'}, FileNotFoundError,
@@ -1151,10 +1187,39 @@ def test_folders_that_are_no_model_are_refused(files, error, text, tmp_path):
 
 def test_broken_pickles_are_refused_and_run_no_code(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"x" * 100)
+    (tmp_path / "empty.pth").touch()
     torch.save({"x": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
-    for name in ("broken", "code"):
+    for name in ("broken", "empty", "code"):
         with pytest.raises(ValueError, match=f"{name}.pth: not a file of torch weights .*; download it again"):
             wan_fp4.load_vae(tmp_path / f"{name}.pth")
+
+
+@pytest.mark.parametrize("content, text", [
+    ([torch.ones(1)], "a list: got NoneType"), (5, "a int: got NoneType"), ({1: torch.ones(1)}, "1: got Tensor"),
+    ({"state_dict": {"x": torch.ones(1)}}, "state_dict: got dict"),
+    ({"x": torch.eye(2).to_sparse()}, "x: got Tensor"), ({"x": torch.ones(1, device="meta")}, "x: got Tensor")])
+def test_pickles_of_something_else_are_refused(content, text, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    for read in (wan_fp4.load_ifnet, wan_fp4.tensor_names):
+        with pytest.raises(ValueError, match=f"x.pth: {text}, expected a dict from names to plain tensors; save"):
+            read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.index.json"])
+def test_pipes_and_files_without_permission_are_refused(name, tmp_path, monkeypatch):
+    """A pipe would be waited for. If permission is missing, safetensors says that the file is."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: not a .* only regular files are read"):
+        wan_fp4.tensor_names(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).touch(0o000)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        with pytest.raises(OSError, match="Permission denied"):
+            wan_fp4.tensor_names(tmp_path / name)
+    finally:
+        os.seteuid(user)
 
 
 def test_header_and_names_tell_what_a_file_holds(dit_path):
@@ -1241,26 +1306,47 @@ def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_pa
     ("dit", "head.modulation", torch.zeros(1, 2, 63), r"got shape \(1, 2, 63\), expected \(1, 2, 64\); check"),
     ("dit", "blocks.0.ffn.0.comfy_quant", quant.write_marker({"format": "int3"}),
      "got .*int3.*expected a format out of nvfp4, mxfp8"),
+    ("dit", "blocks.999999999.ffn.0.weight", torch.zeros(1), "got a tensor that no layer takes, .* no gap in"),
+    ("dit", f"blocks.{'9' * 5000}.x", torch.zeros(1), "got a tensor that no layer takes"),
+    ("dit", "text_embedding.0.weight", torch.tensor(1.0), r"got shape \(\), expected \(64, any\)"),
+    ("dit", "blocks.0.ffn.0.bias", torch.zeros(0), r"got shape \(0,\), expected \(any\), none of them 0"),
+    ("dit", "patch_embedding.weight", torch.zeros(64, 20, 1, 2, 2), r"got .* expected \(any, 36, 1, 2, 2\)"),
+    ("dit", "time_embedding.0.weight", torch.zeros(64, 5), "in_features: got 5, expected an even number"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 64).int(), "got torch.int32, expected a float dtype; only"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 64).cfloat(), "got torch.complex64, expected a dtype such as"),
+    *(("dit", "text_embedding.0.comfy_quant", quant.write_marker({"format": "nvfp4", "orig_shape": shape}), text)
+      for shape, text in ((5, "got orig_shape 5, expected sizes up to"), ([64], r"got orig_shape \[64\], exp"),
+                          ([64, -1], "got orig"), ([64, "24"], "got orig"), ([64, 10 ** 30], "got orig"))),
+    ("vae", "conv2.bias", torch.zeros(8), r"got shape \(8,\), expected \(16\)"),
+    ("umt5", "blocks.0.pos_embedding.embedding.weight", torch.zeros(30, 2), "buckets: got 30, expected a mul"),
+    ("umt5", "blocks.0.attn.q.weight", torch.zeros(63, 64), "out_features: got 63, expected a multiple of the"),
+    ("clip", "pos_embedding", torch.zeros(1, 1, 64), "tokens: got 1, expected 1 more than a square"),
+    ("clip", "pos_embedding", torch.tensor(1.0), r"got shape \(1, 1, 1\), expected \(1, any, 64\)"),
+    ("clip", "transformer.0.attn.to_qkv.weight", torch.zeros(7, 64), r"got \(7, 64\), expected \(192, 64\)"),
+    ("ifnet", "block0.lastconv.0.bias", torch.zeros(4), "got 4, expected at least 20 channels"),
     ("ifnet", "block2.convblock.3.beta", None, r"got nothing, expected shape \(1, 12, 1, 1\)"),
     ("ifnet", "block4.lastconv.0.weight", None, "got nothing, expected a tensor"),
     ("ifnet", "block5.x", torch.zeros(1), "got a tensor that no layer takes"),
-    ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(4,\)")])
+    ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(any\)")])
 def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_path):
     config = wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6)
-    tensors = load_file(dit_path) if network == "dit" else wan_fp4.IFNet(config).state_dict()
+    file = dit_path if network == "dit" else REPOSITORY / "demo" / f"{network}.safetensors"
+    tensors = load_file(file) if file.exists() else wan_fp4.IFNet(config).state_dict()
     load = getattr(wan_fp4, f"load_{network}")
     save_file(tensors, tmp_path / network, {"head_dim": "32"})
-    assert network == "dit" or load(tmp_path / network).cfg == config
+    assert network != "ifnet" or load(tmp_path / network).cfg == config
     tensors = {n: tensor for n, tensor in tensors.items() if n != name}
     save_file(tensors if change is None else tensors | {name: change}, tmp_path / network, {"head_dim": "32"})
-    with pytest.raises(ValueError, match=f"{network}: {name}: {text}"):
+    with pytest.raises(ValueError, match=f"{network}: {name[:200]}.*: {text}"):
         load(tmp_path / network)
 
 
-def test_load_dit_names_a_wrong_head_width(tmp_path):
-    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors", head_dim="48")
-    with pytest.raises(ValueError, match="head width: got 48, expected a divisor of the model's width 64; set"):
-        wan_fp4.load_dit(path)
+@pytest.mark.parametrize("network", ["dit", "clip"])
+@pytest.mark.parametrize("head_dim", ["50", "0", "-1", "1", "x", "", "1e9", "9" * 5000])
+def test_wrong_head_widths_are_named(network, head_dim, tmp_path):
+    save_file(load_file(REPOSITORY / "demo" / f"{network}.safetensors"), tmp_path / "x", {"head_dim": head_dim})
+    with pytest.raises(ValueError, match=f"x: head width: got {head_dim[:50]}, expected an even divisor of"):
+        getattr(wan_fp4, f"load_{network}")(tmp_path / "x")
 
 
 def test_new_networks_start_at_the_official_scale():
@@ -1519,6 +1605,14 @@ def test_loras_that_are_refused(lora, error, dit_path, lora_file):
     path = lora_file({name: torch.zeros(shape) for name, shape in lora.items()})
     with pytest.raises(ValueError, match=error):
         wan_fp4.load_dit(dit_path, loras=[(path, 1.0)])
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.ones(0), torch.tensor(math.nan)])
+def test_a_lora_whose_alpha_is_not_one_number_is_refused(alpha, dit, lora_file):
+    name = "blocks.0.ffn.0"
+    lora = {f"{name}.lora_up.weight": torch.ones(96, 2), f"{name}.lora_down.weight": torch.ones(2, 64)}
+    with pytest.raises(ValueError, match=f"{name}: got alpha .*, expected one finite number; download the LoRA"):
+        wan_fp4.attach_lora(dit, lora_file(lora | {f"{name}.alpha": alpha}))
 
 
 def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path, lora_file):
