@@ -1144,9 +1144,8 @@ def assign_state(model, state, path):
         problem = (f"got nothing, expected shape {tuple(model.get_parameter(name).shape)}" if missing
                    else "got a tensor that no layer takes, expected none")
         more = f" and {len(others)} more" if others else ""
-        raise ValueError(f"{path}: {name[:200]}{more}: {problem}; "
-                         f"check that the file is a complete {type(model).__name__} checkpoint, with no gap in its "
-                         f"layers' numbers")
+        raise ValueError(f"{path}: {name[:200]}{more}: {problem}; check that the file is a complete "
+                         f"{type(model).__name__} checkpoint, with no gap in its layers' numbers")
 
 
 def head_width(dim, metadata, default, path):
