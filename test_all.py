@@ -3480,6 +3480,132 @@ def test_a_model_of_other_encoders_is_refused(small_dit, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# Fuzz
+# --------------------------------------------------------------------------------------------------
+#
+# Damaged files and odd command lines, chosen by seed: exit code 0, or 2 after one line; no source is touched, and
+# nothing but latents is left.
+
+NUMBERS = ["", "0", "-1", "1.5", "nan", "inf", "abc", "9" * 30, "9" * 5000, "\u0663", " ", "1e400"]
+PATHS = ["", ".", "/", "missing/x.mp4", "x" * 300 + ".mp4", "fifo", "folder", "photo.png", "a\0b.mp4"]
+NAMES = ["", "blocks.999999999.ffn.0.weight", "blocks.x.y", "transformer.99999999.mlp.0.bias", "a" * 3000,
+         "encoder.downsamples.999999999.residual.6.bias", "block0.convblock.99999999.beta", "spiece_model",
+         "blocks.0.self_attn.q.lora_up.weight", f"blocks.{'9' * 5000}.x"]
+SHAPES = [(), (0,), (1,), (3,), (64,), (0, 64), (64, 0), (64, 64), (1, 64), (1,) * 5, (2, 3, 4)]
+ODD_DTYPES = [torch.int64, torch.uint8, torch.bool, torch.float64, torch.float8_e4m3fn, torch.complex64]
+MARKERS = [b"", b"[]", b"5", b"\xff", b'{"format":', b'{"format": ["nvfp4"]}', b'{"format": "mxfp8"}',
+           9999 * b"[", b'{"format": "nvfp4", "orig_shape": 5}', b'{"format": "nvfp4", "orig_shape": [64, -64]}']
+FLAGS = {
+    sample.main: dict.fromkeys(("--frames", "--steps", "--shift", "--cfg", "--seed", "--size"), NUMBERS)
+    | dict.fromkeys(("-o", "--dit", "--vae", "--lora", "--models", "--interpolate", "--decode"), PATHS)
+    | {"--prompt": ["", "\n", "\ud83d", "\0", "a" * 10000], "--device": ["", "cuda:-1", "abc", "meta"]},
+    convert.main: dict.fromkeys(("--size", "--num-iter", "--lora-rank", "--seed", "--calib-samples"), NUMBERS)
+    | dict.fromkeys(("-i", "-o", "--plot", "--calib", "--lora-output"), PATHS)
+    | dict.fromkeys(("--custom-layers", "--exclude-layers"), ["", "(", "*", "nothing"])}
+CONVERT = ["-i", "dit.safetensors", "-o", "out.safetensors", "--nvfp4", "--simple", "--extract-lora",
+           "--lora-rank", "4", "--lora-output", "out_lora.safetensors"]
+
+
+def sample_argv(flag="--dit", network="nvfp4"):
+    files = {"--dit": "nvfp4", "--vae": "vae", "--text-encoder": "umt5", "--clip": "clip", flag: network}
+    return ["photo.png", "--steps", "1", "-o", "out.mp4"] + [
+        part for flag, name in files.items() for part in (flag, f"{name}.safetensors")]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with small networks, a LoRA, latents and a picture."""
+    folder, meta = tmp_path_factory.mktemp("tiny"), {"head_dim": "32", "frames": "1", "area": "1024"}
+    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(64, 96, 2, 32, text_dim=64, image_dim=64))
+    save_file({n: t.bfloat16() for n, t in dit.state_dict().items()}, folder / "dit.safetensors", meta)
+    save_file(wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).state_dict(), folder / "vae.safetensors")
+    save_file(wan_fp4.IFNet(wan_fp4.IFNetConfig((8,) * 5, 1, 6)).state_dict(), folder / "rife.safetensors")
+    save_file({"latents": torch.randn(1, 16, 1, 4, 4)}, folder / "latents.safetensors")
+    for name in ("umt5", "clip"):
+        shutil.copy(REPOSITORY / "demo" / f"{name}.safetensors", folder)
+    Image.effect_noise((48, 40), 90).convert("RGB").save(folder / "photo.png")
+    convert.main([part.replace("out", str(folder / "nvfp4")) if part.startswith("out") else
+                  part.replace("dit", str(folder / "dit")) for part in CONVERT])
+    (folder / "folder").mkdir()
+    return folder
+
+
+def damage(rng, path):
+    """Make one thing in a safetensors file wrong."""
+    data = path.read_bytes()
+    head = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:head]), load_file(path)
+    metadata, name = header.get("__metadata__", {}), rng.choice(sorted(tensors))
+    kind = rng.choice("cut flip header rename extra shape dtype marker metadata".split())
+    if kind == "cut":
+        return path.write_bytes(data[:rng.randrange(len(data))])
+    if kind == "flip":
+        at = rng.randrange(head)
+        return path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:])
+    if kind == "header":
+        header[name][rng.choice(["dtype", "shape", "data_offsets"])] = rng.choice(["F4", None, [2 ** 63], [-1]])
+        text = json.dumps(header).encode()
+        return path.write_bytes(len(text).to_bytes(8, "little") + text + data[head:])
+    if kind == "metadata":
+        metadata[rng.choice(["head_dim", "frames", "area", "needs_lora"])] = rng.choice(NUMBERS)
+    elif kind == "marker":
+        marker = torch.tensor(list(rng.choice(MARKERS)), dtype=torch.uint8)
+        tensors[name.rpartition(".")[0] + ".comfy_quant"] = marker
+    elif kind == "dtype":
+        tensors[name] = tensors[name].to(rng.choice(ODD_DTYPES))
+    elif kind == "shape":
+        tensors[name] = torch.zeros(rng.choice(SHAPES), dtype=tensors[name].dtype)
+    else:
+        tensors[rng.choice(NAMES)] = tensors.pop(name) if kind == "rename" else torch.zeros(1)
+    save_file(tensors, path, metadata)
+
+
+@pytest.fixture
+def keeps_the_contract(tiny, tmp_path, monkeypatch):
+    """Runs a command line in a copy of `tiny`, and checks what it says and leaves."""
+    shutil.copytree(tiny, tmp_path / "run")
+    os.mkfifo(tmp_path / "run" / "fifo")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "run")
+
+    def files():
+        return {p: p.is_file() and p.stat().st_mtime_ns for p in Path().rglob("*") if ".latents." not in p.name}
+
+    def run(main, argv):
+        before, code, stderr = files(), 0, io.StringIO()
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                main(argv)
+            except SystemExit as stop:
+                code = stop.code or 0
+        lines = [line for line in re.split("[\r\n]+", stderr.getvalue())  # without progress bars and downloads
+                 if line and "%|" not in line and "warning" not in line and not line.startswith("    ")]
+        assert code == 0 or code == 2 and len(lines) == 1 and ".py: error: " in lines[0], (argv, code, lines)
+        assert code == 0 or files() == before, (argv, lines)
+    return run
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_damaged_files(seed, keeps_the_contract):
+    rng = random.Random(seed)
+    name = rng.choice("dit nvfp4 vae umt5 clip rife nvfp4_lora latents convert".split())
+    damage(rng, Path(f"{'dit' if name == 'convert' else name}.safetensors"))
+    flag = {"rife": "--interpolate", "nvfp4_lora": "--lora", "nvfp4": "--dit", "umt5": "--text-encoder",
+            "latents": "--decode"}.get(name, f"--{name}")
+    argv = CONVERT if name == "convert" else sample_argv(flag, name)[1 if name == "latents" else 0:]
+    keeps_the_contract(convert.main if name == "convert" else sample.main, argv)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_odd_command_lines(seed, keeps_the_contract):
+    rng = random.Random(seed)
+    main = rng.choice(list(FLAGS))
+    flags = rng.sample(sorted(FLAGS[main]), rng.choice([1, 1, 2]))
+    odd = [part for flag in flags for part in (flag, rng.choice(FLAGS[main][flag]))]
+    keeps_the_contract(main, [*(CONVERT if main is convert.main else sample_argv()), *odd])
+
+
+# --------------------------------------------------------------------------------------------------
 # The repository
 # --------------------------------------------------------------------------------------------------
 

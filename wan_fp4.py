@@ -646,8 +646,9 @@ class T5Block(nn.Module):
         self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding.from_pretrained(table, freeze=False)})
 
     def forward(self, x, buckets, mask):
-        bias = self.pos_embedding["embedding"](buckets).permute(2, 0, 1)  # (heads, L, L)
-        bias = bias.contiguous() + mask  # (B, heads, L, L), in the order that fused kernels need
+        table = self.pos_embedding["embedding"].weight.t().contiguous()  # (heads, buckets)
+        bias = table.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)  # (heads, L, L)
+        bias = bias + mask  # (B, heads, L, L), contiguous, as fused attention needs it
         x = x + self.attn(self.norm1(x), bias.to(x.dtype))  # (B, L, D)
         return x + self.ffn(self.norm2(x))  # (B, L, D)
 
