@@ -1094,6 +1094,14 @@ def test_clip_equals_transformers(kind, dim, side, patch, metadata, tmp_path):
         wan_fp4.load_clip(file)
 
 
+def test_clip_refuses_quantized_q_k_v_apart(tmp_path):
+    layer = "vision_model.encoder.layers.0.self_attn"
+    data, *_ = quant.quantize_nvfp4(torch.randn(64, 64))
+    save_file({f"{layer}.{part}_proj.weight": data.clone() for part in "qkv"}, tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"q_proj.weight: got q, k and v of torch.uint8 \(64, 32\), exp"):
+        wan_fp4.load_clip(tmp_path / "clip")
+
+
 # IFNet
 
 @pytest.fixture(scope="session")
@@ -1191,11 +1199,39 @@ def test_ifnet_refuses_frames_of_other_sizes(a, b):
         ifnet(torch.zeros(a), torch.zeros(b))
 
 
+# Attention
+
+@pytest.mark.parametrize("network", ["dit", "vae", "umt5", "clip"])
+def test_every_attention_gets_what_fused_kernels_take(network, monkeypatch):
+    """Where the last dimension of q, k, v or the bias is not contiguous, a GPU would make the N x N matrix. The
+    meta device takes the GPU's path."""
+    strides, real = [], F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, **rest):
+        strides.extend(t.stride(-1) for t in (q, k, v, attn_mask) if t is not None)
+        return real(q, k, v, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with torch.device("meta"):
+        model = getattr(wan_fp4, f"load_{network}")(REPOSITORY / "demo" / f"{network}.safetensors", "meta")
+        ids, side = torch.ones(2, 9, dtype=torch.long), getattr(model, "image_size", 0)
+        model.token_embedding = torch.nn.Embedding(9, model.cfg.dim) if network == "umt5" else None
+        {"dit": lambda: model(*demo_inputs(model.cfg, 900.0, "meta")), "umt5": lambda: model(ids, ids),
+         "vae": lambda: (model.encode(torch.empty(1, 3, 5, 32, 48)), model.decode(torch.empty(1, 16, 2, 4, 6))),
+         "clip": lambda: model(torch.empty(1, 3, side, side))}[network]()
+    assert len(strides) >= 3 and set(strides) == {1}
+
+
 # Reading files
 
 @pytest.mark.parametrize("files, error, text", [
     ({}, ValueError, "got no .safetensors file, expected a model; name its file or folder"),
-    ({"m.safetensors.index.json": b"[]"}, ValueError, "m.safetensors.index.json: got no weight_map, expected"),
+    *(({"m.safetensors.index.json": b'{"weight_map": %b}' % files}, ValueError, f"index.json: {text}")
+      for files, text in ((b"{}", "got no weight_map, expected"), (b"[1]", "got no weight_map, expected"),
+                          (b'{"x": 5}', "got no weight_map, expected"),
+                          (9 ** 6 * b"[", "not a shard index .maximum recursion"))),
+    ({"m.safetensors.index.json": b'{"weight_map": {"x": "a\\u0000b"}}'}, ValueError, "embedded null byte"),
+    ({"m.safetensors.index.json": b'{"weight_map": {"x": "."}}'}, ValueError, "model: not a .* only regular"),
     ({"a.safetensors.index.json": b"", "b.safetensors.index.json": b""}, ValueError,
      "got 2 models, expected one; name one of .*a.safetensors.index.json, .*b.safetensors.index.json"),
     ({"m.safetensors.index.json": b'{"weight_map": {"x": "lost.safetensors"}}'}, FileNotFoundError,
@@ -1215,10 +1251,39 @@ def test_folders_that_are_no_model_are_refused(files, error, text, tmp_path):
 
 def test_broken_pickles_are_refused_and_run_no_code(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"x" * 100)
+    (tmp_path / "empty.pth").touch()
     torch.save({"x": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
-    for name in ("broken", "code"):
+    for name in ("broken", "empty", "code"):
         with pytest.raises(ValueError, match=f"{name}.pth: not a file of torch weights .*; download it again"):
             wan_fp4.load_vae(tmp_path / f"{name}.pth")
+
+
+@pytest.mark.parametrize("content, text", [
+    ([torch.ones(1)], "a list: got NoneType"), (5, "a int: got NoneType"), ({1: torch.ones(1)}, "1: got Tensor"),
+    ({"state_dict": {"x": torch.ones(1)}}, "state_dict: got dict"),
+    ({"x": torch.eye(2).to_sparse()}, "x: got Tensor"), ({"x": torch.ones(1, device="meta")}, "x: got Tensor")])
+def test_pickles_of_something_else_are_refused(content, text, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    for read in (wan_fp4.load_ifnet, wan_fp4.tensor_names):
+        with pytest.raises(ValueError, match=f"x.pth: {text}, expected a dict from names to plain tensors; save"):
+            read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.index.json"])
+def test_pipes_and_files_without_permission_are_refused(name, tmp_path, monkeypatch):
+    """A pipe would be waited for. If permission is missing, safetensors says that the file is."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: not a .* only regular files are read"):
+        wan_fp4.tensor_names(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).touch(0o000)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        with pytest.raises(OSError, match="Permission denied"):
+            wan_fp4.tensor_names(tmp_path / name)
+    finally:
+        os.seteuid(user)
 
 
 def test_header_and_names_tell_what_a_file_holds(dit_path):
@@ -1305,26 +1370,45 @@ def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_pa
     ("dit", "head.modulation", torch.zeros(1, 2, 63), r"got shape \(1, 2, 63\), expected \(1, 2, 64\); check"),
     ("dit", "blocks.0.ffn.0.comfy_quant", quant.write_marker({"format": "int3"}),
      "got .*int3.*expected a format out of nvfp4, mxfp8"),
+    ("dit", "blocks.999999999.ffn.0.weight", torch.zeros(1), "got a tensor that no layer takes, .* no gap in"),
+    ("dit", f"blocks.{'9' * 5000}.x", torch.zeros(1), "got a tensor that no layer takes"),
+    ("dit", "\n.x", torch.zeros(1), "got a tensor that no layer takes"),
+    ("dit", "text_embedding.0.weight", torch.tensor(1.0), r"got shape \(\), expected \(64, any\)"),
+    ("dit", "blocks.0.ffn.0.bias", torch.zeros(0), r"got shape \(0,\), expected \(any\), none of them 0"),
+    ("dit", "patch_embedding.weight", torch.zeros(64, 20, 1, 2, 2), r"got .* expected \(any, 36, 1, 2, 2\)"),
+    ("dit", "time_embedding.0.weight", torch.zeros(64, 5), "in_features: got 5, expected an even number"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 64).int(), "got torch.int32, expected a float dtype; only"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 64).cfloat(), "got torch.complex64, expected a dtype such as"),
+    ("vae", "conv2.bias", torch.zeros(8), r"got shape \(8,\), expected \(16\)"),
+    ("umt5", "blocks.0.pos_embedding.embedding.weight", torch.zeros(30, 2), "buckets: got 30, expected a mul"),
+    ("umt5", "blocks.0.attn.q.weight", torch.zeros(63, 64), "out_features: got 63, expected a multiple of the"),
+    ("clip", "pos_embedding", torch.zeros(1, 1, 64), "tokens: got 1, expected 1 more than a square"),
+    ("clip", "pos_embedding", torch.tensor(1.0), r"got shape \(1, 1, 1\), expected \(1, any, 64\)"),
+    ("clip", "transformer.0.attn.to_qkv.weight", torch.zeros(7, 64), r"got \(7, 64\), expected \(192, 64\)"),
+    ("ifnet", "block0.lastconv.0.bias", torch.zeros(4), "got 4, expected at least 20 channels"),
     ("ifnet", "block2.convblock.3.beta", None, r"got nothing, expected shape \(1, 12, 1, 1\)"),
     ("ifnet", "block4.lastconv.0.weight", None, "got nothing, expected a tensor"),
     ("ifnet", "block5.x", torch.zeros(1), "got a tensor that no layer takes"),
-    ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(4,\)")])
+    ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(any\)")])
 def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_path):
     config = wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6)
-    tensors = load_file(dit_path) if network == "dit" else wan_fp4.IFNet(config).state_dict()
+    file = dit_path if network == "dit" else REPOSITORY / "demo" / f"{network}.safetensors"
+    tensors = load_file(file) if file.exists() else wan_fp4.IFNet(config).state_dict()
     load = getattr(wan_fp4, f"load_{network}")
     save_file(tensors, tmp_path / network, {"head_dim": "32"})
-    assert network == "dit" or load(tmp_path / network).cfg == config
+    assert network != "ifnet" or load(tmp_path / network).cfg == config
     tensors = {n: tensor for n, tensor in tensors.items() if n != name}
     save_file(tensors if change is None else tensors | {name: change}, tmp_path / network, {"head_dim": "32"})
-    with pytest.raises(ValueError, match=f"{network}: {name}: {text}"):
+    with pytest.raises(ValueError, match=f"{network}: {re.escape(repr(name[:200])[1:-1])}.*: {text}"):
         load(tmp_path / network)
 
 
-def test_load_dit_names_a_wrong_head_width(tmp_path):
-    path = dit_file(diffusers_dit(), tmp_path / "dit.safetensors", head_dim="48")
-    with pytest.raises(ValueError, match="head width: got 48, expected a divisor of the model's width 64; set"):
-        wan_fp4.load_dit(path)
+@pytest.mark.parametrize("network", ["dit", "clip"])
+@pytest.mark.parametrize("head_dim", ["50", "0", "-1", "1", "x", "", "1e9", "9" * 5000])
+def test_wrong_head_widths_are_named(network, head_dim, tmp_path):
+    save_file(load_file(REPOSITORY / "demo" / f"{network}.safetensors"), tmp_path / "x", {"head_dim": head_dim})
+    with pytest.raises(ValueError, match=f"x: head width: got {head_dim[:50]}, expected an even divisor of"):
+        getattr(wan_fp4, f"load_{network}")(tmp_path / "x")
 
 
 def test_new_networks_start_at_the_official_scale():
@@ -1583,6 +1667,14 @@ def test_loras_that_are_refused(lora, error, dit_path, lora_file):
     path = lora_file({name: torch.zeros(shape) for name, shape in lora.items()})
     with pytest.raises(ValueError, match=error):
         wan_fp4.load_dit(dit_path, loras=[(path, 1.0)])
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.ones(0), torch.tensor(math.nan)])
+def test_a_lora_whose_alpha_is_not_one_number_is_refused(alpha, dit, lora_file):
+    name = "blocks.0.ffn.0"
+    lora = {f"{name}.lora_up.weight": torch.ones(96, 2), f"{name}.lora_down.weight": torch.ones(2, 64)}
+    with pytest.raises(ValueError, match=f"{name}: got alpha .*, expected one finite number; download the LoRA"):
+        wan_fp4.attach_lora(dit, lora_file(lora | {f"{name}.alpha": alpha}))
 
 
 def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path, lora_file):
@@ -3825,6 +3917,132 @@ def test_a_model_of_other_encoders_is_refused(small_dit, tmp_path):
     tensors = load_file(small_dit) | {"text_embedding.0.weight": torch.zeros(64, 8)}
     model = write_checkpoint(tmp_path / "m.safetensors", tensors, head_dim="32", area="1024", frames="1")
     fails(convert.main, ["-i", model, "--calib", PHOTO], "expected 8 and")
+
+
+# --------------------------------------------------------------------------------------------------
+# Fuzz
+# --------------------------------------------------------------------------------------------------
+#
+# Damaged files and odd command lines, chosen by seed: exit code 0, or 2 after one line; no source is touched, and
+# nothing but latents is left.
+
+NUMBERS = ["", "0", "-1", "1.5", "nan", "inf", "abc", "9" * 30, "9" * 5000, "\u0663", " ", "1e400"]
+PATHS = ["", ".", "/", "missing/x.mp4", "x" * 300 + ".mp4", "fifo", "folder", "photo.png", "a\0b.mp4"]
+NAMES = ["", "blocks.999999999.ffn.0.weight", "blocks.x.y", "transformer.99999999.mlp.0.bias", "a" * 3000,
+         "encoder.downsamples.999999999.residual.6.bias", "block0.convblock.99999999.beta", "spiece_model",
+         "blocks.0.self_attn.q.lora_up.weight", f"blocks.{'9' * 5000}.x"]
+SHAPES = [(), (0,), (1,), (3,), (64,), (0, 64), (64, 0), (64, 64), (1, 64), (1,) * 5, (2, 3, 4)]
+ODD_DTYPES = [torch.int64, torch.uint8, torch.bool, torch.float64, torch.float8_e4m3fn, torch.complex64]
+MARKERS = [b"", b"[]", b"5", b"\xff", b'{"format":', b'{"format": ["nvfp4"]}', b'{"format": "mxfp8"}',
+           9999 * b"[", b'{"format": "nvfp4", "orig_shape": 5}', b'{"format": "nvfp4", "orig_shape": [64, -64]}']
+FLAGS = {
+    sample.main: dict.fromkeys(("--frames", "--steps", "--shift", "--cfg", "--seed", "--size"), NUMBERS)
+    | dict.fromkeys(("-o", "--dit", "--vae", "--lora", "--models", "--interpolate", "--decode"), PATHS)
+    | {"--prompt": ["", "\n", "\ud83d", "\0", "a" * 10000], "--device": ["", "cuda:-1", "abc", "meta"]},
+    convert.main: dict.fromkeys(("--size", "--num-iter", "--lora-rank", "--seed", "--calib-samples"), NUMBERS)
+    | dict.fromkeys(("-i", "-o", "--plot", "--calib", "--lora-output"), PATHS)
+    | dict.fromkeys(("--custom-layers", "--exclude-layers"), ["", "(", "*", "nothing"])}
+CONVERT = ["-i", "dit.safetensors", "-o", "out.safetensors", "--nvfp4", "--simple", "--extract-lora",
+           "--lora-rank", "4", "--lora-output", "out_lora.safetensors"]
+
+
+def sample_argv(flag="--dit", network="nvfp4"):
+    files = {"--dit": "nvfp4", "--vae": "vae", "--text-encoder": "umt5", "--clip": "clip", flag: network}
+    return ["photo.png", "--steps", "1", "-o", "out.mp4"] + [
+        part for flag, name in files.items() for part in (flag, f"{name}.safetensors")]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with small networks, a LoRA, latents and a picture."""
+    folder, meta = tmp_path_factory.mktemp("tiny"), {"head_dim": "32", "frames": "1", "area": "1024"}
+    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(64, 96, 2, 32, text_dim=64, image_dim=64))
+    save_file({n: t.bfloat16() for n, t in dit.state_dict().items()}, folder / "dit.safetensors", meta)
+    save_file(wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).state_dict(), folder / "vae.safetensors")
+    save_file(wan_fp4.IFNet(wan_fp4.IFNetConfig((8,) * 5, 1, 6)).state_dict(), folder / "rife.safetensors")
+    save_file({"latents": torch.randn(1, 16, 1, 4, 4)}, folder / "latents.safetensors")
+    for name in ("umt5", "clip"):
+        shutil.copy(REPOSITORY / "demo" / f"{name}.safetensors", folder)
+    Image.effect_noise((48, 40), 90).convert("RGB").save(folder / "photo.png")
+    convert.main([part.replace("out", str(folder / "nvfp4")) if part.startswith("out") else
+                  part.replace("dit", str(folder / "dit")) for part in CONVERT])
+    (folder / "folder").mkdir()
+    return folder
+
+
+def damage(rng, path):
+    """Make one thing in a safetensors file wrong."""
+    data = path.read_bytes()
+    head = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:head]), load_file(path)
+    metadata, name = header.get("__metadata__", {}), rng.choice(sorted(tensors))
+    kind = rng.choice("cut flip header rename extra shape dtype marker metadata".split())
+    if kind == "cut":
+        return path.write_bytes(data[:rng.randrange(len(data))])
+    if kind == "flip":
+        at = rng.randrange(head)
+        return path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:])
+    if kind == "header":
+        header[name][rng.choice(["dtype", "shape", "data_offsets"])] = rng.choice(["F4", None, [2 ** 63], [-1]])
+        text = json.dumps(header).encode()
+        return path.write_bytes(len(text).to_bytes(8, "little") + text + data[head:])
+    if kind == "metadata":
+        metadata[rng.choice(["head_dim", "frames", "area", "needs_lora"])] = rng.choice(NUMBERS)
+    elif kind == "marker":
+        marker = torch.tensor(list(rng.choice(MARKERS)), dtype=torch.uint8)
+        tensors[name.rpartition(".")[0] + ".comfy_quant"] = marker
+    elif kind == "dtype":
+        tensors[name] = tensors[name].to(rng.choice(ODD_DTYPES))
+    elif kind == "shape":
+        tensors[name] = torch.zeros(rng.choice(SHAPES), dtype=tensors[name].dtype)
+    else:
+        tensors[rng.choice(NAMES)] = tensors.pop(name) if kind == "rename" else torch.zeros(1)
+    save_file(tensors, path, metadata)
+
+
+@pytest.fixture
+def keeps_the_contract(tiny, tmp_path, monkeypatch):
+    """Runs a command line in a copy of `tiny`, and checks what it says and leaves."""
+    shutil.copytree(tiny, tmp_path / "run")
+    os.mkfifo(tmp_path / "run" / "fifo")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "run")
+
+    def files():
+        return {p: p.is_file() and p.stat().st_mtime_ns for p in Path().rglob("*") if ".latents." not in p.name}
+
+    def run(main, argv):
+        before, code, stderr = files(), 0, io.StringIO()
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                main(argv)
+            except SystemExit as stop:
+                code = stop.code or 0
+        lines = [line for line in re.split("[\r\n]+", stderr.getvalue())  # without progress bars and downloads
+                 if line and "%|" not in line and "warning" not in line and not line.startswith("    ")]
+        assert code == 0 or code == 2 and len(lines) == 1 and ".py: error: " in lines[0], (argv, code, lines)
+        assert code == 0 or files() == before, (argv, lines)
+    return run
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_damaged_files(seed, keeps_the_contract):
+    rng = random.Random(seed)
+    name = rng.choice("dit nvfp4 vae umt5 clip rife nvfp4_lora latents convert".split())
+    damage(rng, Path(f"{'dit' if name == 'convert' else name}.safetensors"))
+    flag = {"rife": "--interpolate", "nvfp4_lora": "--lora", "nvfp4": "--dit", "umt5": "--text-encoder",
+            "latents": "--decode"}.get(name, f"--{name}")
+    argv = CONVERT if name == "convert" else sample_argv(flag, name)[1 if name == "latents" else 0:]
+    keeps_the_contract(convert.main if name == "convert" else sample.main, argv)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_odd_command_lines(seed, keeps_the_contract):
+    rng = random.Random(seed)
+    main = rng.choice(list(FLAGS))
+    flags = rng.sample(sorted(FLAGS[main]), rng.choice([1, 1, 2]))
+    odd = [part for flag in flags for part in (flag, rng.choice(FLAGS[main][flag]))]
+    keeps_the_contract(main, [*(CONVERT if main is convert.main else sample_argv()), *odd])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,17 +23,20 @@ Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
     N = T * H/2 * W/2 video tokens   L text tokens   I image tokens (257)   D width   d head width   C channels
 """
+import itertools
 import json
 import math
+import os
 import re
+import stat
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from quant import QuantLinear, default_dtype, default_mode, read_marker
@@ -365,7 +368,8 @@ class FrameAttention(nn.Module):
     def forward(self, x):
         b, _, _, h, _ = x.shape
         y = self.to_qkv(self.norm(to_frames(x)))  # (Bt, 3C, h, w)
-        q, k, v = rearrange(y, "n (three c) h w -> three n 1 (h w) c", three=3)  # (Bt, 1, hw, C) each
+        y = rearrange(y, "n c h w -> n 1 (h w) c").contiguous()  # (Bt, 1, hw, 3C); fused kernels need this order
+        q, k, v = y.chunk(3, dim=-1)  # (Bt, 1, hw, C) each
         y = F.scaled_dot_product_attention(q, k, v)  # (Bt, 1, hw, C)
         y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=h))  # (Bt, C, h, w)
         return x + to_video(y, b)  # (B, C, t, h, w)
@@ -642,8 +646,9 @@ class T5Block(nn.Module):
         self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding.from_pretrained(table, freeze=False)})
 
     def forward(self, x, buckets, mask):
-        bias = self.pos_embedding["embedding"](buckets).permute(2, 0, 1)  # (heads, L, L)
-        bias = bias + mask  # (B, heads, L, L)
+        table = self.pos_embedding["embedding"].weight.t().contiguous()  # (heads, buckets)
+        bias = table.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)  # (heads, L, L)
+        bias = bias + mask  # (B, heads, L, L), contiguous, as fused attention needs it
         x = x + self.attn(self.norm1(x), bias.to(x.dtype))  # (B, L, D)
         return x + self.ffn(self.norm2(x))  # (B, L, D)
 
@@ -848,6 +853,27 @@ class IFNet(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 
 PICKLES = ".pth", ".pkl"  # written by torch.save; they have no header
+DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+          torch.float8_e8m0fnu, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+
+@contextmanager
+def reading(path, kind):
+    """A context in which libraries read a file. The one place that maps whatever they raise for a damaged file to
+    ValueError, in one line. Only regular files are read: a FIFO or a device may never end."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("a folder, pipe or device: only regular files are read")
+        open(path, "rb").close()  # if permission is missing, safetensors says that the file is
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
+    except Exception as error:  # torch interprets the bytes of a pickle, so a damaged one can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path}: not a {kind} ({reason}); download it again, or name another file") from None
 
 
 def shards(path):
@@ -864,41 +890,50 @@ def shards(path):
         if len(indices) > 1:
             raise ValueError(f"{path}: got {len(indices)} models, expected one; "
                              f"name one of {', '.join(map(str, indices))}")
-        files = shards(indices[0]) if indices else sorted(path.glob("*.safetensors"))
+        files = read_index(indices[0]) if indices else sorted(path.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{path}: got no .safetensors file, expected a model; name its file or folder")
         return files
-    if path.suffix != ".json":
-        return [path]
-    try:
-        names = json.loads(path.read_text())["weight_map"].values()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: got no weight_map, expected the index of a sharded checkpoint; "
-                         f"name the model's .safetensors.index.json or its folder") from None
-    return [path.parent / name for name in sorted(set(names))]
+    return read_index(path) if path.suffix == ".json" else [path]
+
+
+def read_index(path):
+    """The shards that an index .json lists."""
+    with reading(path, "shard index"):
+        content = json.loads(path.read_text())
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not files or not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{path}: got no weight_map, expected one from tensor names to file names; "
+                         f"name the model's .safetensors.index.json or its folder")
+    return [path.parent / name for name in sorted(set(files.values()))]
 
 
 def read_header(path):
     """A safetensors file's metadata {str: str} and {tensor name: (dtype name, shape)}; reads no tensor. Raises
-    FileNotFoundError, and ValueError for a file that is not in safetensors format."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            stored = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-            return file.metadata() or {}, stored
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error}); download it again") from None
+    FileNotFoundError or another OSError, and ValueError for a file that is not in safetensors format."""
+    with reading(path, "safetensors file"), safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        stored = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        return file.metadata() or {}, stored
 
 
 def read_pickle(path):
     """The tensors of a file written by torch.save, memory-mapped. Runs no code from the file (weights only)."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a file of torch weights ({reason}); download it again") from None
+    with reading(path, "file of torch weights"):
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    entries = tensors.items() if isinstance(tensors, dict) else [(f"a {type(tensors).__name__}", None)]
+    for name, tensor in entries:
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not (isinstance(name, str) and plain and not tensor.is_meta and not tensor.is_quantized):
+            raise ValueError(f"{path}: {name}: got {type(tensor).__name__}, expected a dict from names to plain "
+                             f"tensors; save the model's state_dict")
+    return tensors
+
+
+def read_safetensors(path):
+    """The tensors of a safetensors file, memory-mapped, and its metadata."""
+    with reading(path, "safetensors file"), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def read_tensors(path):
@@ -906,12 +941,13 @@ def read_tensors(path):
     file, an index .json, or a folder of shards."""
     tensors, metadata = {}, {}
     for file in shards(path):
-        if file.suffix in PICKLES:
-            tensors |= read_pickle(file)
-        else:
-            metadata |= read_header(file)[0]
-            with safe_open(file, "pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+        stored, own = (read_pickle(file), {}) if file.suffix in PICKLES else read_safetensors(file)
+        for name, tensor in stored.items():
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"{file}: {name[:200]}: got {tensor.dtype}, expected a dtype such as "
+                                 f"torch.bfloat16; convert the file")
+        tensors |= stored
+        metadata |= own
     return {bare_name(name): tensor for name, tensor in tensors.items()}, metadata
 
 
@@ -992,13 +1028,16 @@ def official_vae_name(name, blocks):
     def flat(match):
         level, kind, i = int(match[1]), match[2], int(match[3])
         return f".upsamples.{level * (blocks + 1) + (i if kind == 'resnets' else blocks)}."
-    return official_name(re.sub(r"\.up_blocks\.(\d+)\.(\w+)\.(\d+)\.", flat, name), DIFFUSERS_VAE)
+    return official_name(re.sub(r"\.up_blocks\.([0-9]{1,4})\.(\w+)\.([0-9]{1,4})\.", flat, name), DIFFUSERS_VAE)
 
 
 def count(tensors, prefix):
-    """The number of numbered modules under a prefix: 40 for "blocks." if the last is blocks.39."""
-    numbers = (re.match(r"\d+", name[len(prefix):]) for name in tensors if name.startswith(prefix))
-    return 1 + max((int(number[0]) for number in numbers if number), default=-1)
+    """The number of numbered modules under a prefix: 40 for "blocks." if there are blocks.0 to blocks.39.
+
+    Numbers after a gap do not count, or a tensor named blocks.999999999 would have all of them built.
+    """
+    numbers = {name[len(prefix):].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return next(i for i in itertools.count() if str(i) not in numbers)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1008,14 +1047,42 @@ def count(tensors, prefix):
 CONVOLUTIONS = nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d
 
 
-def build(network, config, path):
-    """The network on the meta device, where it takes no memory. config() reads its sizes from the tensors."""
-    try:
-        with torch.device("meta"):
-            return network(config())
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]}: got nothing, expected a tensor; "
-                         f"check that the file is a complete {network.__name__} checkpoint") from None
+def build(network, config, tensors, path):
+    """The network on the meta device, where it takes no memory, with sizes read from the tensors.
+
+    config(shape) gives the network's config. shape(name, *sizes) is the shape of a tensor (of a quantized weight,
+    the shape it stands for), after a check against the sizes that the network fixes, None elsewhere.
+    """
+    advice = f"check that the file is a complete {network.__name__} checkpoint of Wan2.1"
+
+    def shape(name, *sizes):
+        if name not in tensors:
+            raise ValueError(f"{path}: {name}: got nothing, expected a tensor; {advice}")
+        got = stored_shape(tensors, name, path)
+        if len(got) != len(sizes) or any(n == 0 or size not in (None, n) for n, size in zip(got, sizes)):
+            expected = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise ValueError(f"{path}: {name}: got shape {got}, expected ({expected}), none of them 0; {advice}")
+        return got
+
+    with torch.device("meta"):
+        return network(config(shape))
+
+
+def stored_shape(tensors, name, path):
+    """A tensor's shape; of a quantized weight, that of the weight before it was quantized."""
+    shape, layer = tuple(tensors[name].shape), name.removesuffix(".weight")
+    if tensors[name].dtype == torch.uint8 and shape:
+        shape = *shape[:-1], 2 * shape[-1]  # two codes in a byte
+    marker = f"{layer}.comfy_quant"
+    if layer == name or marker not in tensors:
+        return shape
+    return tuple(read_marker(tensors[marker], f"{path}: {marker}").get("orig_shape", shape))
+
+
+def check_size(path, name, got, ok, expected):
+    """Refuse a size with which the network could be built but not run."""
+    if not ok:
+        raise ValueError(f"{path}: {name}: got {got}, expected {expected}; check that the file is for Wan2.1")
 
 
 def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=False):
@@ -1028,6 +1095,7 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
     """
     dtype = dtype or default_dtype(device)
     modules, linears, state = dict(model.named_modules()), {}, {}
+    parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         layer, _, suffix = name.rpartition(".")
         module = modules.get(layer)
@@ -1035,20 +1103,18 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
         tensor = tensor if stays else tensor.to(device)
         if isinstance(module, nn.Linear):
             linears.setdefault(layer, {})[suffix] = tensor
-        elif isinstance(module, nn.Embedding):
-            state[name] = tensor
-        else:
+        elif name in parameters:
+            check_parameter(f"{path}: {name}", tensor, parameters[name])
             half = isinstance(module, CONVOLUTIONS) and not name.startswith(tuple(float32))
-            state[name] = tensor.to(dtype if half else torch.float32)
+            state[name] = tensor if layer == "token_embedding" else tensor.to(dtype if half else torch.float32)
+        else:
+            state[name] = tensor  # assign_state reports it
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
             compute = torch.float32 if name.startswith(tuple(float32)) else dtype
-            try:
-                layer = QuantLinear.from_tensors(name, linears.get(name, {}), module.in_features,
-                                                 module.out_features, bias=module.bias is not None,
-                                                 compute_dtype=compute, mode=default_mode(device))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            layer = QuantLinear.from_tensors(f"{path}: {name}", linears.get(name, {}), module.in_features,
+                                             module.out_features, bias=module.bias is not None,
+                                             compute_dtype=compute, mode=default_mode(device))
             model.set_submodule(name, layer)
             state |= layer.state_dict(prefix=f"{name}.")
     assign_state(model, state, path)
@@ -1056,34 +1122,34 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
     return model.eval()
 
 
+def check_parameter(where, tensor, parameter):
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"{where}: got shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}; "
+                         f"check that all tensors are of one model size")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{where}: got {tensor.dtype}, expected a float dtype; only Linears may be quantized")
+
+
 def assign_state(model, state, path):
     """load_state_dict, with error messages that name the file, the tensor, what was got and what was expected."""
-    for name, parameter in model.named_parameters():
-        if name in state and state[name].shape != parameter.shape:
-            raise ValueError(f"{path}: {name}: got shape {tuple(state[name].shape)}, expected "
-                             f"{tuple(parameter.shape)}; check that all tensors are of one model size")
     missing, unexpected = model.requires_grad_(False).load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         name, *others = sorted(missing or unexpected)
         problem = (f"got nothing, expected shape {tuple(model.get_parameter(name).shape)}" if missing
                    else "got a tensor that no layer takes, expected none")
-        raise ValueError(f"{path}: {name}{f' and {len(others)} more' if others else ''}: {problem}; "
-                         f"check that the file is a complete {type(model).__name__} checkpoint")
-
-
-def in_features(tensors, layer):
-    """The input width of a Linear, quantized or not."""
-    weight, marker = tensors[layer + ".weight"], tensors.get(layer + ".comfy_quant")
-    shape = read_marker(marker, f"{layer}.comfy_quant").get("orig_shape") if marker is not None else None
-    return shape[1] if shape else weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+        more = f" and {len(others)} more" if others else ""
+        name = name if missing else repr(name)[1:-1][:200]  # without the line breaks that it may hold
+        raise ValueError(f"{path}: {name}{more}: {problem}; check that the file is a complete "
+                         f"{type(model).__name__} checkpoint, with no gap in its layers' numbers")
 
 
 def head_width(dim, metadata, default, path):
     """The head width: head_dim of the file's metadata, or the default."""
-    head_dim = int(metadata.get("head_dim", default))
-    if dim % head_dim:
-        raise ValueError(f"{path}: head width: got {head_dim}, expected a divisor of the model's width {dim}; "
-                         f"set head_dim in the file's metadata")
+    text = metadata.get("head_dim", str(default))
+    head_dim = int(text) if re.fullmatch("[0-9]{1,6}", text) else 0
+    if head_dim == 0 or head_dim % 2 or dim % head_dim:
+        raise ValueError(f"{path}: head width: got {text[:50]}, expected an even divisor of the model's width "
+                         f"{dim}; set head_dim in the file's metadata")
     return head_dim
 
 
@@ -1109,16 +1175,18 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
 
 def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False):
     """load_dit from tensors by official name and the file's metadata; path is for error messages."""
-    def config():
-        dim, in_dim = tensors["patch_embedding.weight"].shape[:2]
-        return DiTConfig(dim=dim, in_dim=in_dim, out_dim=len(tensors["head.head.bias"]) // 4,
-                         ffn_dim=len(tensors["blocks.0.ffn.0.bias"]), num_blocks=count(tensors, "blocks."),
+    def config(shape):
+        dim, in_dim = shape("patch_embedding.weight", None, 36, 1, 2, 2)[:2]
+        freq_dim = shape("time_embedding.0.weight", dim, None)[1]
+        check_size(path, "time_embedding.0.weight: in_features", freq_dim, freq_dim % 2 == 0, "an even number")
+        return DiTConfig(dim=dim, in_dim=in_dim, out_dim=shape("head.head.bias", 64)[0] // 4,
+                         ffn_dim=shape("blocks.0.ffn.0.bias", None)[0], num_blocks=count(tensors, "blocks."),
                          head_dim=head_width(dim, metadata, 128, path),
-                         text_dim=in_features(tensors, "text_embedding.0"),
-                         image_dim=len(tensors["img_emb.proj.0.weight"]),
-                         freq_dim=in_features(tensors, "time_embedding.0"))
+                         text_dim=shape("text_embedding.0.weight", dim, None)[1],
+                         image_dim=shape("img_emb.proj.0.weight", None)[0],
+                         freq_dim=freq_dim)
 
-    return load_weights(build(WanDiT, config, path), tensors, path, device, dtype,
+    return load_weights(build(WanDiT, config, tensors, path), tensors, path, device, dtype,
                         float32=("patch_embedding", "time_", "img_emb", "head"), stream=stream)
 
 
@@ -1128,18 +1196,18 @@ def load_vae(path, device="cpu", dtype: torch.dtype | None = None) -> WanVAE:
     blocks = count(tensors, "decoder.up_blocks.0.resnets.")  # per level, under diffusers' names
     tensors = {official_vae_name(name, blocks): tensor for name, tensor in tensors.items()}
 
-    def config():
+    def config(shape):
         num_layers, dims, temporal = count(tensors, "encoder.downsamples."), [], []
         for i in range(num_layers):
             layer = f"encoder.downsamples.{i}."
             if layer + "resample.1.weight" in tensors:  # the last layer of a level
-                dims.append(len(tensors[layer + "resample.1.bias"]))
+                dims.append(shape(layer + "resample.1.bias", None)[0])
                 temporal.append(layer + "time_conv.weight" in tensors)
-        return VAEConfig(dims=(*dims, len(tensors["encoder.head.0.gamma"])),
+        return VAEConfig(dims=(*dims, shape("encoder.head.0.gamma", None, 1, 1, 1)[0]),
                          num_res_blocks=(num_layers - len(dims)) // (len(dims) + 1),
-                         temporal_downsample=tuple(temporal), z_dim=len(tensors["conv2.bias"]))
+                         temporal_downsample=tuple(temporal), z_dim=shape("conv2.bias", 16)[0])
 
-    return load_weights(build(WanVAE, config, path), tensors, path, device, dtype)
+    return load_weights(build(WanVAE, config, tensors, path), tensors, path, device, dtype)
 
 
 def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool = False) -> UMT5Encoder:
@@ -1149,14 +1217,18 @@ def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool
     tensors = {official_name(name, TRANSFORMERS_UMT5): tensor for name, tensor in tensors.items()
                if name not in ("spiece_model", "scaled_fp8")}  # ComfyUI's tokenizer and its mark of FP8 files
 
-    def config():
-        vocab, dim = tensors["token_embedding.weight"].shape
-        buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
-        return UMT5Config(vocab=vocab, dim=dim, ffn_dim=len(tensors["blocks.0.ffn.fc1.weight"]),
-                          num_blocks=count(tensors, "blocks."), heads=heads, buckets=buckets,
-                          inner=len(tensors["blocks.0.attn.q.weight"]))
+    def config(shape):
+        vocab, dim = shape("token_embedding.weight", None, None)
+        buckets, heads = shape("blocks.0.pos_embedding.embedding.weight", None, None)
+        inner = shape("blocks.0.attn.q.weight", None, dim)[0]
+        check_size(path, "blocks.0.pos_embedding.embedding.weight: buckets", buckets, buckets % 4 == 0,
+                   "a multiple of 4")
+        check_size(path, "blocks.0.attn.q.weight: out_features", inner, inner % heads == 0,
+                   f"a multiple of the {heads} heads")
+        return UMT5Config(vocab=vocab, dim=dim, ffn_dim=shape("blocks.0.ffn.fc1.weight", None, dim)[0],
+                          num_blocks=count(tensors, "blocks."), heads=heads, buckets=buckets, inner=inner)
 
-    return load_weights(build(UMT5Encoder, config, path), tensors, path, device, dtype, stream=stream)
+    return load_weights(build(UMT5Encoder, config, tensors, path), tensors, path, device, dtype, stream=stream)
 
 
 def load_clip(path, device="cpu", dtype: torch.dtype | None = None) -> CLIPVision:
@@ -1167,23 +1239,35 @@ def load_clip(path, device="cpu", dtype: torch.dtype | None = None) -> CLIPVisio
     for name in [name for name in tensors if ".self_attn.q_proj." in name]:
         parts = [name.replace(".q_proj.", part) for part in (".q_proj.", ".k_proj.", ".v_proj.")]
         if all(part in tensors for part in parts):
-            merged = name.replace(".self_attn.q_proj.", ".attn.to_qkv.")
-            tensors[merged] = torch.cat([tensors.pop(part) for part in parts])
+            tensors[name.replace(".self_attn.q_proj.", ".attn.to_qkv.")] = merge(
+                [tensors.pop(part) for part in parts], name, path)
     for name in tensors.keys() & {"cls_embedding", "pos_embedding"}:  # stored by transformers as (D,), (I, D)
-        tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])  # (1, 1 or I, D)
+        tensors[name] = tensors[name][(None,) * (3 - tensors[name].dim())]  # (1, 1 or I, D)
     last = count(tensors, "transformer.") - 1
     unused = (f"transformer.{last}.", "post_norm.", "head", "textual.", "log_scale", "visual_projection.",
               "position_ids")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
 
-    def config():
-        dim, _, patch, _ = tensors["patch_embedding.weight"].shape
-        return CLIPConfig(dim=dim, ffn_dim=len(tensors["transformer.0.mlp.0.bias"]), num_blocks=last,
-                          head_dim=head_width(dim, metadata, 80, path), patch=patch,
-                          tokens=tensors["pos_embedding"].shape[1])
+    def config(shape):
+        dim, _, patch, _ = shape("patch_embedding.weight", None, 3, None, None)
+        tokens = shape("pos_embedding", 1, None, dim)[1]
+        check_size(path, "pos_embedding: tokens", tokens, math.isqrt(tokens - 1) ** 2 == tokens - 1 > 0,
+                   "1 more than a square")
+        return CLIPConfig(dim=dim, ffn_dim=shape("transformer.0.mlp.0.bias", None)[0], num_blocks=last,
+                          head_dim=head_width(dim, metadata, 80, path), patch=patch, tokens=tokens)
 
-    return load_weights(build(CLIPVision, config, path), tensors, path, device, dtype,
+    return load_weights(build(CLIPVision, config, tensors, path), tensors, path, device, dtype,
                         float32=("patch_embedding",))
+
+
+def merge(parts, name, path):
+    """The weights or biases of q, k and v in one tensor."""
+    kinds = {(part.dtype, tuple(part.shape)) for part in parts}
+    (dtype, shape), *others = kinds
+    if others or not shape or not dtype.is_floating_point or not name.endswith((".weight", ".bias")):
+        raise ValueError(f"{path}: {name}: got q, k and v of {dtype} {shape}, expected one shape, not quantized; "
+                         f"use the image tower in bfloat16")
+    return torch.cat(parts)
 
 
 def load_ifnet(path, device="cpu", dtype: torch.dtype | None = None) -> IFNet:
@@ -1193,14 +1277,15 @@ def load_ifnet(path, device="cpu", dtype: torch.dtype | None = None) -> IFNet:
     tensors = {name: tensor for name, tensor in tensors.items()
                if not name.startswith(("teacher.", "caltime."))}  # used in training only
 
-    def config():
-        return IFNetConfig(dims=tuple(len(tensors[f"block{i}.lastconv.0.weight"]) for i in range(5)),
-                           num_convs=count(tensors, "block0.convblock."),
-                           encoder=len(tensors["encode.cnn0.bias"]),
-                           features=len(tensors["encode.cnn3.bias"]),
-                           hidden=len(tensors["block0.lastconv.0.bias"]) // 4 - 5)
+    def config(shape):
+        outputs = shape("block0.lastconv.0.bias", None)[0]
+        check_size(path, "block0.lastconv.0.bias", outputs, outputs >= 4 * 5, "at least 20 channels")
+        dims = (shape(f"block{i}.lastconv.0.weight", None, None, 4, 4)[0] for i in range(5))
+        return IFNetConfig(dims=tuple(dims), num_convs=count(tensors, "block0.convblock."),
+                           encoder=shape("encode.cnn0.bias", None)[0],
+                           features=shape("encode.cnn3.bias", None)[0], hidden=outputs // 4 - 5)
 
-    return load_weights(build(IFNet, config, path), tensors, path, device, dtype)
+    return load_weights(build(IFNet, config, tensors, path), tensors, path, device, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1221,8 +1306,8 @@ def read_lora(path):
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
         if ending not in LORA_PARTS:
-            raise ValueError(f"{path}: {name}: got a tensor that is no part of a LoRA, expected a name that ends "
-                             f"in one of {', '.join(LORA_PARTS)}; a whole model is not a LoRA")
+            raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, expected "
+                             f"a name that ends in one of {', '.join(LORA_PARTS)}; a whole model is not a LoRA")
         layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
     return layers
 
@@ -1285,8 +1370,11 @@ def add_branch(module, parts, strength, where):
         raise ValueError(f"{where}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected "
                          f"({module.out_features}, r) and (r, {module.in_features}); "
                          f"use a LoRA for a model of this size")
-    alpha = parts["alpha"].item() if "alpha" in parts else rank
-    module.attach_lora(up, down, strength * alpha / rank)
+    alpha = parts.get("alpha", torch.tensor(float(rank))).double()
+    if alpha.numel() != 1 or not alpha.isfinite().all():
+        raise ValueError(f"{where}: got alpha {str(alpha.tolist())[:50]}, expected one finite number; "
+                         f"download the LoRA again")
+    module.attach_lora(up, down, strength * alpha.item() / rank)
     return ""
 
 
