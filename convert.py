@@ -679,7 +679,7 @@ class Inputs:
         self.amax = max(self.amax, x.abs().amax().item())
         x = x[::math.ceil(len(x) / self.share)].float()
         self.moment, self.count = self.moment + x.T @ x, self.count + len(x)
-        self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)])
+        self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)].clone())  # a view would keep all of x
 
     def hessian(self):
         """The second moment, shrunk toward a multiple of the identity by oracle approximating shrinkage (Chen
@@ -1477,6 +1477,9 @@ def check_files(out, lora, plot, reads):
                     via = "" if file == output else f"its temporary file {file.name} "
                     raise ValueError(f"{output}: {via}would overwrite {other}; give another file name")
             taken.append(file)
+        kinds = [".svg"] if output is plot else ["", ".safetensors", ".sft"]
+        if output.exists() and output.suffix not in kinds:
+            raise ValueError(f"{output}: would overwrite a file of another kind; choose another name")
 
 
 def print_plan(args, source, formats, notes, size):
@@ -1548,6 +1551,9 @@ def main(argv=None):
         if any("\0" in arg for arg in argv):
             raise ValueError("got a NUL character in an argument, expected none")
         args = parser.parse_args(argv)
+        for name, value in vars(args).items():
+            if value == []:  # argparse drops a value of "--"
+                raise ValueError(f"--{name.replace('_', '-')}: got no value, expected one")
         run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))
 
 

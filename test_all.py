@@ -2963,6 +2963,8 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["-o", "cal", "--calib", "cal.part"], "cal: its temporary file cal.part would overwrite cal.part"),
     (["--plot", "cal.txt", "--calib", "cal.png"], "cal.txt: would overwrite cal.txt"),
     (["--plot", REPOSITORY / "demo" / "vae.safetensors", "--calib", "cal.png"], "vae.safetensors: would over"),
+    (["-o", "cal.png"], "cal.png: would overwrite a file of another kind"),
+    (["--plot", "cal.png"], "cal.png: would overwrite a file of another kind"),
     (["-o", "fifo"], "fifo: cannot be written, it is not a regular file"),
     (["--plot", "fifo"], "fifo: cannot be written, it is not a regular file"),
     (["-o", "x" * 250], "File name too long"),
@@ -2975,6 +2977,7 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--lora-rank", "0"], "argument --lora-rank: '0': expected a whole number from 1 to 1000000000"),
     (["--num-iter", "9" * 5000], "expected a whole number"),
     (["--seed", "9" * 19], "expected a whole number"),
+    (["--lora-rank=--"], "--lora-rank: got no value"),
     (["--size", "0"], "'0': expected a size such as"),
     (["--size", "9" * 400 + "GiB"], "expected a size such as"),
     (["--size", "1..2"], "'1..2': expected a size such as"),
@@ -3443,6 +3446,40 @@ def test_calib_samples_bounds_the_inputs_and_spreads_them(source):
     *_, block = convert.calibrate(source, [PHOTO], samples=20).stages()
     inputs = block["blocks.1.ffn.0.weight"]
     assert 12 <= inputs.count <= 20 + 4 and len(inputs.rows) == 4
+
+
+def test_states_are_on_the_device_one_at_a_time(walk, monkeypatch):
+    """What is moved to the device for one step of one picture is freed before the next is moved."""
+    copies, most = [], 0
+
+    def moved(value, device):
+        nonlocal most
+        if isinstance(value, tuple):
+            return tuple(moved(part, device) for part in value)
+        copy = value.clone()
+        if device != "cpu":  # not back to the CPU
+            copies.append(weakref.ref(copy))
+            most = max(most, sum(reference() is not None for reference in copies))
+        return copy
+
+    walk.device, device = "device", walk.device
+    monkeypatch.setattr(convert, "moved", moved)
+    monkeypatch.setattr(walk, "block", lambda i, block=walk.block: [setattr(walk, "device", device), block(i),
+                                                                   setattr(walk, "device", "device")][1])
+    for _ in walk.stages():
+        assert len(copies) % 4 == 0  # of four steps
+    walk.device = device
+    assert len(copies) == 4 * 5 + 2 * 4 * 6 and most <= 6 + 2  # a hook remembers the last input of a layer
+
+
+def test_solvers_are_loaded_before_the_threads_start(monkeypatch):
+    """torch loads them at their first use on a GPU, and fails if two threads do so at once."""
+    calls = []
+    monkeypatch.setattr(torch, "eye", lambda n, device: calls.append(device))
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda _: calls.append("cholesky"))
+    for device in ("cuda", "cpu"):
+        list(convert.in_order(lambda item: calls.append(item), ["work"], device))
+    assert calls == ["cuda", "cholesky", "work", "work"]
 
 
 def test_the_hessian_is_shrunk_as_scikit_learn_does():
