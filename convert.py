@@ -970,8 +970,15 @@ class Output:
 
     def begin(self, resume=False):
         self.file.truncate(self.size if resume else 0)
-        self.file.write(self.start)
+        self.put(self.start, 0)
         self.file.truncate(self.size)
+
+    def put(self, data, offset):
+        """Write all of data, of which the system may take less at a time."""
+        self.file.seek(offset)
+        data = memoryview(data)
+        while data:
+            data = data[self.file.write(data):]
 
     def write(self, name, tensor):
         """Write a tensor; returns its checksum."""
@@ -980,10 +987,8 @@ class Output:
         if got != expected:
             raise ValueError(f"{self.path}: {name}: got {got}, expected {expected}, as in the header")
         self.missing.remove(name)
-        data, done = raw_bytes(tensor), 0
-        self.file.seek(self.offsets[name])
-        while done < len(data):
-            done += self.file.write(data[done:])  # at most 2 GiB per call
+        data = raw_bytes(tensor)
+        self.put(data, self.offsets[name])
         return zlib.crc32(data)
 
     def read(self, name):
@@ -1192,7 +1197,7 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     failure the unfinished files stay, for `resume`, unless the source is damaged and no run could succeed.
     """
     outputs = make_outputs(source, formats, out, rounding, made or {}, lora_file)
-    journal = Journal(outputs, source.reads + (calibration.reads if calibration else []))
+    journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
     try:
