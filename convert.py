@@ -1445,10 +1445,11 @@ def check_flags(args):
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET
                                   or args.lora_mode != "correct"):
         raise ValueError("--lora-target, --lora-mode and --lora-output: require --extract-lora")
+    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,3})?", args.device):
+        raise ValueError(f"--device {args.device[:50]!r}: expected cpu, cuda or cuda:N")
     try:
-        if torch.empty(1, device=args.device).device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
 

@@ -2996,8 +2996,9 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--size", "1GB", "--plan", "score"], "--plan score has a fixed size"),
     (["--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need 0.17 MiB"),
     # rounding, calibration, LoRA
-    (["--device", "abacus"], "--device abacus: "),
-    (["--device", "meta"], "--device meta: only cpu and cuda are supported"),
+    (["--device", "abacus"], "--device 'abacus': expected cpu, cuda or cuda:N"),
+    (["--device", "meta"], "--device 'meta': expected cpu"),
+    (["--device", "hpu"], "--device 'hpu': expected cpu"),
     (["--plan", "measured"], "require --calib"),
     (["--static-input-scale"], "require --calib"),
     (["--calib", "lost.png"], "lost.png: no such file"),
