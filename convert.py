@@ -27,17 +27,22 @@ For callers: main(argv); quantize_weight, dequantize_weight and snr for a single
 marker for the contents of a file without its data. To vendor this file, copy quant.py and wan_fp4.py with it;
 sample.py is needed only by --calib.
 """
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports; main() then handles it
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import ctypes
 import functools
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import sys
 import time
 import warnings
 import zlib
@@ -46,6 +51,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: files are not locked
+    fcntl = None
 
 if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -70,6 +80,16 @@ PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the
 # Source: the checkpoint to convert
 # ----------------------------------------------------------------------------------------------------
 
+def model_files(path):
+    """Every file that is read for a model: its shards, and the index that lists them."""
+    path = Path(path)
+    return [path, *wan_fp4.shards(path), *(path.glob("*.json") if path.is_dir() else ())]
+
+
+class DamagedError(ValueError):
+    """The checkpoint holds values that no run could convert."""
+
+
 class Source:
     """A checkpoint's tensors by bare official name: shapes, dtypes, metadata; tensor(name) reads one.
 
@@ -80,7 +100,6 @@ class Source:
         self.path = Path(path)
         self.files = wan_fp4.shards(self.path)
         self.shapes, self.dtypes, self.metadata, self.stored = {}, {}, {}, {}
-        self.damaged = False  # whether tensor() met values that are not finite
         for file in self.files:
             metadata, tensors = wan_fp4.read_header(file)
             if "_quantization_metadata" in metadata:
@@ -89,11 +108,16 @@ class Source:
             self.metadata |= metadata
             for stored, (dtype, shape) in tensors.items():
                 self.add(file, stored, dtype, shape)
-        if not any(re.match(r"blocks\.\d+\.self_attn\.", name) for name in self.shapes):
-            raise ValueError(f"{path}: not a Wan DiT (got {min(self.shapes, default='no tensor')}, expected "
-                             f"names such as blocks.0.self_attn.q.weight, or diffusers' blocks.0.attn1); "
-                             f"give the diffusion model")
+        if not any(".self_attn." in name for name in plan(self.shapes)):
+            first = min(self.shapes, default="no tensor")[:200]
+            raise ValueError(f"{path}: not a Wan DiT (got {first}, expected matrices such as "
+                             f"blocks.0.self_attn.q.weight, or diffusers' blocks.0.attn1); give the DiT")
+        blocks = {name.split(".")[1] for name in self.shapes if name.startswith("blocks.")}
+        if missing := {str(i) for i in range(len(blocks))} - blocks:
+            raise ValueError(f"{path}: got blocks {', '.join(sorted(blocks))[:200]}, expected also "
+                             f"{min(missing)}; give all shards of the model")
         self.nbytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
+        self.reads = model_files(self.path)
 
     def add(self, file, stored, dtype, shape):
         name = wan_fp4.official_dit_name(wan_fp4.bare_name(stored))
@@ -107,11 +131,13 @@ class Source:
                              f"its error; convert the bf16 model")
         floating = DTYPES.get(dtype) in (torch.float32, torch.float16, torch.bfloat16)
         if dtype not in DTYPES or name.endswith(".weight") and not floating:
-            raise ValueError(f"{file}: {name}: got {dtype}, expected BF16, F16 or F32")
+            raise ValueError(f"{file}: {name}: got {dtype}, expected BF16, F16 or F32; convert the bf16 model")
+        if 0 in shape:
+            raise ValueError(f"{file}: {name}: got shape {shape}, expected no size of 0; get an undamaged copy")
         self.shapes[name], self.dtypes[name], self.stored[name] = shape, DTYPES[dtype], (file, stored)
 
     def tensor(self, name):
-        """The tensor, memory-mapped. Raises ValueError if it has NaN or infinite values.
+        """The tensor, memory-mapped. Raises DamagedError if it has NaN or infinite values.
 
         The file is opened for each tensor, because an open map keeps every page that was ever read.
         """
@@ -121,11 +147,9 @@ class Source:
                 tensor = f.get_tensor(stored)
         except safetensors.SafetensorError as error:  # the header could be read when the run started
             raise OSError(f"{file}: {stored}: cannot be read ({error})") from None
-        if (tensor.is_floating_point() and tensor.numel()
-                and not torch.stack(tensor.aminmax()).isfinite().all()):
-            self.damaged = True
-            raise ValueError(f"{file}: {stored}: got NaN or infinite values, expected finite ones; get an "
-                             f"undamaged copy")
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise DamagedError(f"{file}: {stored}: got NaN or infinite values, expected finite ones; get an "
+                               f"undamaged copy")
         return tensor
 
 
@@ -136,7 +160,7 @@ class Source:
 # The Linears of the blocks hold 98 % of the weights. Of the others, only those in OPTIONAL may be quantized,
 # and only on request: every pixel depends on the time layers and the head, and norms, biases and modulation
 # are too small to matter.
-BLOCK_WEIGHT = re.compile(r"blocks\.(\d+)\.(.+)\.weight")
+BLOCK_WEIGHT = re.compile(r"blocks\.([0-9]+)\.(.+)\.weight")
 OPTIONAL = re.compile(r"(text_embedding|img_emb)\..+\.weight")
 
 # The published plan for the distilled Wan2.1 I2V 14B 480P: 34 layers MXFP8, 19 kept, 427 NVFP4.
@@ -163,7 +187,7 @@ def matching(pattern, names, flag):
     """The names in which a regular expression is found. Raises ValueError if it is invalid or finds none."""
     try:
         found = {name for name in names if re.search(pattern, name)}
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{flag} {pattern!r}: not a regular expression ({error})") from None
     if not found:
         raise ValueError(f"{flag} {pattern!r}: matches none of {len(names)} weights, for example {min(names)}")
@@ -655,7 +679,7 @@ class Inputs:
         self.amax = max(self.amax, x.abs().amax().item())
         x = x[::math.ceil(len(x) / self.share)].float()
         self.moment, self.count = self.moment + x.T @ x, self.count + len(x)
-        self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)])
+        self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)].clone())  # a view would keep all of x
 
     def hessian(self):
         """The second moment, shrunk toward a multiple of the identity by oracle approximating shrinkage (Chen
@@ -695,8 +719,9 @@ class Calibration:
     def velocity(self, x, sigma, conditions, progress):
         """WanDiT.forward, block by block; records its inputs and calls progress() after each block."""
         t = torch.full((1,), 1000 * sigma, device=self.device)
-        self.inputs.append((x, t, conditions.text, conditions.image, conditions.y))
-        tokens, e, context = self.dit.prepare(*self.inputs[-1])
+        inputs = x, t, conditions.text, conditions.image, conditions.y
+        self.inputs.append(moved(inputs, "cpu"))
+        tokens, e, context = self.dit.prepare(*inputs)
         for i in range(self.num_blocks):
             tokens = self.block(i)(tokens, *context)
             progress()
@@ -706,15 +731,18 @@ class Calibration:
     def stages(self):
         """Yields {weight name: Inputs} for the embeddings, then for each block. Weights given to replace()
         before the next stage is requested compute that stage's inputs."""
-        states = yield from self.stage(self.dit, "", lambda: [self.dit.prepare(*x) for x in self.inputs])
+        states = yield from self.stage(self.dit, "", self.dit.prepare, self.inputs)
         tokens, contexts = [state[0] for state in states], [state[2] for state in states]
         for i in range(self.num_blocks):
-            block = self.block(i)
-            tokens = yield from self.stage(
-                block, f"blocks.{i}.", lambda: [block(x, *context) for x, context in zip(tokens, contexts)])
+            block, inputs = self.block(i), [(x, *context) for x, context in zip(tokens, contexts)]
+            tokens = yield from self.stage(block, f"blocks.{i}.", block, inputs)
 
-    def stage(self, module, prefix, run):
-        """Yields what the module's layers are fed by run(); returns run()'s outputs with the layers replaced."""
+    def stage(self, module, prefix, forward, inputs):
+        """Yields what the module's layers are fed by forward(*args), args in inputs; returns the outputs with the
+        layers replaced. Both stay in CPU memory: at full size, the tokens of a picture's steps take 2.7 GB."""
+        def run():
+            return [moved(forward(*moved(args, self.device)), "cpu") for args in inputs]
+
         self.module, self.prefix, self.replaced = module, prefix, False
         with self.observe(module, prefix) as seen:
             outputs = run()
@@ -760,27 +788,58 @@ class Calibration:
         self.replaced = True
 
 
-def calibrate(source, pictures, models=None, samples=8192, seed=0, device="cpu") -> Calibration:
+def moved(value, device):
+    """A tensor, or a tuple of them and of further tuples, on another device."""
+    return value.to(device) if isinstance(value, torch.Tensor) else tuple(moved(v, device) for v in value)
+
+
+def find_encoders(source, named=(), models=None):
+    """{network: file} for calibrate: those named, others from the folder `models`, or else the demo's. Raises
+    what sample.find_files raises."""
+    import sample
+    named = dict.fromkeys(sample.NETWORKS) | dict(named)
+    if models or any(named.values()) or (sample.HERE / "models").is_dir():
+        named["dit"] = source.files[0]  # the model that is converted
+    return sample.find_files(named, models)[0]
+
+
+def caption_file(picture):
+    return Path(picture).parent / f"{Path(picture).stem}.txt"
+
+
+def calibration_files(pictures, encoders):
+    """Every file that calibrate reads, whether it exists or not."""
+    files = [file for encoder in encoders.values() for file in model_files(encoder)]
+    files.append(encoders["text-encoder"].parent / "spiece.model")
+    return [*files, *map(Path, pictures), *map(caption_file, pictures)]
+
+
+def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu") -> Calibration:
     """Sample a video from each picture and record the DiT's inputs at every step.
 
-    A picture's prompt is the text file beside it, or else the prompt in the source's header. models: the
-    folder of the other networks. Raises what sample.py and the loaders raise, and ValueError if the encoders
-    do not fit the model.
+    A picture's prompt is the text file beside it, or else the prompt in the source's header. encoders: as
+    find_encoders gives them. Raises what sample.py and the loaders raise, and ValueError if the encoders do not
+    fit the model.
     """
     import sample
-    named = dict.fromkeys(sample.NETWORKS)
-    if models or (sample.HERE / "models").is_dir():
-        named["dit"] = source.files[0]  # the model that is converted; otherwise the demo's encoders are used
-    files, _ = sample.find_files(named, models)
+
+    def own(key, default):
+        text = source.metadata.get(key, str(default))
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise ValueError(f"{source.path}: {key} in the header: got {text[:50]!r}, expected a whole number")
+        return int(text)
+
+    files = encoders or find_encoders(source)
     images = [sample.read_image(path) for path in pictures]
-    captions = [Path(path).with_suffix(".txt") for path in pictures]
-    prompts = [(caption.read_text() if caption.exists() else source.metadata.get("prompt", "")).strip()
+    captions = [caption_file(path) for path in pictures]
+    prompts = [(caption.read_text("utf-8") if caption.exists() else source.metadata.get("prompt", "")).strip()
                for caption in captions]
-    settings = sample.Settings(frames=int(source.metadata.get("frames", sample.FRAMES)),
-                               area=int(source.metadata.get("area", sample.AREA)), seed=seed, device=device)
+    settings = sample.Settings(frames=own("frames", sample.FRAMES), area=own("area", sample.AREA), seed=seed,
+                               device=device)
     levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
 
     calibration = Calibration(source, samples, settings.steps, device)
+    calibration.reads = calibration_files(pictures, files)
     cfg, conditions = calibration.dit.cfg, sample.encode_conditions(images, prompts, files, settings)
     widths = conditions[0].text.shape[2], conditions[0].image.shape[2]
     if widths != (cfg.text_dim, cfg.image_dim):
@@ -848,7 +907,7 @@ def header(tensors, metadata):
         offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": spelling[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
     entries["__metadata__"] = dict(sorted(metadata.items()))  # safetensors returns them in any order
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     return start, {name: len(start) + offset for name, offset in offsets.items()}, len(start) + end
@@ -863,18 +922,63 @@ def raw_bytes(tensor):
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
+def part_file(path):
+    """Where a file is written until it is complete."""
+    return path.with_name(path.name + ".part")
+
+
+def journal_file(path):
+    return path.with_name(path.name + ".journal")
+
+
+def lock(file, path):
+    """Raises ValueError if another process writes to the open file. The lock ends when the file is closed."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())  # not renamed meanwhile
+    except BlockingIOError:
+        free = False
+    except OSError:  # a file system without locks
+        return
+    if not free:
+        raise ValueError(f"{path}: {lock_holder(file)} is writing this file; wait for it, or choose another name")
+
+
+def lock_holder(file):
+    """Who holds the lock of a file, where the system says so."""
+    inode = f":{os.fstat(file.fileno()).st_ino}"
+    locks = Path("/proc/locks").read_text().splitlines() if Path("/proc/locks").exists() else []
+    pids = [fields[4] for fields in map(str.split, locks) if fields[1] != "->" and fields[5].endswith(inode)]
+    return f"process {pids[0]}" if pids else "another process"
+
+
 class Output:
     """A safetensors file of the tensors {name: (dtype, shape)}, written in any order to path.part."""
 
     def __init__(self, path, tensors, metadata):
-        self.path, self.part, self.tensors = path, path.with_name(path.name + ".part"), tensors
+        self.path, self.part, self.tensors = path, part_file(path), tensors
         self.start, self.offsets, self.size = header(tensors, metadata)
         self.missing, self.file = set(tensors), None
 
-    def open(self, resume):
-        self.file = open(self.part, "r+b" if resume else "w+b", buffering=0)
-        self.file.write(self.start)
+    def open(self):
+        """Open and lock the .part file. What is in it stays: another process may be writing it."""
+        self.file = open(os.open(self.part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b",
+                         buffering=0)
+        lock(self.file, self.part)
+
+    def begin(self, resume=False):
+        self.file.truncate(self.size if resume else 0)
+        self.put(self.start, 0)
         self.file.truncate(self.size)
+
+    def put(self, data, offset):
+        """Write all of data, of which the system may take less at a time."""
+        self.file.seek(offset)
+        data = memoryview(data)
+        while data:
+            data = data[self.file.write(data):]
 
     def write(self, name, tensor):
         """Write a tensor; returns its checksum."""
@@ -883,10 +987,8 @@ class Output:
         if got != expected:
             raise ValueError(f"{self.path}: {name}: got {got}, expected {expected}, as in the header")
         self.missing.remove(name)
-        data, done = raw_bytes(tensor), 0
-        self.file.seek(self.offsets[name])
-        while done < len(data):
-            done += self.file.write(data[done:])  # at most 2 GiB per call
+        data = raw_bytes(tensor)
+        self.put(data, self.offsets[name])
         return zlib.crc32(data)
 
     def read(self, name):
@@ -897,54 +999,62 @@ class Output:
         self.file.readinto(raw_bytes(tensor))
         return tensor, zlib.crc32(raw_bytes(tensor))
 
-    def close(self):
+    def flush(self):
         if self.missing:
             raise ValueError(f"{self.path}: {len(self.missing)} tensors were never written, for example "
                              f"{min(self.missing)}")
         os.fsync(self.file.fileno())  # otherwise a power cut could leave the new name with old bytes
-        self.file.close()
-        os.replace(self.part, self.path)
 
 
 class Journal:
-    """What a run has finished: one line of JSON per weight, beside the unfinished files.
+    """What a run has finished: a line per weight, beside the unfinished files. Call close() in any case.
 
-    The first line identifies the run: source, plan and command must be the same to resume. The other lines
-    hold the checksums of a weight's tensors, so that anything that a crash kept from the disk is done again.
+    The first line identifies the run: the files that it reads, plan and command must be the same to resume. The
+    other lines are JSON after its checksum: a weight, its quality and the checksums of its tensors. So anything
+    that a crash kept from the disk, or that damaged the journal itself, is done again.
     """
 
-    def __init__(self, outputs, resume):
-        self.outputs = outputs
-        self.path = outputs[0].path.with_name(outputs[0].path.name + ".journal")
-        identity = hashlib.sha256(b"".join(output.start for output in outputs)).hexdigest()
-        lines = self.read(identity) if resume else []
-        self.check_space()
-        for output in outputs:
-            output.open(resume)
-        self.done, kept = {}, []  # {weight: quality}
-        for line in lines:
-            try:
-                name, quality, written = json.loads(line)
-            except ValueError:  # the last line, incomplete
-                break
-            if all(outputs[i].read(tensor)[1] == checksum for i, tensor, checksum in written):
-                self.done[name] = quality
-                kept.append(line)
-                for i, tensor, _ in written:
-                    outputs[i].missing.remove(tensor)
-        self.file = open(self.path, "w")
-        print(identity, *kept, sep="\n", file=self.file, flush=True)
+    def __init__(self, outputs, reads):
+        self.outputs, self.path, self.file, self.done = outputs, journal_file(outputs[0].path), None, {}
+        stats = [file.stat() if file.is_file() else None for file in map(Path, reads)]
+        state = repr([stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()
+        self.identity = hashlib.sha256(b"".join(output.start for output in outputs) + state).hexdigest().encode()
 
-    def read(self, identity):
-        """The lines of an interrupted run. Raises ValueError if there is none, or if it was another run."""
-        if not all(path.exists() for path in (self.path, *(output.part for output in self.outputs))):
+    def open(self, resume):
+        """Open and lock all files. Raises ValueError if another process writes one, if there is nothing to
+        resume, and if the disk is too small."""
+        if resume and not all(path.exists() for path in (self.path, *(output.part for output in self.outputs))):
             raise ValueError(f"--resume: nothing to resume, {self.path} or a .part file is missing; start "
                              f"without --resume")
-        first, *lines = self.path.read_text().splitlines()
-        if first != identity:
+        self.check_space()
+        for output in self.outputs:
+            output.open()
+        lines = self.read() if resume else []
+        for output in self.outputs:
+            output.begin(resume)
+        self.file = open(self.path, "ab" if lines else "wb", buffering=0)
+        self.file.write(b"\n" if lines else self.identity + b"\n")  # the last line may be incomplete
+        for line in lines:
+            self.restore(line)
+
+    def read(self):
+        """The lines after the first. Raises ValueError if they are of another run."""
+        first, *lines = self.path.read_bytes().split(b"\n")
+        if not self.identity.startswith(first):
             raise ValueError(f"--resume: {self.path} belongs to another run (the source, the plan or the "
                              f"command differs); start without --resume")
-        return lines
+        return lines if first == self.identity else []
+
+    def restore(self, line):
+        """Take a weight as done, if neither its line nor its tensors are damaged."""
+        checksum, _, text = line.partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(text):
+            return
+        name, quality, written = json.loads(text)
+        if all(self.outputs[i].read(tensor)[1] == expected for i, tensor, expected in written):
+            self.done[name] = quality
+            for i, tensor, _ in written:
+                self.outputs[i].missing.discard(tensor)
 
     def check_space(self):
         """Raises ValueError if the disk has no room for the outputs, less what is already written."""
@@ -959,19 +1069,30 @@ class Journal:
         """Write a weight's tensors, a dict for each output, and record it as done."""
         written = [(i, tensor, output.write(tensor, value))
                    for i, (output, part) in enumerate(zip(self.outputs, parts)) for tensor, value in part.items()]
-        print(json.dumps([name, quality, written]), file=self.file, flush=True)
+        text = json.dumps([name, quality, written]).encode()
+        self.file.write(b"%08x %s\n" % (zlib.crc32(text), text))
         self.done[name] = quality
 
+    def finish(self):
+        """Everything is written: rename the files to their final names."""
+        for output in self.outputs:
+            output.flush()
+        if fcntl is None:
+            self.close()  # Windows neither renames nor deletes an open file
+        for output in reversed(self.outputs):
+            os.replace(output.part, output.path)
+        self.path.unlink()
+
     def discard(self):
+        if fcntl is None:
+            self.close()
         for path in (self.path, *(output.part for output in self.outputs)):
             path.unlink(missing_ok=True)
 
     def close(self):
-        """Everything is written: rename the files to their final names."""
-        for output in reversed(self.outputs):
-            output.close()
-        self.file.close()
-        self.path.unlink()
+        for file in (self.file, *(output.file for output in self.outputs)):
+            if file:
+                file.close()
 
 
 def in_order(work, items, device="cpu"):
@@ -982,6 +1103,8 @@ def in_order(work, items, device="cpu"):
     threads, futures = torch.get_num_threads(), deque()
     workers = min(4, threads) if torch.device(device).type == "cpu" else 2
     torch.set_num_threads(max(1, threads // workers))
+    if torch.device(device).type == "cuda":  # loads torch's solvers, which fails if two threads do it at once
+        torch.linalg.cholesky(torch.eye(2, device=device))
     pool = ThreadPoolExecutor(workers)
     try:
         for item in items:
@@ -1074,10 +1197,11 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     failure the unfinished files stay, for `resume`, unless the source is damaged and no run could succeed.
     """
     outputs = make_outputs(source, formats, out, rounding, made or {}, lora_file)
-    journal = Journal(outputs, resume)
+    journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
     try:
+        journal.open(resume)
         with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
             for names, seen in zip(stages, calibration.stages() if calibration else [{}]):
                 def work(name):
@@ -1096,11 +1220,16 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
                             [outputs[1].read(factor)[0] for factor in factors if name in beside])
                     progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
                     progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
-        journal.close()
-    except ValueError:
-        if source.damaged:
-            journal.discard()
+        journal.finish()
+    except DamagedError:
+        journal.discard()
         raise
+    except OSError as error:
+        if error.strerror and not error.filename:  # of a write, for which Python names no file
+            error.filename = out
+        raise
+    finally:
+        journal.close()
     return {name: quality for name, quality in journal.done.items() if quality}
 
 
@@ -1202,21 +1331,29 @@ def mean(group, key):
 # Command line
 # ----------------------------------------------------------------------------------------------------
 
-def parse_positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+def whole_number(low, high=10 ** 9):
+    """The type of an argument: a whole number within bounds."""
+    def parse(text):
+        if not re.fullmatch("-?[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text[:50]!r}: expected a whole number from {low} to {high}")
+        return int(text)
+    return parse
 
 
 def parse_size(text):
     """"9.76GiB" or "500MB" -> bytes."""
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]?)(i?)B?", text, re.IGNORECASE)
-    try:
-        number, unit = float(match[1]), " KMG".index(match[2].upper() or " ")
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 9.76GiB or 500MB") from None
-    return int(number * (1024 if match[3] else 1000) ** unit)
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?) ?([KMG]?)(i?)B?", text, re.IGNORECASE)
+    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " ") if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r}: expected a size such as 9.76GiB or 500MB")
+    return int(size)
+
+
+ENCODERS = "text-encoder", "clip", "vae"  # the networks that --calib runs besides the model
+
+
+def named_encoders(args):
+    return {flag: getattr(args, flag.replace("-", "_")) for flag in ENCODERS}
 
 
 def make_parser():
@@ -1225,7 +1362,7 @@ def make_parser():
         description="Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4 and MXFP8.",
         epilog="Flags are named as in convert_to_quant. A REGEX is searched in the full name of a weight, such "
         "as blocks.0.ffn.2.weight.")
-    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, metavar="MODEL",
         help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names")
@@ -1234,7 +1371,8 @@ def make_parser():
     add_rounding_flags(parser.add_argument_group("rounding"))
     add_lora_flags(parser.add_argument_group("error-correction LoRA"))
     add("--device", default="cpu", metavar="D", help="where to round: cpu, cuda, cuda:1 (%(default)s)")
-    add("--seed", type=int, default=0, help="for the noise of the calibration videos and the LoRA (%(default)s)")
+    add("--seed", type=whole_number(-2 ** 63, 2 ** 63 - 1), default=0,
+        help="for the noise of the calibration videos and the LoRA (%(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
     for flag, why in (("--wan", "only Wan is converted"), ("--comfy_quant", "the format that is written"),
                       ("--save-quant-metadata", "always in the header")):
@@ -1270,9 +1408,11 @@ def add_rounding_flags(group):
         "each layer for what it is fed. The prompt is read from a .txt file beside the picture, if there is one")
     add("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in sample.py (default: "
         "models/ beside this script, or the demo's)")
-    add("--calib-samples", type=parse_positive, default=8192, metavar="N",
+    for flag in ENCODERS:
+        add(f"--{flag}", type=Path, metavar="FILE", help="of --calib (default: found in --models)")
+    add("--calib-samples", type=whole_number(1), default=8192, metavar="N",
         help="maximum number of inputs of each layer (%(default)s)")
-    add("--num-iter", type=parse_positive, default=NUM_ITER, metavar="N", help="with --calib, the maximum "
+    add("--num-iter", type=whole_number(1), default=NUM_ITER, metavar="N", help="with --calib, the maximum "
         "number of sweeps over a weight; stops early when nothing changes (%(default)s)")
     add("--static-input-scale", action="store_true", help="with --calib: store fixed tensor scales for the "
         "activations; by default each activation gets its own")
@@ -1281,7 +1421,7 @@ def add_rounding_flags(group):
 def add_lora_flags(group):
     add = group.add_argument
     add("--extract-lora", action="store_true", help="write a LoRA that runs beside the layers")
-    add("--lora-rank", type=parse_positive, default=64, metavar="R", help="its rank (%(default)s)")
+    add("--lora-rank", type=whole_number(1), default=64, metavar="R", help="its rank (%(default)s)")
     add("--lora-target", metavar="REGEX", default=RECIPE_TARGET, help="its layers (%(default)s)")
     add("--lora-mode", choices=("correct", "absorb"), default="correct", help="correct: a part of the rounding "
         "error. absorb: also a part of the weight, which is then not rounded; the checkpoint needs this LoRA")
@@ -1299,40 +1439,53 @@ def check_flags(args):
     if args.size and args.plan in ("score", "recipe"):
         raise ValueError(f"--size: --plan {args.plan} has a fixed size; leave one of the two out, or give "
                          f"--plan measured")
-    if not args.calib and (args.plan == "measured" or args.static_input_scale or args.models):
-        raise ValueError("--plan measured, --static-input-scale and --models: require --calib IMAGE...")
+    others = args.models, *named_encoders(args).values()
+    if not args.calib and (args.plan == "measured" or args.static_input_scale or any(others)):
+        raise ValueError("--plan measured, --static-input-scale, --models and networks: require --calib IMAGE...")
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET
                                   or args.lora_mode != "correct"):
         raise ValueError("--lora-target, --lora-mode and --lora-output: require --extract-lora")
+    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,3})?", args.device):
+        raise ValueError(f"--device {args.device[:50]!r}: expected cpu, cuda or cuda:N")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
 
-def output_files(args, source):
-    """The converted model's file, and the LoRA's or None.
-
-    The one place that compares the files a run writes with each other and with those it reads. Raises ValueError
-    if one of them is a folder, has no folder, or would overwrite another.
-    """
+def output_files(args):
+    """The converted model's file, and the LoRA's or None."""
     path = Path(os.path.abspath(args.input))  # not resolve(): a download cache links to files named by hashes
     stem = path.name if path.is_dir() else re.sub(r"(\.safetensors)?(\.index)?\.\w+$", "", path.name)
     out = args.output or path.with_name(f"{stem}-nvfp4.safetensors")
     lora = args.lora_output or out.with_name(f"{out.stem}_lora.safetensors") if args.extract_lora else None
-    taken = [*source.files]
-    for file in (out, lora, args.plot):
-        if file is None:
-            continue
-        if file.is_dir():
-            raise ValueError(f"{file}: cannot be written, it is a folder; give a file name")
-        if not file.parent.is_dir():
-            raise ValueError(f"{file}: cannot be written, its folder does not exist; create it first")
-        for other in taken:
-            if file.resolve() == other.resolve() or file.exists() and other.exists() and file.samefile(other):
-                raise ValueError(f"{file}: would overwrite {other}; give another file name")
-        taken.append(file)
     return out, lora
+
+
+def check_files(out, lora, plot, reads):
+    """The one place that compares every file that a run creates with each other and with those that it reads.
+    Raises ValueError if one would overwrite another, is no regular file, or is in no writable folder."""
+    taken = list(reads)
+    for output in (out, lora, plot):
+        if output is None:
+            continue
+        if not output.parent.is_dir():
+            raise ValueError(f"{output}: cannot be written, its folder does not exist; create it first")
+        if not os.access(output.parent, os.W_OK | os.X_OK):
+            raise ValueError(f"{output}: cannot be written, no permission in its folder; choose another one")
+        if output.is_dir():
+            raise ValueError(f"{output}: cannot be written, it is a folder; give a file name")
+        for file in (output, part_file(output), *([journal_file(output)] if output is out else [])):
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file}: cannot be written, it is not a regular file; give another name")
+            for other in taken:
+                if file.resolve() == other.resolve() or file.exists() and other.exists() and file.samefile(other):
+                    via = "" if file == output else f"its temporary file {file.name} "
+                    raise ValueError(f"{output}: {via}would overwrite {other}; give another file name")
+            taken.append(file)
+        kinds = [".svg"] if output is plot else ["", ".safetensors", ".sft"]
+        if output.exists() and output.suffix not in kinds:
+            raise ValueError(f"{output}: would overwrite a file of another kind; choose another name")
 
 
 def print_plan(args, source, formats, notes, size):
@@ -1344,17 +1497,30 @@ def print_plan(args, source, formats, notes, size):
         if beyond := sorted(n for n, fmt in formats.items() if fmt == "nvfp4" and OPTIONAL.fullmatch(n)):
             print(f"(convert_to_quant has one custom type and would keep, not NVFP4: {', '.join(beyond)})")
     if args.plot:
-        args.plot.write_text(plan_svg(formats))
+        write_text(args.plot, plan_svg(formats))
+
+
+def write_text(path, text):
+    """Write a file that is complete or absent."""
+    part = part_file(path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def run(args, command):
     begin = time.monotonic()
     check_flags(args)
     source = Source(args.input)
-    out, lora_file = output_files(args, source)
+    out, lora_file = output_files(args)
+    encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
+    reads = calibration_files(args.calib, encoders) if args.calib else []
+    check_files(out, lora_file, args.plot, [*source.reads, *reads])
     calibration = None
     if args.calib:
-        calibration = calibrate(source, args.calib, args.models, args.calib_samples, args.seed, args.device)
+        calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device)
     made = {"quantization_command": command,
             "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
     formats, notes = choose_plan(args, source, calibration, made)
@@ -1385,14 +1551,35 @@ def main(argv=None):
     """
     argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
     parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
+    with errors_in_one_line(parser):
+        if __name__ == "__main__":
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if any("\0" in arg for arg in argv):
+            raise ValueError("got a NUL character in an argument, expected none")
+        args = parser.parse_args(argv)
+        for name, value in vars(args).items():
+            if value == []:  # argparse drops a value of "--"
+                raise ValueError(f"--{name.replace('_', '-')}: got no value, expected one")
         run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))
+
+
+@contextmanager
+def errors_in_one_line(parser):
+    """The one place that turns exceptions, those of libraries too, into messages and exit codes."""
+    try:
+        yield
     except KeyboardInterrupt:
         parser.exit(130, "\nconvert.py: interrupted; to continue, run the same command with --resume\n")
-    except (ValueError, OSError) as error:
+    except torch.OutOfMemoryError as error:
+        parser.error(f"{str(error).splitlines()[0]} Free memory on the GPU, or give --device cpu")
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
         parser.error(str(error))
+    except (RuntimeError, safetensors.SafetensorError) as error:  # of operations on damaged data
+        parser.error((str(error) or type(error).__name__).splitlines()[0])
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     main()

@@ -3285,11 +3285,123 @@ def test_resume_redoes_what_the_disk_lost(interrupted, out):
     assert all(file.read_bytes() == data for file, data in complete.items())
 
 
+@pytest.mark.parametrize("damage", [
+    lambda lines: [lines[0], b"5", *lines[1:]], lambda lines: [*lines[:2], *lines[1:]], lambda lines: [],
+    lambda lines: [lines[0], lines[1].replace(b"blocks.0", b"blocks.1"), *lines[2:]],
+    lambda lines: [*lines, b"\xff\xfe"], lambda lines: [lines[0], b"[]", b'["x", {}, [[7, "y", 0]]]'],
+    lambda lines: [lines[0][:9]], lambda lines: [b"", *lines[1:]],
+], ids=["no entry", "duplicate", "empty", "wrong name", "not UTF-8", "wrong types", "half a line", "no identity"])
+def test_resume_survives_a_damaged_journal(interrupted, out, damage):
+    argv, complete, _ = interrupted()
+    journal = out.with_name("out.safetensors.journal")
+    journal.write_bytes(b"\n".join(damage(journal.read_bytes().splitlines())))
+    convert.main([*argv, "--resume"])
+    assert all(file.read_bytes() == data for file, data in complete.items())
+    assert not journal.exists()
+
+
 def test_resume_refuses_another_run(interrupted, out):
     argv, _, _ = interrupted()
     fails(convert.main, [*argv, "--simple", "--resume"], "out.safetensors.journal belongs to another run")
-    out.with_name("out.safetensors.journal").unlink()
+    journal = out.with_name("out.safetensors.journal")
+    state = os.stat(argv[1])
+    os.utime(argv[1], ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # the same shapes, perhaps other values
+    fails(convert.main, [*argv, "--resume"], "out.safetensors.journal belongs to another run (the source")
+    journal.unlink()
     fails(convert.main, [*argv, "--resume"], "nothing to resume")
+
+
+@pytest.mark.skipif(convert.fcntl is None, reason="no file locks here")
+@pytest.mark.parametrize("shared", ["out.safetensors", "lora.safetensors"])
+def test_two_runs_do_not_share_a_file(model, out, monkeypatch, shared):
+    """In the middle of a conversion, a second process is refused, and the first is not harmed."""
+    flags = ["--nvfp4", "--extract-lora", "--lora-rank", "4", "--lora-output", out.with_name("lora.safetensors")]
+    other = out if shared == out.name else out.with_name("other.safetensors")
+    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", other, *flags]
+    quantize, second = convert.quantize_weight, []
+
+    def start_second(*args, **kwargs):
+        if not second:
+            second.append(None)
+            second.append(subprocess.run(command, capture_output=True, text=True))
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(convert, "quantize_weight", start_second)
+    convert.main(["-i", model, "-o", out, *flags])
+    holder = f"process {os.getpid()} is writing" if sys.platform == "linux" else "is writing"
+    assert second[1].returncode == 2 and f"{shared}.part: {holder}" in second[1].stderr
+    assert len(load_file(out)) == len(checkpoint()) + 3 * 10  # complete
+
+
+def test_a_file_that_was_renamed_meanwhile_is_not_locked(tmp_path):
+    """It is another run's finished output."""
+    output = convert.Output(tmp_path / "x", {"a": (torch.uint8, (1,))}, {})
+    with open(output.part, "wb") as file:
+        output.part.rename(output.path)
+        with pytest.raises(ValueError, match="is writing this file"):
+            convert.lock(file, output.part)
+
+
+def test_a_read_error_keeps_what_is_finished(interrupted):
+    _, complete, code = interrupted(OSError(5, "Input/output error", "m.safetensors"))
+    assert code == 2 and all(Path(f"{file}.part").exists() for file in complete)
+
+
+def test_a_full_disk_is_reported_with_the_file(model, out, monkeypatch):
+    def write(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(convert.Output, "write", write)
+    fails(convert.main, ["-i", model, "-o", out, "--nvfp4"], f"error: {out}: No space left on device")
+    assert not out.exists()
+    monkeypatch.setattr(convert.os, "replace", write)
+    plot = out.with_name("plan.svg")
+    plot.write_text("old")
+    fails(convert.main, ["-i", model, "--dry-run", "--plot", plot], "No space left on device")
+    assert plot.read_text() == "old" and not out.with_name("plan.svg.part").exists()
+
+
+@pytest.mark.parametrize("error, text", [
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Free memory on the GPU, or give"),
+    (RuntimeError("shape '[2]' is invalid\nat ..."), "error: shape '[2]' is invalid"),
+    (convert.safetensors.SafetensorError("header too large"), "error: header too large"),
+    (PermissionError(13, "Permission denied", "m"), "error: m: Permission denied"),
+    (KeyboardInterrupt(), "interrupted")])
+def test_errors_of_libraries_become_one_line(model, monkeypatch, error, text):
+    def run(*_):
+        raise error
+    monkeypatch.setattr(convert, "run", run)
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+        convert.main(["-i", model])
+    assert text in stderr.getvalue() and len(stderr.getvalue().strip().splitlines()) == 1
+    assert stop.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("module", ["argparse", "torch", "quant"])
+def test_ctrl_c_during_the_imports_exits_130(module):
+    program = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+for name in [{module!r}, "convert"]:
+    sys.modules.pop(name, None)
+sys.argv = ["convert.py", "--help"]
+runpy.run_path("convert.py", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def test_names_that_are_not_text(model, tmp_path):
+    """The command is in the header, which must be valid UTF-8."""
+    out = tmp_path / os.fsdecode(b"\xff.safetensors")
+    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", out, "--simple"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    readable = out.rename(tmp_path / "out.safetensors")
+    assert "?.safetensors" in wan_fp4.read_header(readable)[0]["quantization_command"]
 
 
 def test_a_damaged_source_leaves_nothing_behind(tmp_path, out):
@@ -3302,13 +3414,14 @@ def test_a_damaged_source_leaves_nothing_behind(tmp_path, out):
 def test_output_writes_only_what_its_header_says(tmp_path):
     empty = torch.ones(0, dtype=torch.uint8)
     output = convert.Output(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (0,))}, {})
-    output.open(resume=False)
+    output.open()
+    output.begin()
     for name, tensor in [("a", torch.ones(3)), ("b", empty.float())]:
         with pytest.raises(ValueError, match=f"x: {name}: got .* expected"):
             output.write(name, tensor)
     output.write("b", empty)
     with pytest.raises(ValueError, match="1 tensors were never written, for example a"):
-        output.close()
+        output.flush()
     assert not (tmp_path / "x").exists()
 
 
@@ -3337,6 +3450,12 @@ def damaged(value):
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).int()}, "got I32, expected BF16"),
     (checkpoint() | {"blocks.0.ffn.0.comfy_quant": torch.ones(2)}, "already quantized"),
     (checkpoint() | {"diffusion_model.head.head.bias": torch.ones(2)}, "head.head.bias: duplicate tensor (also"),
+    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(0, 16)}, "ffn.0.weight: got shape (0, 16), expected no"),
+    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e5m2)}, "already 8-bit"),
+    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.uint16)}, "got U16, expected BF16"),
+    ({"blocks.0.self_attn.q.weight": torch.ones(16)}, "expected matrices such as blocks.0.self_attn.q.weight"),
+    (checkpoint() | {"blocks.999999999.ffn.0.weight": torch.ones(16, 16)}, "got blocks 0, 1, 999999999, "),
+    (checkpoint() | {"blocks.\u0663.ffn.0.weight": torch.ones(16, 16)}, "expected also 2"),
 ])
 def test_sources_that_are_refused(tmp_path, tensors, text):
     model = write_checkpoint(tmp_path / "m.safetensors", tensors)
@@ -3366,13 +3485,38 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--plot", "no/p.svg"], "no/p.svg: cannot be written, its folder does not exist"),
     (["--extract-lora", "--lora-output", "m.safetensors"], "would overwrite m.safetensors"),
     (["-o", "x", "--extract-lora", "--lora-output", "x"], "would overwrite x"),
+    (["--plot", "m.safetensors"], "would overwrite m.safetensors"),
+    (["--plot", "m-nvfp4.safetensors"], "m-nvfp4.safetensors: would overwrite /"),
+    (["-o", "x", "--extract-lora", "--lora-output", "x.part"], "x.part: would overwrite x.part"),
+    (["-o", "x", "--extract-lora", "--lora-output", "x.journal"], "x.journal: would overwrite x.journal"),
+    (["-o", "x", "--plot", "x.part"], "x.part: would overwrite x.part"),
+    (["-i", "m.part", "-o", "m"], "m: its temporary file m.part would overwrite m.part"),
+    (["-i", "m.journal", "-o", "m"], "m: its temporary file m.journal would overwrite m.journal"),
+    (["-i", "shards", "-o", "shards/m.safetensors.index.json"], "would overwrite shards/m.safetensors.index"),
+    (["-o", "cal.png", "--calib", "cal.png"], "cal.png: would overwrite cal.png"),
+    (["-o", "cal", "--calib", "cal.part"], "cal: its temporary file cal.part would overwrite cal.part"),
+    (["--plot", "cal.txt", "--calib", "cal.png"], "cal.txt: would overwrite cal.txt"),
+    (["--plot", REPOSITORY / "demo" / "vae.safetensors", "--calib", "cal.png"], "vae.safetensors: would over"),
+    (["-o", "cal.png"], "cal.png: would overwrite a file of another kind"),
+    (["--plot", "cal.png"], "cal.png: would overwrite a file of another kind"),
+    (["-o", "fifo"], "fifo: cannot be written, it is not a regular file"),
+    (["--plot", "fifo"], "fifo: cannot be written, it is not a regular file"),
+    (["-o", "x" * 250], "File name too long"),
     # argparse
     (["--nvpf4"], "error: unrecognized arguments: --nvpf4"),
     (["--nv"], "error: unrecognized arguments: --nv"),  # no abbreviations
     (["--nvfp4", "--mxfp8"], "error: argument --mxfp8: not allowed with argument --nvfp4"),
     (["--custom-type", "int8"], "invalid choice: 'int8'"),
     (["--size", "many"], "'many': expected a size such as 9.76GiB"),
-    (["--lora-rank", "0"], "0: expected 1 or more"),
+    (["--lora-rank", "0"], "argument --lora-rank: '0': expected a whole number from 1 to 1000000000"),
+    (["--num-iter", "9" * 5000], "expected a whole number"),
+    (["--seed", "9" * 19], "expected a whole number"),
+    (["--lora-rank=--"], "--lora-rank: got no value"),
+    (["--size", "0"], "'0': expected a size such as"),
+    (["--size", "9" * 400 + "GiB"], "expected a size such as"),
+    (["--size", "1..2"], "'1..2': expected a size such as"),
+    (["--exclude-layers", "\0"], "NUL character"),
+    (["--exclude-layers", "a{99999999999}"], "not a regular expression"),
     # the plan
     (["--custom-type", "mxfp8", "--custom-layers", "blocks.(0"], "'blocks.(0': not a regular expression"),
     (["--custom-type", "mxfp8", "--custom-layers", "time_embedding"], "'time_embedding': matches none of"),
@@ -3386,11 +3530,15 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--size", "1GB", "--plan", "score"], "--plan score has a fixed size"),
     (["--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need 0.17 MiB"),
     # rounding, calibration, LoRA
-    (["--device", "abacus"], "--device abacus: "),
+    (["--device", "abacus"], "--device 'abacus': expected cpu, cuda or cuda:N"),
+    (["--device", "meta"], "--device 'meta': expected cpu"),
+    (["--device", "hpu"], "--device 'hpu': expected cpu"),
     (["--plan", "measured"], "require --calib"),
     (["--static-input-scale"], "require --calib"),
     (["--calib", "lost.png"], "lost.png: no such file"),
     (["--calib", PHOTO, "--models", "nowhere"], "nowhere: no such folder"),
+    (["--calib", PHOTO, "--vae", "lost"], "--vae lost: no such file"),
+    (["--clip", "lost"], "require --calib"),
     (["--lora-target", "ffn"], "require --extract-lora"),
     (["--lora-mode", "absorb"], "require --extract-lora"),
     (["--extract-lora", "--lora-target", "norm3"], "--lora-target 'norm3': matches none of"),
@@ -3403,6 +3551,15 @@ def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
     (folder / "damaged").write_bytes(model.read_bytes()[:-1])
     (folder / "index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
     (folder / "other.json").write_text("[]")
+    for name in ("m.part", "m.journal"):
+        shutil.copy(model, folder / name)
+    (folder / "shards").mkdir()
+    shutil.copy(model, folder / "shards")
+    index = {"weight_map": dict.fromkeys(checkpoint(), "m.safetensors")}
+    (folder / "shards" / "m.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("cal.png", "cal.part", "cal.txt"):
+        (folder / name).write_bytes(b"x")
+    os.mkfifo(folder / "fifo")
     before = sorted(folder.iterdir())
     fails(convert.main, ["-i", "m.safetensors", *flags], text)
     assert sorted(folder.iterdir()) == before
@@ -3824,6 +3981,40 @@ def test_calib_samples_bounds_the_inputs_and_spreads_them(source):
     *_, block = convert.calibrate(source, [PHOTO], samples=20).stages()
     inputs = block["blocks.1.ffn.0.weight"]
     assert 12 <= inputs.count <= 20 + 4 and len(inputs.rows) == 4
+
+
+def test_states_are_on_the_device_one_at_a_time(walk, monkeypatch):
+    """What is moved to the device for one step of one picture is freed before the next is moved."""
+    copies, most = [], 0
+
+    def moved(value, device):
+        nonlocal most
+        if isinstance(value, tuple):
+            return tuple(moved(part, device) for part in value)
+        copy = value.clone()
+        if device != "cpu":  # not back to the CPU
+            copies.append(weakref.ref(copy))
+            most = max(most, sum(reference() is not None for reference in copies))
+        return copy
+
+    walk.device, device = "device", walk.device
+    monkeypatch.setattr(convert, "moved", moved)
+    monkeypatch.setattr(walk, "block", lambda i, block=walk.block: [setattr(walk, "device", device), block(i),
+                                                                   setattr(walk, "device", "device")][1])
+    for _ in walk.stages():
+        assert len(copies) % 4 == 0  # of four steps
+    walk.device = device
+    assert len(copies) == 4 * 5 + 2 * 4 * 6 and most <= 6 + 2  # a hook remembers the last input of a layer
+
+
+def test_solvers_are_loaded_before_the_threads_start(monkeypatch):
+    """torch loads them at their first use on a GPU, and fails if two threads do so at once."""
+    calls = []
+    monkeypatch.setattr(torch, "eye", lambda n, device: calls.append(device))
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda _: calls.append("cholesky"))
+    for device in ("cuda", "cpu"):
+        list(convert.in_order(lambda item: calls.append(item), ["work"], device))
+    assert calls == ["cuda", "cholesky", "work", "work"]
 
 
 def test_the_hessian_is_shrunk_as_scikit_learn_does():
