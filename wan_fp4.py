@@ -1138,7 +1138,7 @@ def assign_state(model, state, path):
         problem = (f"got nothing, expected shape {tuple(model.get_parameter(name).shape)}" if missing
                    else "got a tensor that no layer takes, expected none")
         more = f" and {len(others)} more" if others else ""
-        name = name if missing else repr(name[:200])  # anything may be in an unexpected name
+        name = name if missing else repr(name)[1:-1][:200]  # without the line breaks that it may hold
         raise ValueError(f"{path}: {name}{more}: {problem}; check that the file is a complete "
                          f"{type(model).__name__} checkpoint, with no gap in its layers' numbers")
 
@@ -1306,8 +1306,9 @@ def read_lora(path):
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
         if ending not in LORA_PARTS:
-            raise ValueError(f"{path}: {name[:200]!r}: got a tensor that is no part of a LoRA, expected a name "
-                             f"that ends in one of {', '.join(LORA_PARTS)}; a whole model is not a LoRA")
+            endings = ", ".join(LORA_PARTS)
+            raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, "
+                             f"expected a name that ends in one of {endings}; a whole model is not a LoRA")
         layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
     return layers
 
