@@ -3366,7 +3366,7 @@ def test_a_full_disk_is_reported_with_the_file(model, out, monkeypatch):
     (convert.safetensors.SafetensorError("header too large"), "error: header too large"),
     (PermissionError(13, "Permission denied", "m"), "error: m: Permission denied"),
     (KeyboardInterrupt(), "interrupted")])
-def test_errors_of_libraries_become_one_line(model, monkeypatch, error, text):
+def test_convert_reports_library_errors_in_one_line(model, monkeypatch, error, text):
     def run(*_):
         raise error
     monkeypatch.setattr(convert, "run", run)

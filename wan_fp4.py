@@ -1306,8 +1306,9 @@ def read_lora(path):
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
         if ending not in LORA_PARTS:
-            raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, expected "
-                             f"a name that ends in one of {', '.join(LORA_PARTS)}; a whole model is not a LoRA")
+            endings = ", ".join(LORA_PARTS)
+            raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, "
+                             f"expected a name that ends in one of {endings}; a whole model is not a LoRA")
         layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
     return layers
 
