@@ -823,19 +823,13 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
     """
     import sample
 
-    def own(key, default):
-        text = source.metadata.get(key, str(default))
-        if not re.fullmatch("[0-9]{1,9}", text):
-            raise ValueError(f"{source.path}: {key} in the header: got {text[:50]!r}, expected a whole number")
-        return int(text)
-
     files = encoders or find_encoders(source)
-    images = [sample.read_image(path) for path in pictures]
+    frames, area = (sample.own_number(source.metadata, key, source.path) for key in ("frames", "area"))
+    settings = sample.Settings(frames=frames, area=area, seed=seed, device=device)
+    images = [sample.read_image(path, settings) for path in pictures]
     captions = [caption_file(path) for path in pictures]
     prompts = [(caption.read_text("utf-8") if caption.exists() else source.metadata.get("prompt", "")).strip()
                for caption in captions]
-    settings = sample.Settings(frames=own("frames", sample.FRAMES), area=own("area", sample.AREA), seed=seed,
-                               device=device)
     levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
 
     calibration = Calibration(source, samples, settings.steps, device)

@@ -611,7 +611,7 @@ class QuantLinear(nn.Module):
             y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, M)
         for i, scale in enumerate(self.lora_scales):
             up, down = getattr(self, f"lora_up_{i}").to(dtype), getattr(self, f"lora_down_{i}").to(dtype)
-            y = y + scale * linear(linear(flat.to(dtype), down), up)  # (R, M)
+            y.addmm_(linear(flat.to(dtype), down), up.t(), alpha=scale)  # (R, M), without another one in memory
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn, recurse=True):

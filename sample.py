@@ -524,7 +524,7 @@ def write_folder(path):
 # ----------------------------------------------------------------------------------------------------
 
 # Peaks, as bench/fullsize.py measures them for 81 frames of 480 x 832, rounded up
-WORKING = 34  # of a DiT forward: bytes per token and channel
+WORKING = 25  # of a DiT forward, with or without a LoRA: bytes per token and channel
 DECODING = 64 * 50  # of a VAE decode: values per latent and channel of the last level (64 pixels, each of 50)
 MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspaces and fragmentation
 

@@ -135,8 +135,9 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def dit_working(mode, grid):
-    """Peak bytes of a forward besides the weights, with all blocks' Linears in NVFP4 and bf16 activations."""
+def dit_working(mode, grid, rank=0):
+    """Peak bytes of a forward besides the weights, with all blocks' Linears in NVFP4, bf16 activations and a
+    LoRA of this rank."""
     with torch.device("meta"):
         two = wan_fp4.WanDiT(wan_fp4.DiTConfig(num_blocks=2))
     shapes = {name: tuple(p.shape) for name, p in two.named_parameters()}
@@ -147,6 +148,10 @@ def dit_working(mode, grid):
     for layer in dit.modules():
         if isinstance(layer, quant.QuantLinear) and layer.format:
             layer.mode = mode
+            if rank:
+                up, down = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in (
+                    (layer.out_features, rank), (rank, layer.in_features)))
+                layer.attach_lora(up, down)
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda q, k, v, **_: torch.empty_like(q)  # flash: no N x N matrix
     try:
@@ -192,9 +197,10 @@ def arithmetic():
     tokens = math.prod(GRID) // 4
     print(f"14B in the recipe's mix: {(rest + sum(blocks)) / GIB:.2f} GiB, largest block "
           f"{max(blocks) / GIB:.2f} GiB; 81 frames of 480 x 832 are {tokens} tokens")
-    for mode in ("dequantize", "tensor_cores"):
-        working = dit_working(mode, GRID)
-        print(f"{mode}: a forward needs {working / GIB:.2f} GiB besides the weights, "
+    for mode, rank in (("dequantize", 0), ("tensor_cores", 0), ("tensor_cores", 64)):
+        working = dit_working(mode, GRID, rank)
+        lora = f" with a LoRA of rank {rank}" if rank else ""
+        print(f"{mode}{lora}: a forward needs {working / GIB:.2f} GiB besides the weights, "
               f"{working / tokens / 5120:.1f} bytes per token and channel; in total, loaded "
               f"{(working + rest + sum(blocks)) / GIB:.2f} GiB, streamed "
               f"{(working + rest + 2 * max(blocks)) / GIB:.2f} GiB")
@@ -238,7 +244,8 @@ def compiled(fmt):
     """The dtype and shape of every buffer of the compiled program, for x of 4096 x 5120 on the CPU."""
     from torch._inductor.utils import run_and_get_code
     x = torch.randn(4096, 5120).bfloat16()
-    _, programs = run_and_get_code(torch.compile(quant.quantize_rows), x, fmt, None)
+    quantize = torch.compile(quant.quantize_rows, options=quant.COMPILER_OPTIONS)
+    _, programs = run_and_get_code(quantize, x, fmt, None)
     buffers = re.findall(r"buf\d+ = empty_strided_cpu\((\(.*?\)), \(.*?\), torch\.(\w+)\)", programs[0])
     return [f"{dtype} {shape}" for shape, dtype in buffers]
 
