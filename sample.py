@@ -1330,8 +1330,7 @@ def make_settings(args, own, dit, demo):
         frames=own_number(own, "frames", dit) if args.frames is None else args.frames,
         size=args.size, area=own_number(own, "area", dit) if args.size is None else AREA, steps=args.steps,
         shift=args.shift, sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative,
-        seed=args.seed,
-        precise_steps=args.precise_steps, loras=tuple(args.lora),
+        seed=args.seed, precise_steps=args.precise_steps, loras=tuple(args.lora),
         interpolate=find_rife(args.interpolate, args.models) if args.interpolate else None,
         offload=args.offload, device=args.device,
         cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
@@ -1478,8 +1477,7 @@ def announce(jobs, settings, demo):
         print("sample.py: this is the demo model, tiny and embedded. For the real one, create the folder "
               "models/; the next run prints the commands that download it (41 GB).", file=sys.stderr)
     for job in jobs:
-        height, width = job.image.shape[1:]
-        print(f"{job.picture}: {width}x{height} -> {settings.frames} frames of {job.size[0]}x{job.size[1]}\n"
+        print(f"{job.picture} -> {settings.frames} frames of {job.size[0]}x{job.size[1]}\n"
               f"prompt: {job.prompt!r}, {recipe(settings)}, on {settings.device}", flush=True)
 
 
