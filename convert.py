@@ -60,6 +60,8 @@ except ImportError:  # Windows: files are not locked
 if __name__ == "__main__":  # torch warns while it is imported; nothing here needs numpy
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: faster allocation
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # fragments the GPU's memory less
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import safetensors
 import torch

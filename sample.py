@@ -29,12 +29,15 @@ h / 8, w / 8; L text tokens; D width of a network.
 """
 import os
 import signal
+import sys
 import warnings
 
 if __name__ == "__main__":  # before the other imports: that of torch takes seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C; main() sets its own way
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs numpy
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: allocations are several times faster
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # fragments the GPU's memory less
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
 import ctypes
@@ -43,7 +46,6 @@ import math
 import re
 import shutil
 import stat
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -581,7 +583,11 @@ def settle(network, working, device, offload=False):
           f"GiB, {free / 2**30:.2f} GiB free on {device}: "
           f"{'streaming from CPU memory, two blocks at a time' if stream else 'loading all blocks'}")
     if stream:
-        network.blocks = StreamedBlocks(blocks, device)
+        streamed = StreamedBlocks(blocks, device)
+        if working > free_memory(device):
+            print(f"sample.py: warning: {device} has less free memory than this needs even when streaming; if it "
+                  f"runs out, try fewer --frames or a smaller --size", file=sys.stderr)
+        network.blocks = streamed
     else:
         blocks.to(device)
 
@@ -1531,6 +1537,7 @@ def check(device):
 def check_format(fmt, quantize, device, reason):
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(256, 512, generator=generator), torch.randn(160, 512, generator=generator)
+    x = x.to(quant.default_dtype(device))  # as a real run feeds it
     stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize(w)))
     stored["comfy_quant"] = quant.write_marker({"format": fmt})
 
@@ -1538,12 +1545,12 @@ def check_format(fmt, quantize, device, reason):
         return quant.QuantLinear.from_tensors(fmt, stored, 512, 256, mode=mode)
 
     mode = quant.default_mode(device)
-    expected = layer("emulate" if mode == "tensor_cores" else "dequantize")(x)  # (160, 256)
+    expected = layer("emulate" if mode == "tensor_cores" else "dequantize")(x.float())  # (160, 256)
     tested = layer(mode).to(device)
     tested.compute_dtype = quant.default_dtype(device)
     path = f"{quant.FORMAT_NAMES[fmt]}: {mode.replace('_', ' ')}, because {reason}"
     try:
-        y = tested(x.to(device)).cpu()  # (160, 256)
+        y = tested(x.to(device)).cpu().float()  # (160, 256)
     except RuntimeError as error:  # for instance a build of torch without the kernel
         print(f"{path}: FAILED: {error}")
         return False

@@ -1495,6 +1495,33 @@ def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
     assert quant.describe(streamed) == quant.describe(whole)
 
 
+def test_settle_warns_where_even_streaming_will_not_fit(monkeypatch, capsys):
+    for free, warned in ((2**20, True), (2**40, False)):
+        monkeypatch.setattr(sample, "free_memory", lambda _, free=free: free)
+        umt5 = wan_fp4.load_umt5(REPOSITORY / "demo" / "umt5.safetensors", stream=True)
+        sample.settle(umt5, 2**30, torch.device("cpu"), offload=True)
+        assert ("even when streaming" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the allocator's segments do not expand")
+@pytest.mark.parametrize("program", ["sample.py", "convert.py"])
+@pytest.mark.parametrize("own, expected", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x"}, "x"),
+                                           ({"PYTORCH_CUDA_ALLOC_CONF": "x"}, "None")])
+def test_programs_set_the_cuda_allocator_unless_told(program, own, expected):
+    code = f"""
+import os, sys, runpy
+for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    os.environ.pop(name, None)
+os.environ.update({own})
+sys.modules["torch"] = None  # the setting must come before
+try:
+    runpy.run_path("{program}", run_name="__main__")
+except ImportError:
+    print(os.environ.get("PYTORCH_ALLOC_CONF"))
+"""
+    assert run_python(code).split() == [expected]
+
+
 def test_the_14b_model_streams_within_8_gb(monkeypatch):
     """By arithmetic, on the meta device: the estimates that sample.py chooses by are no smaller."""
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
