@@ -363,7 +363,7 @@ def train_vae(args):
         images = torch.stack([random_clip(photos, "still", 1, 64, 64, rng)[:, 0] for _ in range(1500)])
         pca_start(vae, images)
         fit_linear_decoder(vae, photos, rng, args.device)
-    run = Trainer(vae, path, args.steps or 8000, 8e-4, args.seed, args.device)
+    run = Trainer(vae, path, args.steps or 5000, 8e-4, args.seed, args.device)
     dtype = torch.bfloat16 if args.fast else torch.float32
     shapes = [(5, 64, 64, 6), (9, 64, 64, 4), (1, 64, 64, 24)]  # frames, height, width, batch
     while run.step < run.steps:
@@ -373,7 +373,7 @@ def train_vae(args):
         clips = torch.stack(clips).to(args.device)  # (B, 3, F, h, w)
         weights = {name: weight.to(dtype) for name, weight in vae.named_parameters()}
         out, kl = torch.func.functional_call(vae, weights, clips.to(dtype))
-        run.update(vae_loss(out, clips) + 1e-3 * kl)
+        run.update(vae_loss(out, clips) + 3e-4 * kl)
         if run.step % 50 == 0:
             run.report(f"{frames} frames: {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}")
         if run.step % 1000 == 0 or run.step == run.steps:
