@@ -758,7 +758,7 @@ class Calibration:
 
         def record(name, layer, args):
             nonlocal last
-            x, = args
+            x = args[0]
             if x is last[0]:  # q, k and v are fed the same tensor: one second moment for all three
                 seen[name] = last[1]
                 return

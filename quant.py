@@ -508,8 +508,14 @@ def default_mode(device: torch.device | str) -> str:
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype in which a device multiplies: float32 on a CPU, bfloat16 elsewhere."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    """The dtype in which a device multiplies: float32 on a CPU, bfloat16 elsewhere.
+
+    Exception: float16 on CUDA devices before sm_80, where attention in bfloat16 makes all N x N logits.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 class QuantLinear(nn.Module):
@@ -596,23 +602,35 @@ class QuantLinear(nn.Module):
             return (decode_e4m3(self.weight) * self.weight_scale).to(dtype)
         return self.weight.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, quantized: dict | None = None) -> Tensor:
+        """x (..., K) -> y (..., M). `quantized` keeps the quantized x for other layers: see project."""
         flat = x.reshape(-1, self.in_features)  # (R, K)
         scaled = flat if self.pre_quant_scale is None else flat * self.pre_quant_scale  # (R, K)
         dtype = torch.float32 if self.mode == "emulate" else self.compute_dtype
         if self.mode == "tensor_cores":
-            *operands, tensor_scale = scaled_mm_operands(scaled, self)
-            y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)  # (R, Mp)
-            y = scale_and_add(y[:, :self.out_features].to(dtype), tensor_scale, self.bias)  # (R, M)
+            *operands, tensor_scale = scaled_mm_operands(self.quantize_input(scaled, quantized), self)
+            if dtype == torch.bfloat16 and one_call_works(x.device, self.format):  # a trial, once
+                y = multiply_in_one_call(*operands, tensor_scale, self.bias)[:, :self.out_features]  # (R, M)
+            else:
+                y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)[:, :self.out_features]  # (R, M)
+                y = scale_and_add(y.to(dtype), tensor_scale, self.bias)  # (R, M)
         else:
             if self.mode == "emulate":
-                scaled = dequantize_activation(*quantize_activation(scaled, self), scaled.shape)  # (R, K)
+                scaled = dequantize_activation(*self.quantize_input(scaled, quantized), scaled.shape)  # (R, K)
             bias = None if self.bias is None else self.bias.to(dtype)
             y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, M)
         for i, scale in enumerate(self.lora_scales):
             up, down = getattr(self, f"lora_up_{i}").to(dtype), getattr(self, f"lora_down_{i}").to(dtype)
             y.addmm_(linear(flat.to(dtype), down), up.t(), alpha=scale)  # (R, M), without another one in memory
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def quantize_input(self, x: Tensor, quantized: dict | None):
+        """quantize_activation of x (R, K), or what `quantized` has of it from another layer."""
+        if quantized is None or self.input_scale is not None or self.pre_quant_scale is not None:
+            return quantize_activation(x, self)
+        if self.format not in quantized:
+            quantized[self.format] = quantize_activation(x, self)
+        return quantized[self.format]
 
     def _apply(self, fn, recurse=True):
         # .to(device) moves the layer, but .to(dtype), .half() and so on must not cast what is stored: float8
@@ -631,6 +649,12 @@ class QuantLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.kind()}, {self.mode}{lora}"
 
 
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """[layer(x) for layer in layers], such as q, k and v. x is quantized once for each format among them."""
+    quantized = {}
+    return [layer(x, quantized) if isinstance(layer, QuantLinear) else layer(x) for layer in layers]
+
+
 def describe(model: nn.Module) -> str:
     """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers"."""
     counts = {}
@@ -646,6 +670,19 @@ def describe(model: nn.Module) -> str:
 # The operands of torch._scaled_mm. Separate from forward, so that they can be tested without a GPU.
 # ----------------------------------------------------------------------------------------------------
 
+def compiled_on_cuda(function):
+    """A decorator for functions that are passes over memory: on CUDA, torch.compile makes one pass of them.
+
+    The first argument is a tensor. Elsewhere, or as part of a larger compiled graph, the function runs as it is.
+    """
+    @functools.wraps(function)
+    def run(x, *arguments):
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return function(x, *arguments)
+        return compiled(function, x.device.type)(x, *arguments)
+    return run
+
+
 @torch.no_grad()
 def quantize_activation(x: Tensor, layer: QuantLinear):
     """Activation (R, K) -> data, block_scale (swizzled), tensor_scale (None for MXFP8), in the layer's format.
@@ -654,14 +691,17 @@ def quantize_activation(x: Tensor, layer: QuantLinear):
     A check would wait for the GPU: NaN in x makes its row of y NaN, for NVFP4 without input_scale all of y.
     """
     x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
-    compiled = x.is_cuda and not torch.compiler.is_compiling()  # else step by step, or in a larger compiled graph
-    quantize = compiled_quantize_rows(x.device.type) if compiled else quantize_rows
-    data, block_scale, tensor_scale = quantize(x, layer.format, layer.input_scale)
+    data, block_scale, tensor_scale = quantize_rows(x, layer.format, layer.input_scale)
     return data, swizzle(block_scale), tensor_scale
 
 
+@compiled_on_cuda
 def quantize_rows(x, fmt, input_scale):
-    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet."""
+    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet.
+
+    Compiled, it and the swizzle move 2.7 times x's bytes for NVFP4, which reads x twice, and 1.6 times for MXFP8;
+    step by step 78 and 21 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache.
+    """
     if fmt == "mxfp8":
         return *by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None
     tensor_scale = None if input_scale is None else input_scale.reshape(())
@@ -680,12 +720,12 @@ def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tenso
     return x[:shape[0], :shape[1]]
 
 
-def scaled_mm_operands(x: Tensor, layer: QuantLinear):
-    """Activation (R, K) -> (a, b, scale_a, scale_b, tensor_scale); the first four go to torch._scaled_mm.
+def scaled_mm_operands(quantized, layer: QuantLinear):
+    """A quantized activation -> (a, b, scale_a, scale_b, tensor_scale); the first four go to torch._scaled_mm.
 
     tensor_scale (None for MXFP8) multiplies the product (R, Mp), as torch._scaled_mm takes block scales only.
     """
-    a, scale_a, tensor_scale = quantize_activation(x, layer)  # a: (R, K32 / 2 or K32)
+    a, scale_a, tensor_scale = quantized  # a: (R, K32 / 2 or K32)
     # If K16 is an odd number of blocks, one block of zeros makes K32. Its scale is in the padding of the tiles.
     b, scale_b = pad_to(layer.weight, 1, a.shape[1]), layer.weight_scale  # b: (Mp, K32 / 2 or K32)
     if layer.format == "nvfp4":
@@ -725,34 +765,72 @@ def by_rows(plain, w, *arguments):
     return whole
 
 
-# division_rounding gives the bits of the plain form. The thresholds keep the unpacked codes out of memory: each
-# is computed where it is packed, although the packing reads the codes twice.
+# division_rounding gives the bits of the plain form. The thresholds keep the quantizer's unpacked codes out of
+# memory: each is computed where it is packed, although the packing reads the codes twice.
 COMPILER_OPTIONS = {"eager_numerics.division_rounding": True,
                     "realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
 
 
 @functools.cache
-def compiled_quantize_rows(device_type):
-    """quantize_rows, compiled for any number of rows, once for each format and width.
+def compiled(function, device_type):
+    """function, compiled, or function itself where torch.compile does not work. Its tensors are (..., R, K): one
+    variant serves any number of rows R."""
+    if not compiler_works(device_type):
+        return function
+    program = torch.compile(function, options=COMPILER_OPTIONS)
 
-    With the swizzle, 2.7 times x's bytes move for NVFP4, which reads x twice, and 1.6 times for MXFP8; without a
-    compiler 78 and 21 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache.
-    """
-    def quantize(x, fmt, input_scale):
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-        torch._dynamo.mark_static(x, 1)  # with a variable width, each element would cost integer divisions
-        return compiled(x, fmt, input_scale)
+    def run(x, *arguments):
+        for tensor in (x, *arguments):
+            if isinstance(tensor, Tensor) and tensor.shape[-2:-1] == x.shape[-2:-1]:
+                torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
+                torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # else each element costs integer divisions
+        return program(x, *arguments)
+    return run
 
-    print("compiling the quantizer of activations; the first layers take longer", file=sys.stderr, flush=True)
+
+@functools.cache
+def compiler_works(device_type):
+    print("compiling the elementwise functions; the first step takes longer", file=sys.stderr, flush=True)
     try:
-        compiled = torch.compile(quantize_rows, options=COMPILER_OPTIONS)
-        quantize(torch.ones(128, 128, dtype=torch.bfloat16, device=device_type), "nvfp4", None)
+        torch.compile(torch.neg, options=COMPILER_OPTIONS)(torch.ones(128, device=device_type))
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        warnings.warn("activations are quantized step by step, which is slow: torch.compile failed; it needs a C "
+        warnings.warn("elementwise functions run step by step, which is slow: torch.compile failed; it needs a C "
                       f"compiler and Triton (on Windows: pip install triton-windows): {reason}")
-        return quantize_rows
-    return quantize
+        return False
+    return True
+
+
+def multiply_in_one_call(a, b, scale_a, scale_b, tensor_scale, bias):
+    """The product (R, Mp) * tensor_scale + bias in bfloat16, by the function of torch that takes all of it."""
+    scaling, swizzle = [F.ScalingType.BlockWise1x32], [F.SwizzleType.SWIZZLE_32_4_4]
+    scale_a, scale_b = [scale_a], [scale_b]
+    if tensor_scale is not None:
+        scaling = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+        swizzle.append(F.SwizzleType.NO_SWIZZLE)
+        scale_a.append(tensor_scale.reshape(1))
+        scale_b.append(torch.ones_like(scale_a[1]))
+    bias = None if bias is None else F.pad(bias.bfloat16(), (0, b.shape[1] - len(bias)))  # (Mp,)
+    return F.scaled_mm(a, b, scale_a, scaling, scale_b, scaling, swizzle, swizzle, bias)
+
+
+@functools.cache
+def one_call_works(device, fmt):
+    """Whether multiply_in_one_call runs on this device, and does what torch._scaled_mm and scale_and_add do."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(rows, 512, generator=generator) for rows in (256, 160))
+    stored = dict(zip(("weight", "weight_scale", "weight_scale_2"),
+                      quantize_nvfp4(w) if fmt == "nvfp4" else quantize_mxfp8(w)))
+    stored["comfy_quant"] = write_marker({"format": fmt})
+    layer = QuantLinear.from_tensors("trial", stored, 512, 256).to(device)
+    *operands, tensor_scale = scaled_mm_operands(quantize_activation(x.to(device), layer), layer)
+    bias = 10 * w[:, 0].to(device)  # (M,)
+    try:
+        got = multiply_in_one_call(*operands, tensor_scale, bias).float()
+    except (AttributeError, RuntimeError):  # an older torch, or no kernel
+        return False
+    expected = scale_and_add(torch._scaled_mm(*operands, out_dtype=torch.bfloat16).float(), tensor_scale, bias)
+    return ((got - expected).norm() < 0.01 * expected.norm()).item()  # rounding to bfloat16 alone gives 0.002
 
 
 def matrix_amax(w):

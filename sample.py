@@ -1294,6 +1294,9 @@ def check_device(name):
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {name}: only cpu and cuda are supported")
         torch.zeros(1, device=device).cpu()
+        if quant.default_dtype(device) == torch.float16:
+            print(f"{device}: computes in float16, the text encoder in float32: attention in bfloat16 needs "
+                  f"compute capability 8.0", flush=True)
         return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -1551,6 +1554,9 @@ def check_format(fmt, quantize, device, reason):
     path = f"{quant.FORMAT_NAMES[fmt]}: {mode.replace('_', ' ')}, because {reason}"
     try:
         y = tested(x.to(device)).cpu().float()  # (160, 256)
+        if mode == "tensor_cores":
+            same = quant.one_call_works(tested.weight.device, fmt)
+            path += f"; scale and bias {'in the same call' if same else 'in a second pass'}"
     except RuntimeError as error:  # for instance a build of torch without the kernel
         print(f"{path}: FAILED: {error}")
         return False

@@ -4,6 +4,7 @@ Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transfo
 safetensors) or mathematics. Nothing here needs a GPU.
 """
 import contextlib
+import ctypes
 import importlib
 import io
 import itertools
@@ -38,6 +39,8 @@ from comfy_kitchen.backends.eager import quantization as ck
 from comfy_kitchen.float_utils import to_blocked
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import convert
 import quant
@@ -427,15 +430,17 @@ def test_activations_get_the_plain_bits_by_chunks_and_compiled(fmt, input_scale,
         else:
             expected = quant.plain_nvfp4(x, None if scale is None else scale[0])
         assert all_same_bits(quant.quantize_rows(x, fmt, scale), expected)
-        assert all_same_bits(quant.compiled_quantize_rows("cpu")(x, fmt, scale), expected)
+        compiled = quant.compiled(quant.quantize_rows.__wrapped__, "cpu")
+        assert all_same_bits(compiled(x, fmt, scale), expected)
 
 
-def test_without_a_compiler_activations_are_quantized_by_chunks(monkeypatch, capsys):
+def test_without_a_compiler_functions_run_step_by_step(monkeypatch, capsys):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("no Triton\nand more")
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
+    monkeypatch.setattr(quant, "compiler_works", quant.compiler_works.__wrapped__)
     with pytest.warns(UserWarning, match=r"which is slow: .*pip install triton-windows\): no Triton$"):
-        assert quant.compiled_quantize_rows.__wrapped__("cpu") is quant.quantize_rows
+        assert quant.compiled.__wrapped__(quant.matrix_amax, "cpu") is quant.matrix_amax
     assert capsys.readouterr().err.count("\n") == 1  # the announcement
 
 
@@ -449,14 +454,31 @@ def test_activations_compile_per_width_for_any_number_of_rows(monkeypatch):
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda f, options: compile_with(f, backend=backend))
     torch._dynamo.reset()  # variants of other tests count too
-    quantize = quant.compiled_quantize_rows.__wrapped__("meta")
+    monkeypatch.setattr(quant, "compiler_works", lambda device: True)
+    quantize = quant.compiled.__wrapped__(quant.quantize_rows.__wrapped__, "meta")
     scale = torch.empty(1, device="meta")
     for columns, rows in itertools.product((5120, 13824), (32760, 128, 257, 512, 5120)):
         x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
         for arguments in (("nvfp4", None), ("nvfp4", scale), ("mxfp8", None)):
             assert quantize(x, *arguments)[0].shape[0] == rows
-    assert len(variants) == 7  # the trial, and two widths for each of the three
+    assert len(variants) == 6  # two widths for each of the three
     assert not any(isinstance(tensor, float) for inputs in variants for tensor in inputs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_compiled_elementwise_functions_compute_what_the_plain_ones_do(dtype):
+    """Up to the order of sums and products in float32; not yet run with Triton on a GPU."""
+    x, weight, gate = torch.randn(1, 60, 96), torch.rand(96), torch.randn(1, 1, 96)
+    y, rope = torch.randn(1, 60, 96).to(dtype), wan_fp4.rope_3d(3, 4, 5, 32, "cpu")
+    for function, *arguments in ((wan_fp4.layer_norm, x, gate, gate, dtype), (wan_fp4.rms_norm, y, weight),
+                                 (wan_fp4.layer_norm, x, weight, weight, dtype), (wan_fp4.add_gated, x, y, gate),
+                                 (wan_fp4.rms_norm_and_rope, y, weight, rope, 32)):
+        expected = function(*arguments)
+        with torch.inference_mode():
+            got = quant.compiled(function.__wrapped__, "cpu")(*arguments)
+        assert got.dtype == expected.dtype
+        assert torch.allclose(got, expected, rtol=2e-6 if got.dtype == torch.float32 else 2 ** -7, atol=2e-6)
 
 
 @pytest.mark.parametrize("scale, bias", list(itertools.product((None, 1.003), (None, *FLOATS[:2]))))
@@ -701,7 +723,7 @@ def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_
     tensors["comfy_quant"] = quant.write_marker({"format": fmt})
     layer = quant.QuantLinear.from_tensors("l", tensors, in_features, out_features, mode="tensor_cores")
     x = torch.empty(rows, in_features, device="meta", dtype=torch.bfloat16)
-    *operands, tensor_scale = quant.scaled_mm_operands(x, layer)
+    *operands, tensor_scale = quant.scaled_mm_operands(quant.quantize_activation(x, layer), layer)
     y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)
     block = 16 if fmt == "nvfp4" else 32
     assert y.shape == (rows, -(-out_features // block) * block)
@@ -741,6 +763,35 @@ def test_activations_are_quantized_as_weights_by_rtn(fmt, quantize):
     layer, _ = make(fmt, in_features=64)
     for got, expected in zip(quant.quantize_activation(x, layer), quantize(x)):
         assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_one_call_is_used_only_where_it_agrees(right, monkeypatch):
+    def one_call(a, b, scale_a, scaling_a, scale_b, scaling_b, swizzle_a, swizzle_b, bias):
+        y = torch._scaled_mm(a, b, scale_a[0], scale_b[0], torch.bfloat16).float()  # (R, Mp)
+        return (y * scale_a[-1] * scale_b[-1] + bias * right).bfloat16()
+
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, scale_a, scale_b, out_dtype: ck.dequantize_nvfp4(
+        a.view(torch.uint8), torch.tensor(1.0), scale_a, torch.float32)[:160] @ ck.dequantize_nvfp4(
+            b.t().view(torch.uint8), torch.tensor(1.0), scale_b, torch.float32).T)
+    monkeypatch.setattr(F, "scaled_mm", one_call)
+    assert quant.one_call_works.__wrapped__(torch.device("cpu"), "nvfp4") is right
+
+
+def test_layers_of_one_input_quantize_it_once_for_each_format(monkeypatch):
+    kinds = ("nvfp4", None), ("nvfp4", None), ("mxfp8", None), ("mxfp8", None), ("nvfp4", "input_scale")
+    layers = [make(fmt, mode="emulate", seed=seed, extra={suffix: torch.tensor(0.01)} if suffix else None)[0]
+              for seed, (fmt, suffix) in enumerate(kinds)]
+    x, seen, real = torch.randn(3, 56), [], quant.quantize_activation
+    expected = [layer(x) for layer in layers]
+    monkeypatch.setattr(quant, "quantize_activation", lambda *args: seen.append(args[1].format) or real(*args))
+    assert all_same_bits(quant.project(x, *layers), expected) and seen == ["nvfp4", "mxfp8", "nvfp4"]
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_gpus_without_bfloat16_attention_compute_in_float16(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert quant.default_dtype("cuda") == dtype and quant.default_dtype("cpu") == torch.float32
 
 
 def changed(**tensors):
@@ -2258,6 +2309,88 @@ def test_streams_never_race(monkeypatch, blocks, stop):
         one_pass(None)
         one_pass(None)
     assert clocks.races == []
+
+
+# a pretended GPU
+
+class PretendedCuda(FakeTensorMode):
+    """Tensors of device cuda have a shape but no memory; others compute as usual. Mixing devices raises."""
+    avoid_device_init = True  # otherwise it looks for a GPU
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.waits, self.within = 0, False  # waits: how often the CPU asked the GPU for a number
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def fake(leaf):
+            return self.from_tensor(leaf) if type(leaf) in (torch.Tensor, torch.nn.Parameter) else leaf
+
+        leaves = tree_leaves((args, kwargs))
+        if not (self.within or any(isinstance(leaf, FakeTensor) or getattr(leaf, "type", None) == "cuda"
+                                   for leaf in leaves)):
+            return function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._local_scalar_dense.default:  # such as .item() and bool()
+            self.waits += 1
+            return 1
+        self.within, outer = True, self.within  # what a fake operation calls is fake, too
+        try:
+            return super().__torch_dispatch__(function, types, *tree_map(fake, (args, kwargs or {})))
+        finally:
+            self.within = outer
+
+
+class NoStream:
+    """In the place of torch.cuda's Stream and Event."""
+    def __init__(self, *_):
+        self.wait_event = self.wait_stream = self.record = self.synchronize = lambda *_: None
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Pretends a GPU of cuda.capability; to be used together with PretendedCuda."""
+    cuda = types.SimpleNamespace(capability=(12, 0))
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    symbol = "_ZN3c104impl26device_guard_impl_registryE"
+    guards = (ctypes.c_void_p * 22).in_dll(ctypes.CDLL(str(library)), symbol)
+    guards[1] = guards[1] or guards[14]  # by type of device: the meta device's guard, which does nothing
+    empty = torch.empty
+    for name, value in dict(get_device_capability=lambda device=None: cuda.capability,
+                            mem_get_info=lambda device=None: (80 << 30, 80 << 30),
+                            Stream=NoStream, Event=NoStream,
+                            synchronize=lambda device=None: None, empty_cache=lambda: None,
+                            current_stream=lambda device=None: NoStream(),
+                            stream=lambda stream: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **rest: empty(*size, **rest))
+    monkeypatch.setattr(quant, "compiler_works", lambda device: False)
+    monkeypatch.setattr(quant, "one_call_works", lambda device, fmt: cuda.capability >= (12, 0))
+    return cuda
+
+
+@pytest.mark.parametrize("capability, tile, settings", [
+    ((7, 5), 16, {"offload": True}), ((9, 0), None, {}), ((10, 0), None, {"cfg": 2.0}),
+    ((12, 0), 16, {"offload": True, "cfg": 2.0, "precise_steps": True})])
+def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, tile, settings, cuda, lora_file, monkeypatch):
+    cuda.capability, steps, real = capability, [], sample.sampling_step
+
+    def sampling_step(*arguments):
+        before = mode.waits
+        x = real(*arguments)
+        steps.append(mode.waits - before)
+        return x
+
+    monkeypatch.setattr(sample, "sampling_step", sampling_step)
+    monkeypatch.setattr(sample, "decode_tile", lambda *_: tile)
+    monkeypatch.setattr(sample, "check_finite", lambda *_: None)  # the CPU looks at the last step's result
+    factors = {f"blocks.0.self_attn.q.lora_{kind}.weight": torch.ones(shape)
+               for kind, shape in (("up", (192, 4)), ("down", (4, 192)))}
+    demo = {flag: REPOSITORY / "demo" / tiny for flag, (tiny, *_) in sample.NETWORKS.items()}
+    photo = sample.read_image(demo["dit"].parent / "photo.jpg")
+    settings = sample.Settings(frames=5, area=96 * 144, steps=2, device="cuda:0", **settings,
+                               loras=[(lora_file(factors), 1.0)])
+    with PretendedCuda() as mode:
+        video, = sample.generate([photo], ["pan left"], demo, settings)
+    assert video.shape[0] == 5 and video.device.type == "cpu" and steps == [0, 0]
 
 
 # the pipeline, with networks that only record what they are given

@@ -39,7 +39,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-from quant import QuantLinear, default_dtype, default_mode, read_marker
+from quant import QuantLinear, compiled_on_cuda, default_dtype, default_mode, project, read_marker
 
 # ----------------------------------------------------------------------------------------------------
 # DiT: the diffusion transformer
@@ -79,7 +79,8 @@ def timestep_embedding(t, dim):
 
 
 def rope_3d(frames, height, width, head_dim, device):
-    """Rotary position embedding (RoPE, https://arxiv.org/abs/2104.09864) for three axes: (N, d/2) complex64.
+    """Rotary position embedding (RoPE, https://arxiv.org/abs/2104.09864) for three axes: the cosines and sines of
+    the angles, (2, N, d/2).
 
     A head's c = d/2 pairs are divided among the axes: the first c - 2 * (c // 3) rotate with t, the next
     c // 3 with h and the last c // 3 with w. Angles are computed in float64.
@@ -89,17 +90,22 @@ def rope_3d(frames, height, width, head_dim, device):
     for n, pairs in ((frames, c - 2 * (c // 3)), (height, c // 3), (width, c // 3)):
         freqs = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
         angles = torch.arange(n, dtype=torch.float64, device=device)[:, None] * freqs  # (n, pairs)
-        axes.append(torch.polar(torch.ones_like(angles), angles).to(torch.complex64))
+        axes.append(torch.stack([angles.cos(), angles.sin()]).float())  # (2, n, pairs)
     t, h, w = axes
-    grid = (frames, height, width, -1)
-    rope = torch.cat([t[:, None, None].expand(grid), h[:, None].expand(grid), w.expand(grid)], dim=-1)
-    return rope.flatten(0, 2)  # (N, d/2)
+    grid = (2, frames, height, width, -1)
+    rope = torch.cat([t[:, :, None, None].expand(grid), h[:, None, :, None].expand(grid),
+                      w[:, None, None].expand(grid)], dim=-1)
+    return rope.flatten(1, 3)  # (2, N, d/2)
 
 
 def apply_rope(x, rope):
-    """Rotate the interleaved pairs of x (B, heads, N, d) by rope (N, d/2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, N, d/2)
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)  # (B, heads, N, d)
+    """Rotate the interleaved pairs of x (B, heads, N, d) by rope (2, N, d/2)."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, N, d/2, 2)
+    if not torch.compiler.is_compiling():
+        pairs = torch.view_as_complex(pairs) * torch.complex(*rope)  # (B, heads, N, d/2)
+        return torch.view_as_real(pairs).flatten(-2).to(x.dtype)  # (B, heads, N, d)
+    (a, b), (cos, sin) = pairs.unbind(-1), rope  # the same; torch.compile does not fuse complex numbers
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)  # (B, heads, N, d)
 
 
 class RMSNorm(nn.Module):
@@ -110,12 +116,32 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6).to(x.dtype)
+        return rms_norm(x, self.weight)
 
 
-def layer_norm(x):
-    """LayerNorm without weights."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+@compiled_on_cuda
+def rms_norm(x, weight):
+    return F.rms_norm(x.float(), weight.shape, weight, 1e-6).to(x.dtype)
+
+
+@compiled_on_cuda
+def rms_norm_and_rope(x, weight, rope, head_dim):
+    """RMSNorm, heads split and rotated: (B, N, D) -> (B, heads, N, d)."""
+    y = F.rms_norm(x.float(), weight.shape, weight, 1e-6)  # (B, N, D)
+    return apply_rope(split_heads(y, head_dim), rope).to(x.dtype)  # (B, heads, N, d)
+
+
+@compiled_on_cuda
+def layer_norm(x, weight, bias, dtype):
+    """LayerNorm, with weight and bias for all (D,) or for each video of the batch (B, 1, D)."""
+    if weight.dim() == 1:
+        return F.layer_norm(x, weight.shape, weight, bias, 1e-6).to(dtype)
+    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), weight).to(dtype)
+
+
+@compiled_on_cuda
+def add_gated(x, y, gate):
+    return torch.addcmul(x, gate, y.float())  # x + gate * y
 
 
 def split_heads(x, head_dim):
@@ -134,10 +160,10 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)  # over D, before the heads are split
 
     def forward(self, x, rope):
-        q = apply_rope(split_heads(self.norm_q(self.q(x)), self.head_dim), rope)  # (B, heads, N, d)
-        k = apply_rope(split_heads(self.norm_k(self.k(x)), self.head_dim), rope)  # (B, heads, N, d)
-        v = split_heads(self.v(x), self.head_dim)  # (B, heads, N, d)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
+        q, k, v = project(x, self.q, self.k, self.v)  # (B, N, D) each
+        q = rms_norm_and_rope(q, self.norm_q.weight, rope, self.head_dim)  # (B, heads, N, d)
+        k = rms_norm_and_rope(k, self.norm_k.weight, rope, self.head_dim)  # (B, heads, N, d)
+        y = F.scaled_dot_product_attention(q, k, split_heads(v, self.head_dim))  # (B, heads, N, d)
         return self.o(join_heads(y))  # (B, N, D)
 
 
@@ -153,10 +179,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, text, text_bias, image):
         q = split_heads(self.norm_q(self.q(x)), self.head_dim)  # (B, heads, N, d)
-        k = split_heads(self.norm_k(self.k(text)), self.head_dim)  # (B, heads, L + 1, d)
-        v = split_heads(self.v(text), self.head_dim)  # (B, heads, L + 1, d)
-        k_img = split_heads(self.norm_k_img(self.k_img(image)), self.head_dim)  # (B, heads, I, d)
-        v_img = split_heads(self.v_img(image), self.head_dim)  # (B, heads, I, d)
+        k, v = project(text, self.k, self.v)  # (B, L + 1, D) each
+        k, v = split_heads(self.norm_k(k), self.head_dim), split_heads(v, self.head_dim)  # (B, heads, L + 1, d)
+        k_img, v_img = project(image, self.k_img, self.v_img)  # (B, I, D) each
+        k_img = split_heads(self.norm_k_img(k_img), self.head_dim)  # (B, heads, I, d)
+        v_img = split_heads(v_img, self.head_dim)  # (B, heads, I, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=text_bias)  # (B, heads, N, d)
         y = y + F.scaled_dot_product_attention(q, k_img, v_img)
         return self.o(join_heads(y))  # (B, N, D)
@@ -177,11 +204,12 @@ class Block(nn.Module):
     def forward(self, x, e0, rope, text, text_bias, image):
         dtype = text.dtype  # the Linears' compute dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).chunk(6, dim=1)  # (B, 1, D) each
-        y = torch.addcmul(shift1, layer_norm(x), 1 + scale1).to(dtype)  # (B, N, D)
-        x = torch.addcmul(x, gate1, self.self_attn(y, rope).float())  # (B, N, D)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), text, text_bias, image)  # (B, N, D)
-        y = torch.addcmul(shift2, layer_norm(x), 1 + scale2).to(dtype)  # (B, N, D)
-        return torch.addcmul(x, gate2, self.ffn(y).float())  # (B, N, D)
+        y = layer_norm(x, 1 + scale1, shift1, dtype)  # (B, N, D)
+        x = add_gated(x, self.self_attn(y, rope), gate1)  # (B, N, D)
+        y = layer_norm(x, self.norm3.weight, self.norm3.bias, dtype)  # (B, N, D)
+        x = x + self.cross_attn(y, text, text_bias, image)  # (B, N, D)
+        y = layer_norm(x, 1 + scale2, shift2, dtype)  # (B, N, D)
+        return add_gated(x, self.ffn(y), gate2)  # (B, N, D)
 
 
 class Head(nn.Module):
@@ -192,7 +220,7 @@ class Head(nn.Module):
 
     def forward(self, x, e):
         shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)  # (B, 1, D) each
-        x = torch.addcmul(shift, layer_norm(x), 1 + scale)  # (B, N, D)
+        x = layer_norm(x, 1 + scale, shift, torch.float32)  # (B, N, D)
         return self.head(x)  # (B, N, 4 * 16)
 
 
@@ -239,7 +267,7 @@ class WanDiT(nn.Module):
                              f"T, H, W with H and W even; make the picture's sides multiples of 16 pixels")
         x = self.patch_embedding(torch.cat([x.float(), y.float()], dim=1))  # (B, D, T, H/2, W/2)
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)
-        rope = rope_3d(frames, height // 2, width // 2, self.cfg.head_dim, x.device)  # (N, d/2)
+        rope = rope_3d(frames, height // 2, width // 2, self.cfg.head_dim, x.device)  # (2, N, d/2)
         e = self.time_embedding(timestep_embedding(t, self.cfg.freq_dim))  # (B, D)
         e0 = self.time_projection(e).unflatten(1, (6, -1))  # (B, 6, D)
         text, text_bias = self.embed_text(text)  # (B, L + 1, D), (1, 1, 1, L + 1)
@@ -288,8 +316,8 @@ class VAEConfig:
 
 
 def channels_last(x):
-    """x (B, C, t, h, w) in the memory format that oneDNN needs on a CPU; usually no copy."""
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.is_cpu else x
+    """x (B, C, t, h, w) in the memory format in which oneDNN and cuDNN convolve; usually no copy."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def conv3d(x, conv, padding=(0, 0, 0)):
@@ -618,7 +646,7 @@ class T5Attention(nn.Module):
         self.o = nn.Linear(cfg.inner, cfg.dim, bias=False)
 
     def forward(self, x, bias):
-        q, k, v = (split_heads(f(x), self.head_dim) for f in (self.q, self.k, self.v))  # (B, heads, L, d) each
+        q, k, v = (split_heads(y, self.head_dim) for y in project(x, self.q, self.k, self.v))  # (B, heads, L, d)
         # No division by sqrt(d): T5's initialization of q contains it
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, heads, L, d)
         return self.o(join_heads(y))  # (B, L, D)
@@ -1157,7 +1185,7 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
     """The diffusion transformer of a plain or quantized checkpoint, in eval mode.
 
     path    as for read_tensors; official, ComfyUI's and diffusers' names are read
-    dtype   compute dtype of the Linears: by default float32 on a CPU and bfloat16 elsewhere. Weights stay as
+    dtype   compute dtype of the Linears: by default quant.default_dtype(device). Weights stay as
             stored and, on a CPU, memory-mapped.
     loras   (file, strength) pairs; the model's attribute `loras` says in a line for each what was used
     stream  keep the blocks in CPU memory, for sample.StreamedBlocks
@@ -1212,7 +1240,10 @@ def load_vae(path, device="cpu", dtype: torch.dtype | None = None) -> WanVAE:
 
 def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool = False) -> UMT5Encoder:
     """The text encoder, in eval mode. Arguments and errors as for load_dit; official, ComfyUI's and
-    transformers' names are read."""
+    transformers' names are read. Where the default dtype is float16, the default here is float32: T5's
+    activations exceed float16's range."""
+    if dtype is None and default_dtype(device) == torch.float16:
+        dtype = torch.float32
     tensors, _ = read_tensors(path)
     tensors = {official_name(name, TRANSFORMERS_UMT5): tensor for name, tensor in tensors.items()
                if name not in ("spiece_model", "scaled_fp8")}  # ComfyUI's tokenizer and its mark of FP8 files

@@ -65,11 +65,16 @@ def layout(shapes, formats):
     return convert.layout(SimpleNamespace(shapes=shapes, dtypes=dtypes), formats), markers
 
 
+def recipe(shapes):
+    """{weight: format} of the published recipe."""
+    return convert.plan(shapes, "nvfp4", "mxfp8", convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
+
+
 def full_size():
     """The layout of the 14B model as convert.py --plan recipe writes it."""
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in wan_fp4.WanDiT().named_parameters()}
-    return layout(shapes, convert.plan(shapes, "nvfp4", "mxfp8", convert.RECIPE_MXFP8, convert.RECIPE_KEPT))
+    return layout(shapes, recipe(shapes))
 
 
 def random_tensor(name, dtype, shape):
@@ -244,7 +249,7 @@ def compiled(fmt):
     """The dtype and shape of every buffer of the compiled program, for x of 4096 x 5120 on the CPU."""
     from torch._inductor.utils import run_and_get_code
     x = torch.randn(4096, 5120).bfloat16()
-    quantize = torch.compile(quant.quantize_rows, options=quant.COMPILER_OPTIONS)
+    quantize = torch.compile(quant.quantize_rows.__wrapped__, options=quant.COMPILER_OPTIONS)
     _, programs = run_and_get_code(quantize, x, fmt, None)
     buffers = re.findall(r"buf\d+ = empty_strided_cpu\((\(.*?\)), \(.*?\), torch\.(\w+)\)", programs[0])
     return [f"{dtype} {shape}" for shape, dtype in buffers]

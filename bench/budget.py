@@ -1,0 +1,76 @@
+"""Seconds of one forward of the 14B DiT by arithmetic, on GPUs where nobody has run it: python bench/budget.py
+
+81 frames of 480 x 832 in the published recipe's mix of formats. A product or an attention takes its FLOPs divided
+by the rate that a good kernel reaches; everything else takes the bytes that it moves, divided by the memory's
+bandwidth. A compiled elementwise function moves each of its tensors once.
+"""
+import re
+
+import fullsize  # also puts the project's folder on sys.path
+import torch
+
+import wan_fp4
+
+TOKENS, TEXT, IMAGE = 32760, 32, 257  # of the video, a prompt, the image tower
+CFG = wan_fp4.DiTConfig()
+# Bytes/s of the memory, FLOP/s of the formats and of attention: as published, times the share that is reached
+GPUS = {"B200": dict(bandwidth=8e12 * 0.85, nvfp4=9e15 * 0.65, mxfp8=4.5e15 * 0.7, bf16=2.25e15 * 0.7,
+                     attention=2.25e15 * 0.62),
+        "RTX 5090": dict(bandwidth=1.79e12 * 0.9, nvfp4=1.676e15 * 0.75, mxfp8=838e12 * 0.75, bf16=209.5e12 * 0.8,
+                         attention=209.5e12 * 0.83),
+        "RTX 5060": dict(bandwidth=448e9 * 0.9, nvfp4=307e12 * 0.8, mxfp8=153e12 * 0.8, bf16=38.4e12 * 0.85,
+                         attention=38.4e12 * 0.85)}
+QUANTIZER = {"nvfp4": 2.66, "mxfp8": 1.59}  # times the activation's bytes: bench/fullsize.py --activation
+
+
+def rows(name):
+    """The rows that a weight multiplies."""
+    return TEXT if re.search(r"cross_attn\.[kv]\.", name) else IMAGE if "_img." in name else TOKENS
+
+
+def work(formats, shapes):
+    """FLOPs of attention and of the products by format, and bytes of the rest, of one forward.
+
+    formats: {weight: "nvfp4", "mxfp8" or "bf16"}
+    """
+    D, ffn, N, blocks = CFG.dim, CFG.ffn_dim, TOKENS, CFG.num_blocks
+    flops = {"attention": 4 * blocks * N * D * (N + TEXT + IMAGE), "nvfp4": 0, "mxfp8": 0, "bf16": 0}
+    quantizer = scaling = 0
+    for i in range(blocks):
+        seen = set()
+        for name in (name for name in formats if name.startswith(f"blocks.{i}.")):
+            (out, columns), fmt, n = shapes[name], formats[name], rows(name)
+            flops[fmt] += 2 * n * out * columns
+            if fmt == "bf16":
+                continue
+            fed = fmt, re.sub(r"\.[qkv](_img)?\.weight", "", name) if "self_attn" in name else name
+            if fed not in seen:  # q, k and v of one format share their input
+                quantizer += QUANTIZER[fmt] * 2 * n * columns
+            seen.add(fed)
+            scaling += 4 * n * out  # the product, read and written by scale_and_add
+    # Three layer norms from float32 to bfloat16; RMS norm with RoPE of q and k, RMS norm of cross-attention's q;
+    # two gated residuals; the sum of both cross-attentions, and its residual
+    passes = 3 * 6 + 2 * 4 + 4 + 2 * 10 + 6 + 10
+    elementwise = blocks * N * (passes * D + 4 * ffn)  # and GELU
+    return flops, {"quantizing activations": quantizer, "scale and bias": scaling, "elementwise": elementwise}
+
+
+def main():
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in wan_fp4.WanDiT().named_parameters()}
+    flops, moved = work(fullsize.recipe(shapes), shapes)
+    print(f"{'seconds of one forward':32}{'work':>12}" + "".join(f"{gpu:>12}" for gpu in GPUS))
+    table = [(kind, f"{n / 1e12:.0f} TFLOP", [n / gpu[kind] for gpu in GPUS.values()])
+             for kind, n in flops.items()]
+    table += [(kind, f"{n / 1e9:.0f} GB", [n / gpu["bandwidth"] for gpu in GPUS.values()])
+              for kind, n in moved.items()]
+    total = [sum(column) for column in zip(*(seconds for *_, seconds in table))]
+    epilogue = next(seconds for kind, _, seconds in table if kind == "scale and bias")
+    table += [("sum", "", total),
+              ("with quant.multiply_in_one_call", "", [a - b for a, b in zip(total, epilogue)])]
+    for kind, amount, seconds in table:
+        print(f"{kind:32}{amount:>12}" + "".join(f"{s:12.2f}" for s in seconds))
+
+
+if __name__ == "__main__":
+    main()
