@@ -63,6 +63,7 @@ from av.video.reformatter import Colorspace
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from sentencepiece import SentencePieceProcessor
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import quant
@@ -666,6 +667,9 @@ def padded_bytes(tensor):
 # The pipeline
 # ----------------------------------------------------------------------------------------------------
 
+ATTENTION = "sdpa", "fp8", "fp8-all", "cudnn", "fa3", "fa4"
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to make a video. The defaults are the distilled model's recipe. Raises ValueError for a bad value."""
@@ -680,6 +684,8 @@ class Settings:
     negative: str = ""  # the negative prompt, for guidance
     seed: int = 0
     precise_steps: bool = False  # no quantized activations in the first and the last step
+    attention: str = "sdpa"  # one of ATTENTION, for the DiT's self-attention
+    emulate: bool = False  # compute what the tensor cores of sm_100 would, on any device
     loras: tuple = ()  # (file, strength) pairs, for the DiT
     interpolate: str | Path | None = None  # a file of IFNet's weights, which doubles the frame rate
     offload: bool = False  # stream the blocks of the DiT and the text encoder even if they fit the GPU
@@ -697,6 +703,8 @@ class Settings:
         check_range("seed", self.seed, 0, 2**63 - 1)
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg {self.cfg}: expected a finite number, such as 1 or 5")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention {self.attention!r}: expected one of {', '.join(ATTENTION)}")
         check_sampler(self.sampler)
         sigmas(self.scheduler, self.steps, self.shift)
 
@@ -724,7 +732,7 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
     precise = (levels[0], levels[-2]) if settings.precise_steps else ()
     conditions = encode_conditions(images, prompts, files, settings, timings)
     latents = []
-    with stage("sample", timings, device, files["dit"]):
+    with stage("sample", timings, device, files["dit"]), attention_kernel(settings.attention):
         dit = load_dit(files["dit"], conditions, settings)
         for i, c in enumerate(conditions):
             def velocity(x, sigma):
@@ -860,11 +868,47 @@ def encode_first_frames(path, images, frames, device):
 def load_dit(path, conditions, settings):
     """The DiT with its LoRAs, on the GPU or streamed to it. Prints what it is made of."""
     device = torch.device(settings.device)
-    dit = wan_fp4.load_dit(path, device, loras=settings.loras, stream=True)
+    mode = "emulate" if settings.emulate else None
+    dit = wan_fp4.load_dit(path, device, loras=settings.loras, stream=True, mode=mode)
     print(f"{Path(path).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
+    if settings.attention.startswith("fp8"):
+        kept = wan_fp4.use_fp8_attention(dit, everywhere=settings.attention == "fp8-all")
+        print(f"self-attention in E4M3{''.join(f', not in block {i}' for i in kept)}")
     tokens = max(c.y[0, 0].numel() // 4 for c in conditions)
     settle(dit, MARGIN + WORKING * tokens * dit.cfg.dim, device, settings.offload)
     return dit
+
+
+@contextmanager
+def attention_kernel(name):
+    """A context in which torch takes the kernels cudnn, fa3 or fa4 for attention where they can compute it.
+    Raises ValueError where one is not installed."""
+    if name == "cudnn":
+        first = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+        with sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+            yield
+    elif name in ("fa3", "fa4"):
+        try:
+            torch.nn.attention.activate_flash_attention_impl(name.upper())
+        except (AttributeError, ImportError, RuntimeError, ValueError) as error:
+            raise ValueError(f"--attention {name}: {error}; install the FlashAttention package that torch "
+                             f"{torch.__version__} supports, or use another attention") from None
+        try:
+            yield
+        finally:
+            torch.nn.attention.restore_flash_attention_impl()
+    else:
+        yield
+
+
+def check_attention(settings):
+    """Raises ValueError for an attention that the device does not have."""
+    device, name = torch.device(settings.device), settings.attention
+    if name.startswith("fp8") and not (settings.emulate or wan_fp4.has_fp8_kernel(device)):
+        raise ValueError(f"--attention {name}: {device} does not multiply in 8 bits, which needs a CUDA GPU of "
+                         f"compute capability 8.9 (such as an RTX 4090); to see its quality, add --emulate")
+    if name in ("cudnn", "fa3", "fa4") and device.type != "cuda":
+        raise ValueError(f"--attention {name}: got device {device}, expected a CUDA GPU; leave the flag out")
 
 
 @contextmanager
@@ -1155,6 +1199,12 @@ def make_parser():
         "memory (default: only if they do not fit the GPU)")
     add("--precise-steps", action="store_true", help="do not quantize activations in the first and the last "
         "step: closer to the bf16 model, but slower, where tensor cores multiply in NVFP4 or MXFP8")
+    add("--attention", choices=ATTENTION, default="sdpa", help="sdpa: torch's choice of a 16-bit kernel; fp8: "
+        "self-attention in 8 bits (E4M3), on GPUs from compute capability 8.9, except in blocks that the file "
+        "lists as too sensitive; fp8-all: in these too; cudnn, fa3, fa4: that 16-bit kernel, if it is installed "
+        "(default: sdpa)")
+    add("--emulate", action="store_true", help="compute what the tensor cores of a Blackwell GPU would, to see "
+        "the quality of quantized activations and of --attention fp8 on any device; slow")
     add("--seed", type=int, default=0, help="of the noise; the same seed makes the same video (default: 0)")
     add("--interpolate", metavar="RIFE_WEIGHTS", help="insert a frame between every two, so 81 become 161: the "
         "flownet.pkl of RIFE 4.25 or 4.26, or its name in the models folder")
@@ -1234,6 +1284,7 @@ def main(argv=None):
         files, demo = find_files(named, args.models)
         own = own_settings(files["dit"], args.lora)
         settings = make_settings(args, own, files["dit"], demo)
+        check_attention(settings)
         jobs = make_jobs(args, own, files, settings)
         announce(jobs, settings, demo)
 
@@ -1341,7 +1392,7 @@ def make_settings(args, own, dit, demo):
         shift=args.shift, sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative,
         seed=args.seed, precise_steps=args.precise_steps, loras=tuple(args.lora),
         interpolate=find_rife(args.interpolate, args.models) if args.interpolate else None,
-        offload=args.offload, device=args.device,
+        offload=args.offload, device=args.device, attention=args.attention, emulate=args.emulate,
         cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
 
 
@@ -1469,7 +1520,8 @@ def recipe(settings):
     """The settings in words."""
     doubled = f", frames doubled by {Path(settings.interpolate).name}" if settings.interpolate else ""
     return (f"seed {settings.seed}, {settings.steps} steps, sampler {settings.sampler}, scheduler "
-            f"{settings.scheduler}, shift {settings.shift:g}, cfg {settings.cfg:g}{doubled}")
+            f"{settings.scheduler}, shift {settings.shift:g}, cfg {settings.cfg:g}, {settings.attention} "
+            f"attention{', tensor cores emulated' if settings.emulate else ''}{doubled}")
 
 
 def describe(prompt, size, dit, settings):
@@ -1534,7 +1586,25 @@ def check(device):
         reason = f"{device} has no tensor cores for it"
     agree = [check_format(fmt, quantize, device, reason) for fmt, quantize in
              (("nvfp4", quant.quantize_nvfp4), ("mxfp8", quant.quantize_mxfp8))]
-    return all(agree)
+    return all([*agree, check_fp8_attention(device)])
+
+
+def check_fp8_attention(device):
+    """Print whether --attention fp8 computes on this device what its emulation does. True if it does, or cannot
+    be used."""
+    if not wan_fp4.has_fp8_kernel(device):
+        return True
+    q, k, v = (torch.randn(1, 2, 1000, 128, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = wan_fp4.fp8_attention(q, k, v)  # (1, 2, 1000, 128)
+    try:
+        y = wan_fp4.fp8_attention(q.to(device), k.to(device), v.to(device)).cpu()  # (1, 2, 1000, 128)
+    except RuntimeError as error:  # for instance without Triton
+        print(f"fp8 attention: FAILED: {error}")
+        return False
+    difference = ((y - expected).norm() / expected.norm()).item()
+    good = difference < 0.05  # the running maximum rounds the probabilities differently, by up to 6 %
+    print(f"fp8 attention: differs from its emulation by {difference:.1e}: {'good' if good else 'WRONG'}")
+    return good
 
 
 def check_format(fmt, quantize, device, reason):

@@ -1252,6 +1252,57 @@ def test_ifnet_refuses_frames_of_other_sizes(a, b):
 
 # Attention
 
+def attention_inputs(tokens, outlier=1.0, v_mean=0.0):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 64, generator=g) for _ in range(3))
+    k[..., 5] += outlier  # a channel with a large mean
+    q[..., 7] *= outlier
+    return q, k, v + v_mean
+
+
+def decibels(exact, other):
+    return 10 * math.log10(exact.square().sum() / (exact - other).square().sum())
+
+
+@pytest.mark.parametrize("outlier, v_mean, dtype", [(1, 0, torch.bfloat16), (20, 0, torch.float32),
+                                                    (1, 3, torch.float32), (20, 3, torch.float32)])
+def test_fp8_attention_is_attention_up_to_rounding(outlier, v_mean, dtype):
+    """Without the three changes that make it more accurate, outliers and means would cost up to 7 dB more."""
+    q, k, v = (x.to(dtype) for x in attention_inputs(600, outlier, v_mean))
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    got, mean = wan_fp4.fp8_attention(q, k, v), exact.mean(2, keepdim=True)
+    assert got.dtype == dtype and decibels(exact - mean, got.float() - mean) > 20.5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_emulated_kernel_is_flex_attention_with_rounded_probabilities(monkeypatch):
+    """FlexAttention itself, on operands that hold the same values in float32."""
+    q, k, v, scale, *_ = wan_fp4.fp8_operands(*attention_inputs(600))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    exact = wan_fp4.flex_attention.__wrapped__()(q.float(), k.float(), v.float(), scale)
+    got = wan_fp4.emulate_flex_attention(q, k, v, scale)
+    assert got.dtype == torch.float8_e4m3fn and decibels(exact, got.float()) > 27  # two roundings to E4M3
+
+
+@pytest.mark.parametrize("d, p", [(128, 128), (64, 64), (24, 8), (7, 1)])
+def test_hadamard_matrices_are_orthogonal(d, p):
+    H = wan_fp4.hadamard(d, torch.float32, "cpu")
+    assert H.shape == (p, p) and torch.equal(H @ H.T, p * torch.eye(p)) and set(H.flatten().tolist()) <= {1, -1}
+
+
+def test_blocks_that_the_file_lists_keep_their_attention(dit_path, tmp_path):
+    save_file(load_file(dit_path), tmp_path / "listed", {"head_dim": "32", "bf16_attention": "1"})
+    dit = wan_fp4.load_dit(tmp_path / "listed")
+    kinds = [F.scaled_dot_product_attention, wan_fp4.fp8_attention]
+    assert wan_fp4.use_fp8_attention(dit) == [1]
+    assert [block.self_attn.attention for block in dit.blocks][:2] == kinds[::-1]
+    assert wan_fp4.use_fp8_attention(dit, everywhere=True) == []
+    assert {block.self_attn.attention for block in dit.blocks} == {kinds[1]}
+    save_file(load_file(dit_path), tmp_path / "bad", {"head_dim": "32", "bf16_attention": "1;2"})
+    with pytest.raises(ValueError, match="bad: bf16_attention in its metadata: got '1;2', expected the numbers"):
+        wan_fp4.load_dit(tmp_path / "bad")
+
+
 @pytest.mark.parametrize("network", ["dit", "vae", "umt5", "clip"])
 def test_every_attention_gets_what_fused_kernels_take(network, monkeypatch):
     """Where the last dimension of q, k, v or the bias is not contiguous, a GPU would make the N x N matrix. The

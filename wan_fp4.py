@@ -23,6 +23,7 @@ Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
     N = T * H/2 * W/2 video tokens   L text tokens   I image tokens (257)   D width   d head width   C channels
 """
+import functools
 import itertools
 import json
 import math
@@ -158,12 +159,13 @@ class SelfAttention(nn.Module):
         self.head_dim = head_dim
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)  # over D, before the heads are split
+        self.attention = F.scaled_dot_product_attention  # or fp8_attention
 
     def forward(self, x, rope):
         q, k, v = project(x, self.q, self.k, self.v)  # (B, N, D) each
         q = rms_norm_and_rope(q, self.norm_q.weight, rope, self.head_dim)  # (B, heads, N, d)
         k = rms_norm_and_rope(k, self.norm_k.weight, rope, self.head_dim)  # (B, heads, N, d)
-        y = F.scaled_dot_product_attention(q, k, split_heads(v, self.head_dim))  # (B, heads, N, d)
+        y = self.attention(q, k, split_heads(v, self.head_dim))  # (B, heads, N, d)
         return self.o(join_heads(y))  # (B, N, D)
 
 
@@ -289,6 +291,95 @@ class WanDiT(nn.Module):
         for block in self.blocks:
             x = block(x, *context)  # (B, N, D)
         return self.unpatchify(self.head(x, e), grid)  # (B, 16, T, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 8-bit self-attention
+# ----------------------------------------------------------------------------------------------------
+
+def fp8_attention(q, k, v):
+    """Self-attention with q, k, v and the probabilities in E4M3: (B, heads, N, d) each -> (B, heads, N, d).
+
+    Three changes leave y the same, but for rounding, and make it more accurate:
+    - k loses its mean over the tokens, which subtracts the same from all logits of a row.
+    - q and k are rotated by a Hadamard matrix, which leaves q @ k.T the same but spreads a few large channels
+      over all, so that their rounding errors average out.
+    - v loses its mean over the tokens, which is added to y, since the probabilities of a row sum to one. In
+      E4M3, those below 2 ** -10 vanish, and would take their share of the mean along.
+    """
+    dtype = v.dtype
+    q, k, v, logit_scale, v_scale, v_mean = fp8_operands(q, k, v)
+    y = (flex_attention() if has_fp8_kernel(q.device) else emulate_flex_attention)(q, k, v, logit_scale)
+    return restore_v(y, v_scale, v_mean, dtype)  # (B, heads, N, d)
+
+
+@compiled_on_cuda
+def fp8_operands(q, k, v):
+    """-> q, k, v in E4M3, the scale of the logits (B, heads, 1, 1), the scale and mean of v (B, heads, 1, d)."""
+    H = hadamard(q.shape[-1], q.dtype, q.device)  # (p, p)
+    q, k = ((x.unflatten(-1, (-1, len(H))) @ H).flatten(-2) for x in (q, k))  # (B, heads, N, d) each
+    v_mean = v.mean(2, keepdim=True, dtype=torch.float32)  # (B, heads, 1, d)
+    q, q_scale = to_e4m3(q.float(), (2, 3))
+    k, k_scale = to_e4m3(k - k.mean(2, keepdim=True, dtype=torch.float32), (2, 3))
+    v, v_scale = to_e4m3(v - v_mean, 2)  # a scale for each channel
+    return q, k, v, q_scale * k_scale / len(H) / q.shape[-1] ** 0.5, v_scale, v_mean
+
+
+def hadamard(d, dtype, device):
+    """The Hadamard matrix (p, p) of the largest power of two p that divides d: H @ H.T = p * I, all entries 1 or
+    -1, so that every dtype holds it exactly."""
+    H = torch.ones(1, 1, dtype=dtype, device=device)
+    while d % (2 * len(H)) == 0:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])  # (2p, 2p)
+    return H
+
+
+def to_e4m3(x, dims):
+    scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+@compiled_on_cuda
+def restore_v(y, v_scale, v_mean, dtype):
+    return torch.addcmul(v_mean, y.float(), v_scale).to(dtype)
+
+
+def emulate_flex_attention(q, k, v, logit_scale):
+    """What FlexAttention's kernels compute from E4M3 operands, but for its running maximum: they scale the
+    probabilities by the largest logit so far, and correct the sum when they meet a larger one."""
+    k, v, out = k.float().transpose(2, 3), v.float(), []
+    for rows in q.split(512, dim=2):  # (B, heads, 512, d): the N x N logits do not fit memory
+        logits = rows.float() @ k * logit_scale  # (B, heads, 512, N)
+        p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, heads, 512, N)
+        y = p.to(torch.float8_e4m3fn).float() @ v / p.sum(-1, keepdim=True)  # (B, heads, 512, d)
+        out.append(y.to(torch.float8_e4m3fn))  # the kernels give y in q's dtype
+    return torch.cat(out, dim=2)  # (B, heads, N, d)
+
+
+@functools.cache
+def flex_attention():
+    """FlexAttention, compiled (https://arxiv.org/abs/2412.05496). torch does not advertise its float8 kernels."""
+    from torch.nn.attention import flex_attention as flex
+
+    def attend(q, k, v, logit_scale):
+        scale = logit_scale[..., 0, 0]  # (B, heads)
+        return flex.flex_attention(q, k, v, lambda logit, b, head, i, j: logit * scale[b, head], scale=1.0)
+    return torch.compile(attend)
+
+
+def has_fp8_kernel(device):
+    """Whether tensor cores of this device multiply in E4M3: CUDA from sm_89."""
+    device = torch.device(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def use_fp8_attention(dit, everywhere=False):
+    """Use fp8_attention in the blocks of a WanDiT, except in those that its file lists as too sensitive.
+    Returns the indices of these blocks, or [] with `everywhere`. For blocks that are not streamed yet."""
+    kept = [] if everywhere else dit.bf16_attention
+    for i, block in enumerate(dit.blocks):
+        block.self_attn.attention = F.scaled_dot_product_attention if i in kept else fp8_attention
+    return kept
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1113,7 +1204,7 @@ def check_size(path, name, got, ok, expected):
         raise ValueError(f"{path}: {name}: got {got}, expected {expected}; check that the file is for Wan2.1")
 
 
-def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=False):
+def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=False, mode=None):
     """Give a model on the meta device its tensors. Returns it in eval mode; path is for error messages.
 
     Linears become QuantLinears that keep the tensors as stored and compute in `dtype`, as convolutions do, or
@@ -1142,7 +1233,7 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
             compute = torch.float32 if name.startswith(tuple(float32)) else dtype
             layer = QuantLinear.from_tensors(f"{path}: {name}", linears.get(name, {}), module.in_features,
                                              module.out_features, bias=module.bias is not None,
-                                             compute_dtype=compute, mode=default_mode(device))
+                                             compute_dtype=compute, mode=mode or default_mode(device))
             model.set_submodule(name, layer)
             state |= layer.state_dict(prefix=f"{name}.")
     assign_state(model, state, path)
@@ -1181,7 +1272,8 @@ def head_width(dim, metadata, default, path):
     return head_dim
 
 
-def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), stream: bool = False) -> WanDiT:
+def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), stream: bool = False,
+             mode: str | None = None) -> WanDiT:
     """The diffusion transformer of a plain or quantized checkpoint, in eval mode.
 
     path    as for read_tensors; official, ComfyUI's and diffusers' names are read
@@ -1189,6 +1281,7 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
             stored and, on a CPU, memory-mapped.
     loras   (file, strength) pairs; the model's attribute `loras` says in a line for each what was used
     stream  keep the blocks in CPU memory, for sample.StreamedBlocks
+    mode    of quantized Linears, as for QuantLinear: by default quant.default_mode(device)
 
     Raises FileNotFoundError; ValueError for missing or unexpected tensors, wrong shapes, unknown formats, a
     LoRA that does not fit, and a checkpoint that needs a LoRA that is not given.
@@ -1196,12 +1289,12 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
     tensors, metadata = read_tensors(path)
     check_loras(path, metadata, loras)
     tensors = {official_dit_name(name): tensor for name, tensor in tensors.items()}
-    dit = dit_from_tensors(tensors, metadata, path, device, dtype, stream)
+    dit = dit_from_tensors(tensors, metadata, path, device, dtype, stream, mode)
     dit.loras = [attach_lora(dit, file, strength) for file, strength in loras]
     return dit
 
 
-def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False):
+def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False, mode=None):
     """load_dit from tensors by official name and the file's metadata; path is for error messages."""
     def config(shape):
         dim, in_dim = shape("patch_embedding.weight", None, 36, 1, 2, 2)[:2]
@@ -1214,8 +1307,14 @@ def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=F
                          image_dim=shape("img_emb.proj.0.weight", None)[0],
                          freq_dim=freq_dim)
 
-    return load_weights(build(WanDiT, config, tensors, path), tensors, path, device, dtype,
-                        float32=("patch_embedding", "time_", "img_emb", "head"), stream=stream)
+    dit = load_weights(build(WanDiT, config, tensors, path), tensors, path, device, dtype,
+                       float32=("patch_embedding", "time_", "img_emb", "head"), stream=stream, mode=mode)
+    kept = metadata.get("bf16_attention", "")  # the blocks that convert.py found too sensitive for E4M3
+    if not re.fullmatch("([0-9]{1,4}(,[0-9]{1,4})*)?", kept):
+        raise ValueError(f"{path}: bf16_attention in its metadata: got {kept[:50]!r}, expected the numbers of "
+                         f"blocks, such as 0,39; remove it")
+    dit.bf16_attention = [int(number) for number in kept.split(",") if number]
+    return dit
 
 
 def load_vae(path, device="cpu", dtype: torch.dtype | None = None) -> WanVAE:
