@@ -234,47 +234,117 @@ def flags(formats):
 
 
 # By score: statistics of the weight alone
+#
+# This is the analysis that made the published recipe (https://github.com/insecure-erasure/quant_probe), with
+# MXFP8 in the place of its FP8. A tenth of the weights has a score for bf16 and some of the next 15 % one for
+# MXFP8, whatever the model: the thresholds are percentiles of its own scores. Then whole groups of blocks may
+# overrule their weights. The score does not predict the error of NVFP4 on real activations (bench/RESULTS.md),
+# which is why plan_by_error exists.
+
+KURTOSIS_KEPT = 8.0  # a weight of this excess kurtosis is kept, whatever its score
+LOWEST_MXFP8_SCORE = 0.50
+LEAST_SPREAD = 0.06  # groups of blocks whose scores differ by less count as alike
+OWN_VERDICT = {"cross_attn.k", "cross_attn.q", "self_attn.k", "self_attn.q"}  # no group overrules these types
+ONE_LOWER = {"bf16": "mxfp8", "mxfp8": "nvfp4", "nvfp4": "nvfp4"}
+
 
 def sensitivity(w):
-    """Three statistics of a weight (M, K), each meant to be larger where four bits are likelier to hurt:
+    """The statistics of a weight (M, K) that its score is made of:
 
-    - ln(1 + excess kurtosis), 0 for a Gaussian: how often one large weight dominates a block's scale
-    - dynamic range, log2(amax / rms): E2M1 spans 3.6 octaves, and block scales must cover the rest
-    - aspect ratio, log2(longer side / shorter side): the error of a long sum, or of many outputs
-
-    They are the criteria of the published recipe. They do not predict the error of NVFP4 on real activations
-    (bench/RESULTS.md), which is why plan_by_error exists.
+    - excess kurtosis, 0 for a Gaussian: how often one large weight dominates a block's scale
+    - dynamic range, max |w| - min |w|
+    - aspect ratio, longer side / shorter side
     """
-    x = w.float() - w.float().mean()
-    variance = x.square().mean().clamp(min=1e-30)
-    kurtosis = (x.square_() / variance).square_().mean().item() - 3  # x is squared from here on
-    octaves = (x.amax() / variance).clamp(min=1).log2().item() / 2
-    return math.log1p(max(kurtosis, 0)), octaves, math.log2(max(w.shape) / min(w.shape))
+    smallest, largest = w.abs().aminmax()
+    x = w.float()  # (M, K)
+    x = (x - x.mean()).square_()
+    variance = x.sum() / max(x.numel() - 1, 1)
+    kurtosis = x.div_(variance).square_().mean().item() - 3 if variance > 0 else 0.0
+    return kurtosis, largest.item() - smallest.item(), max(w.shape) / min(w.shape)
+
+
+def scaled(values, low, high):
+    """values, clipped to [low, high], as a share of the way from low to high; 0 if the two are equal."""
+    return (values.clamp(low, high) - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
 def score(measures):
-    """{name: sensitivity} -> {name: score}: the sum of all three, kurtosis and range each as its distance
-    from the median in interquartile ranges. The aspect ratio is used as it is, since nearly all layers share
-    one value.
+    """{name: sensitivity} -> {name: score}, from 0 to 1.
 
-    An interquartile range counts as at least 0.1, so that noise does not count in a model of similar layers.
+    Kurtosis counts 0.6, scaled between Tukey's fences of all weights: 1.5 interquartile ranges outside the
+    quartiles. Dynamic range counts 0.3 and aspect ratio 0.1, scaled between the smallest and the largest of the
+    weight's type of layer.
     """
-    table = torch.tensor(list(measures.values()), dtype=torch.float64)  # (layers, 3)
-    low, middle, high = table.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
-    table[:, :2] = ((table - middle) / (high - low).clamp(min=0.1))[:, :2]
-    return dict(zip(measures, table.sum(1).tolist()))
+    kurtosis, ranges, aspects = torch.tensor(list(measures.values()), dtype=torch.float64).T  # (weights,) each
+    low, high = kurtosis.quantile(0.25), kurtosis.quantile(0.75)
+    fence = 1.5 * (high - low)
+    total = 0.6 * scaled(kurtosis, low - fence, high + fence)
+    kinds = [layer_type(name) for name in measures]
+    for kind in dict.fromkeys(kinds):
+        same = torch.tensor([other == kind for other in kinds])
+        for share, values in ((0.3, ranges[same]), (0.1, aspects[same])):
+            total[same] += share * scaled(values, values.min(), values.max())
+    return dict(zip(measures, total.tolist()))
 
 
-def plan_by_score(scores):
-    """{name: score} -> {name: format}, by Tukey's fences: more than 1.5 interquartile ranges above the upper
-    quartile is an outlier and gets MXFP8; more than 3 is far out and is kept."""
+def block_groups(names):
+    """Weights of the blocks -> {type of layer: [names in the first blocks, in the middle, in the last]}.
+
+    First and last are a tenth of the blocks each, at least one; groups without blocks are left out.
+    """
+    blocks = {name: int(BLOCK_WEIGHT.fullmatch(name)[1]) for name in names}
+    count = 1 + max(blocks.values())
+    n, groups = max(1, round(count / 10)), {}
+    for name, block in sorted(blocks.items(), key=lambda item: item[1]):
+        place = "first" if block < n else "last" if block >= count - n else "middle"
+        groups.setdefault(layer_type(name), {}).setdefault(place, []).append(name)
+    return {kind: list(places.values()) for kind, places in groups.items()}
+
+
+def plan_by_score(scores, kurtosis):
+    """{name: score} and {name: excess kurtosis} of the blocks' weights -> {name: format}, and {name: reason} for
+    each weight whose format is not that of its own score."""
     values = torch.tensor(list(scores.values()), dtype=torch.float64)
-    low, high = values.quantile(0.25).item(), values.quantile(0.75).item()
+    mxfp8, kept = values.quantile(0.75).item(), values.quantile(0.90).item()
 
-    def choose(value):
-        distance = (value - high) / max(high - low, 1.0)  # the range counts as at least 1, in units of score
-        return "bf16" if distance > 3 else "mxfp8" if distance > 1.5 else "nvfp4"
-    return {name: choose(value) for name, value in scores.items()}
+    def by_score(value):
+        if value >= kept:
+            return "bf16"
+        return "mxfp8" if value >= max(mxfp8, LOWEST_MXFP8_SCORE) else "nvfp4"
+
+    def verdict(value, kurtosis):
+        return "bf16" if kurtosis >= KURTOSIS_KEPT else by_score(value)
+
+    formats, reasons = {}, {}
+    for kind, groups in block_groups(scores).items():
+        means = [sum(scores[name] for name in names) / len(names) for names in groups]
+        alike = max(means) - min(means) < LEAST_SPREAD
+        for names, value in zip(groups, means):
+            group, why = verdict(value, max(kurtosis[name] for name in names)), "group"
+            if kind in OWN_VERDICT or group == "bf16" and not alike:
+                formats |= {name: verdict(scores[name], kurtosis[name]) for name in names}
+                why = "kurtosis"
+            elif alike and group != "nvfp4":
+                formats |= dict.fromkeys(names, ONE_LOWER[group])
+                why = "spread"
+            else:
+                formats |= dict.fromkeys(names, group)
+            reasons |= {name: f"{PLAN_FORMATS[formats[name]]} instead of {PLAN_FORMATS[own]}: {why}"
+                        for name in names if (own := by_score(scores[name])) != formats[name]}
+    return {name: formats[name] for name in scores}, reasons
+
+
+def reason_report(reasons):
+    """Lines: the weights whose format is not that of their own score, by type of layer and reason."""
+    rows = {}
+    for name, reason in reasons.items():
+        match = BLOCK_WEIGHT.fullmatch(name)
+        rows.setdefault((match[2], reason), []).append(int(match[1]))
+    if rows:
+        yield ("not by the weight's own score but by kurtosis (8 or more is kept), by its group (the mean of the "
+               "first, middle or last blocks), or by spread (groups alike, one format lower):")
+    for (kind, reason), blocks in sorted(rows.items()):
+        yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
 
 
 # By error: the error that each format causes, against its size
@@ -348,12 +418,12 @@ def rank_correlation(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, calibration, scores, limit, made):
-    """The plan of least error in a file of `limit` bytes, by default the size that the score's plan gives.
+def plan_measured(source, calibration, scores, by_score, limit, made):
+    """The plan of least error in a file of `limit` bytes, by default the size of by_score, the score's plan.
     Returns {name: format} and lines that compare it with the score."""
     names = [name for name, shape in source.shapes.items()
              if len(shape) == 2 and (name in scores or OPTIONAL.fullmatch(name))]
-    errors, by_score = measure_errors(source, names, calibration), plan_by_score(scores)
+    errors = measure_errors(source, names, calibration)
     sizes = {name: {fmt: stored_bytes(fmt, source.shapes[name], source.dtypes[name]) for fmt in PLAN_FORMATS}
              for name in names}
     smallest = file_size(source, dict.fromkeys(names, "nvfp4"), made)
@@ -382,10 +452,12 @@ def choose_plan(args, source, calibration, made):
         return plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT), []
     names = list(plan(source.shapes))
     measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
-    scores = score(dict(tqdm(measures, total=len(names), desc="analyzing", disable=None)))
+    measures = dict(tqdm(measures, total=len(names), desc="analyzing", disable=None))
+    scores = score(measures)
+    formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
     if args.plan == "score" or not (args.size or calibration):
-        return plan_by_score(scores), []
-    return plan_measured(source, calibration, scores, args.size, made)
+        return formats, list(reason_report(reasons))
+    return plan_measured(source, calibration, scores, formats, args.size, made)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -3132,7 +3132,7 @@ def out(tmp_path):
 def test_the_output_holds_the_source(tmp_path, prefix, dtype):
     model = write_checkpoint(tmp_path / "m.safetensors", checkpoint(dtype, prefix), head_dim="16",
                              prompt="ein Bär")
-    convert.main(["-i", model])
+    convert.main(["-i", model, "--nvfp4"])
     written, source = load_file(tmp_path / "m-nvfp4.safetensors"), checkpoint(dtype)
     linears = {f"blocks.{n}.{layer}" for n in range(2) for layer in LINEARS}
     for layer in linears:
@@ -3153,12 +3153,12 @@ def test_the_output_holds_the_source(tmp_path, prefix, dtype):
     assert all(same_bits(written[name], source[name]) for name in source)
     metadata, _ = wan_fp4.read_header(tmp_path / "m-nvfp4.safetensors")
     assert metadata["head_dim"] == "16" and metadata["prompt"] == "ein Bär"
-    assert metadata["quantization_command"] == f"convert.py -i {model}"
+    assert metadata["quantization_command"] == f"convert.py -i {model} --nvfp4"
     assert json.loads(metadata["_quantization_metadata"])["format_version"] == "1.0"
 
 
 def test_simple_is_what_comfy_kitchen_writes(model, out):
-    convert.main(["-i", model, "-o", out, "--simple"])
+    convert.main(["-i", model, "-o", out, "--nvfp4", "--simple"])
     written = load_file(out)
     for layer in LINEARS:
         w, stored = checkpoint()[f"blocks.1.{layer}.weight"], layer_tensors(written, f"blocks.1.{layer}")
@@ -3694,35 +3694,79 @@ def test_the_recipe_converts_a_narrow_model(tmp_path, out, capsys):
     assert len(lora) == 3 * 160 and lora["diffusion_model.blocks.7.ffn.2.lora_up.weight"].shape == (32, 32)
 
 
-def test_sensitivity_of_known_distributions():
-    g = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(512, 1024, generator=g)
-    kurtosis, octaves, aspect = convert.sensitivity(gaussian.bfloat16())
-    assert kurtosis < 0.02 and 2.1 < octaves < 2.6 and aspect == 1
-    assert convert.sensitivity(gaussian) == pytest.approx(convert.sensitivity(gaussian * 1e-3), abs=1e-4)
-    heavy = torch.randn(512, 512, generator=g).exp() * gaussian[:, :512].sign()
-    kurtosis, octaves, aspect = convert.sensitivity(heavy)
-    assert kurtosis > 3 and octaves > 4 and aspect == 0
-    assert convert.sensitivity(heavy.sign()) == pytest.approx((0, 0, 0), abs=1e-3)
-    assert convert.sensitivity(torch.zeros(16, 16)) == (0, 0, 0)
+def test_sensitivity_by_hand():
+    assert convert.sensitivity(torch.tensor([[0.0, 0.0, 0.0, 4.0]])) == (21 / 16 - 3, 4, 4)
+    assert convert.sensitivity(torch.tensor([[-3.0, 1.0], [1.0, 1.0]]).bfloat16()) == (21 / 16 - 3, 2, 1)
+    assert convert.sensitivity(torch.zeros(16, 32)) == (0, 0, 2)
+    gaussian = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    assert abs(convert.sensitivity(gaussian * 1e-8)[0]) < 0.05
 
 
-def test_the_score_promotes_the_outliers(tmp_path, out, capsys):
-    tensors = checkpoint(blocks=12, linears={"self_attn.q": (256, 128), "self_attn.k": (128, 128)})
-    tensors["blocks.3.self_attn.k.weight"][::16, 5] *= 8
-    tensors["blocks.7.self_attn.k.weight"][::16, 5] *= 60
+def test_score_by_hand():
+    """The quartiles of kurtosis are 1 and 3, so the fences are -2 and 6."""
+    measures = {"blocks.0.ffn.0.weight": (0, 1, 2.7), "blocks.1.ffn.0.weight": (1, 2, 2.7),
+                "blocks.2.ffn.0.weight": (2, 5, 2.7), "blocks.0.self_attn.q.weight": (3, 10, 1),
+                "blocks.1.self_attn.q.weight": (20, 30, 2)}
+    expected = [0.6 * 2 / 8, 0.6 * 3 / 8 + 0.3 / 4, 0.6 * 4 / 8 + 0.3, 0.6 * 5 / 8, 0.6 + 0.3 + 0.1]
+    assert convert.score(measures) == pytest.approx(dict(zip(measures, expected)))
+    assert set(convert.score(dict.fromkeys(measures, (1, 1, 1))).values()) == {0}
+
+
+@pytest.mark.parametrize("count, sizes", [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (5, [1, 3, 1]), (15, [2, 11, 2]),
+                                          (25, [2, 21, 2]), (40, [4, 32, 4])])
+def test_groups_are_the_first_and_last_tenth_of_the_blocks(count, sizes):
+    names = [f"blocks.{i}.ffn.0.weight" for i in range(count)]
+    groups = convert.block_groups(names[::-1])["ffn.0"]
+    assert list(map(len, groups)) == sizes and sum(groups, []) == names
+
+
+@pytest.mark.parametrize("kind, scores, kurtosis, plan, reasons", [
+    # each weight by its own score or kurtosis
+    ("self_attn.k", [0.59, 0.6, 0.79, 0.8] + 16 * [0.1], {}, "488b" + 16 * "4", {}),
+    ("cross_attn.q", 20 * [0.1], {3: 8.0, 4: 7.99}, "444b" + 16 * "4", {"kurtosis": [3]}),
+    # a group's mean score decides for all its weights: the first two blocks, the last two, the others
+    ("ffn.0", [0.5, 0.9] + 18 * [0.1], {}, "88" + 18 * "4", {"group": [0, 1]}),
+    ("ffn.2", 2 * [0.1] + [0.9, 0.7] + 14 * [0.1] + 2 * [0.3], {}, 20 * "4", {"group": [2, 3]}),
+    ("v_img", 5 * [0.1] + [0.7] + 14 * [0.1], {}, 20 * "4", {"group": [5]}),
+    # a group that would be kept leaves it to each weight
+    ("cross_attn.o", 18 * [0.1] + [0.7, 0.95], {}, 18 * "4" + "8b", {}),
+    ("cross_attn.v", 18 * [0.1] + [0.7, 0.1], {19: 8.0}, 18 * "4" + "8b", {"kurtosis": [19]}),
+    # groups that are alike get one format lower
+    ("self_attn.v", [0.65, 0.65] + 18 * [0.62], {}, 20 * "4", {"spread": list(range(20))}),
+    ("self_attn.v", [0.69, 0.69] + 18 * [0.62], {}, 20 * "8", {}),
+    ("self_attn.o", [0.82, 0.82] + 18 * [0.78], {}, "88" + 18 * "4", {"spread": list(range(20))}),
+    ("cross_attn.k_img", 20 * [0.1], {5: 20.0}, "44" + 16 * "8" + "44", {"spread": list(range(2, 18))}),
+    # MXFP8 takes a score of 0.5, even where the percentile is 0.3
+    ("low", [0.45, 0.45] + 16 * [0.1] + [0.55, 0.55], {}, 18 * "4" + "88", {}),
+])
+def test_the_rules_of_the_plan_by_score(kind, scores, kurtosis, plan, reasons):
+    """181 other weights make the 75th percentile 0.6 (0.3 for "low") and the 90th 0.8, whatever these 20 are."""
+    names = [f"blocks.{i}.{kind}.weight" for i in range(20)]
+    others = 120 * [0.1] + 40 * [0.3 if kind == "low" else 0.6] + 21 * [0.8]
+    table = dict(zip(names, scores)) | {f"blocks.0.other{i}.weight": score for i, score in enumerate(others)}
+    peaks = dict.fromkeys(table, 0.0) | {names[i]: peak for i, peak in kurtosis.items()}
+    formats, why = convert.plan_by_score(table, peaks)
+    assert "".join({"bf16": "b", "mxfp8": "8", "nvfp4": "4"}[formats[name]] for name in names) == plan
+    found = {}
+    for i, name in enumerate(names):
+        if name in why:
+            found.setdefault(why[name].rpartition(" ")[2], []).append(i)
+    assert found == reasons
+
+
+def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
+    """Five weights of 24 have an excess kurtosis over 8, three of them a score in the highest tenth."""
+    tensors = checkpoint(blocks=24, linears={"self_attn.k": (128, 128)})
+    for i in range(2, 7):
+        tensors[f"blocks.{i}.self_attn.k.weight"][0, 0] = 0.5 * i  # 20, 30, ... 60 standard deviations
     model = write_checkpoint(tmp_path / "m.safetensors", tensors)
     convert.main(["-i", model, "-o", out, "--plan", "score", "--print-flags"])
-    layers = read_layers(out)
-    assert "blocks.3.self_attn.k" not in layers and "blocks.7.self_attn.k" not in layers
-    assert layers["blocks.0.self_attn.q"]["format"] == layers["blocks.5.self_attn.k"]["format"] == "nvfp4"
-    assert sum(info["format"] == "mxfp8" for info in layers.values()) <= 2
-    assert r'--exclude-layers "blocks\.(3|7)\.self_attn\.k\.weight"' in capsys.readouterr().out
-
-
-def test_similar_layers_all_stay_in_nvfp4():
-    scores = convert.score({f"blocks.{n}.ffn.0.weight": (0.1, 2.5, 1.4) for n in range(8)})
-    assert set(convert.plan_by_score(scores).values()) == {"nvfp4"}
+    layers, text = read_layers(out), capsys.readouterr().out
+    assert {f"blocks.{i}.self_attn.k" for i in range(24)} - layers.keys() == {
+        f"blocks.{i}.self_attn.k" for i in range(2, 7)}
+    assert sum(info["format"] == "mxfp8" for info in layers.values()) <= 1
+    assert "\nself_attn.k       bf16 instead of MXFP8: kurtosis: blocks 2, 3\n" in text
+    assert r'--exclude-layers "blocks\.(2|3|4|5|6)\.self_attn\.k\.weight"' in text
 
 
 def test_plan_by_error_is_optimal_except_for_its_last_step():
