@@ -1428,8 +1428,8 @@ def make_parser():
     parser = argparse.ArgumentParser(
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
         description="Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4 and MXFP8.",
-        epilog="Flags are named as in convert_to_quant. A REGEX is searched in the full name of a weight, such "
-        "as blocks.0.ffn.2.weight.")
+        epilog="Flags that convert_to_quant has too are spelled as there, with dashes or underscores. A REGEX is "
+        "searched in the full name of a weight, such as blocks.0.ffn.2.weight.")
     parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, metavar="MODEL",
@@ -1442,7 +1442,7 @@ def make_parser():
     add("--seed", type=whole_number(-2 ** 63, 2 ** 63 - 1), default=0,
         help="for the noise of the calibration videos and the LoRA (%(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
-    for flag, why in (("--wan", "only Wan is converted"), ("--comfy_quant", "the format that is written"),
+    for flag, why in (("--wan", "only Wan is converted"), ("--comfy-quant", "the format that is written"),
                       ("--save-quant-metadata", "always in the header")):
         add(flag, action="store_true", help=f"accepted for compatibility, always on: {why}")
     add("--top-p", type=float, metavar="P", help="accepted for compatibility, ignored: weighting the search by "
@@ -1459,9 +1459,9 @@ def add_plan_flags(group):
         help="layers that get --custom-type; takes precedence over --exclude-layers")
     add("--custom-type", choices=PLAN_FORMATS, help="format of --custom-layers")
     add("--exclude-layers", metavar="REGEX", help="layers that are kept as they are")
-    add("--plan", choices=("score", "recipe", "measured"), help="score: by kurtosis, dynamic range and aspect "
-        "ratio of each weight; recipe: the published one for the 14B; measured: by the output error of each "
-        "layer, requires --calib and is then the default")
+    add("--plan", choices=("score", "recipe", "measured"), help="score: the analysis that made the "
+        "published recipe, by kurtosis, dynamic range and aspect ratio of each weight; recipe: what it gave for "
+        "the 14B; measured: by the output error of each layer, requires --calib and is then the default")
     add("--size", type=parse_size, metavar="9.76GiB", help="the plan of least error within this file size: of "
         "the outputs with --calib, otherwise of the weights. --plan measured defaults to the score plan's size")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
@@ -1612,6 +1612,23 @@ def run(args, command):
           f"{time.monotonic() - begin:.1f} s: {out}")
 
 
+def with_dashes(arg):
+    """--custom_type=mxfp8 -> --custom-type=mxfp8: convert_to_quant has its flags in both spellings."""
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
+
+
+def parse_args(parser, argv):
+    """The arguments. Raises ValueError for the first flag that does not exist, without its value."""
+    args, unknown = parser.parse_known_args([with_dashes(arg) for arg in argv])
+    if unknown:
+        first = next((arg for arg in unknown if arg.startswith("-")), unknown[0])
+        typed = next((arg for arg in argv if with_dashes(arg) == first), first).partition("=")[0]
+        raise ValueError(f"{typed[:200]}: not supported here; --help lists all flags, with those of "
+                         f"convert_to_quant that are supported")
+    return args
+
+
 def main(argv=None):
     """The command line; argv without the program's name, by default that of this process.
 
@@ -1624,7 +1641,7 @@ def main(argv=None):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if any("\0" in arg for arg in argv):
             raise ValueError("got a NUL character in an argument, expected none")
-        args = parser.parse_args(argv)
+        args = parse_args(parser, argv)
         for name, value in vars(args).items():
             if value == []:  # argparse drops a value of "--"
                 raise ValueError(f"--{name.replace('_', '-')}: got no value, expected one")

@@ -3530,8 +3530,12 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--plot", "fifo"], "fifo: cannot be written, it is not a regular file"),
     (["-o", "x" * 250], "File name too long"),
     # argparse
-    (["--nvpf4"], "error: unrecognized arguments: --nvpf4"),
-    (["--nv"], "error: unrecognized arguments: --nv"),  # no abbreviations
+    (["--nvpf4"], "error: --nvpf4: not supported here"),
+    (["--nv"], "error: --nv: not supported here"),  # no abbreviations
+    (["x.png"], "error: x.png: not supported here"),
+    (["--lr_gamma", "0.99", "--optimizer=prodigy"], "error: --lr_gamma: not supported here"),
+    (["--optimizer=prodigy"], "error: --optimizer: not supported here"),
+    (["-fpmm"], "error: -fpmm: not supported here"),
     (["--nvfp4", "--mxfp8"], "error: argument --mxfp8: not allowed with argument --nvfp4"),
     (["--custom-type", "int8"], "invalid choice: 'int8'"),
     (["--size", "many"], "'many': expected a size such as 9.76GiB"),
@@ -3592,6 +3596,15 @@ def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
     assert sorted(folder.iterdir()) == before
 
 
+def test_flags_with_underscores_are_the_same_flags():
+    def parse(flags):
+        return convert.parse_args(convert.make_parser(), ["-i", "x_y", *shlex.split(flags)])
+
+    dashes = "--custom-type mxfp8 --save-quant-metadata --comfy-quant --lora-target a_b --exclude-layers c_d"
+    assert parse("--custom_type=mxfp8 --save_quant_metadata --comfy_quant --lora_target a_b "
+                 "--exclude_layers=c_d") == parse(dashes)
+
+
 def test_the_input_is_required():
     fails(convert.main, [], "convert.py: error: the following arguments are required: -i/--input")
 
@@ -3638,7 +3651,7 @@ def percentages(lines):
 
 def plan_of(shapes, flags):
     """The plan that --nvfp4, --custom-layers and so on give."""
-    args = convert.make_parser().parse_args(["-i", "x", *shlex.split(flags)])
+    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(flags)])
     return convert.plan(shapes, args.base, args.custom_type, args.custom_layers, args.exclude_layers)
 
 
@@ -3653,7 +3666,7 @@ def test_the_recipe_gives_its_table_at_full_size(full_shapes):
 
 
 def test_plan_recipe_is_the_command_of_the_model_card(full_shapes):
-    args = convert.make_parser().parse_args(["-i", "x", *shlex.split(RECIPE)])
+    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(RECIPE)])
     assert (args.custom_layers, args.exclude_layers) == (convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
     assert (args.base, args.custom_type, args.lora_target) == ("nvfp4", "mxfp8", convert.RECIPE_TARGET)
 
