@@ -76,6 +76,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
+PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16"}  # those of --fpmm-layers too
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -196,6 +197,12 @@ def matching(pattern, names, flag):
     return found
 
 
+def quantizable(shapes):
+    """The weights that may be quantized: those of the blocks, and on request those in OPTIONAL."""
+    return [name for name, shape in shapes.items()
+            if len(shape) == 2 and (BLOCK_WEIGHT.fullmatch(name) or OPTIONAL.fullmatch(name))]
+
+
 def plan(shapes, base="nvfp4", custom_type=None, custom=None, exclude=None):
     """{name: shape} -> {name: format} for the 2-D weights of the blocks. All other tensors are kept.
 
@@ -203,33 +210,48 @@ def plan(shapes, base="nvfp4", custom_type=None, custom=None, exclude=None):
     custom    regular expression of weights that get custom_type; takes precedence over exclude
     exclude   regular expression of weights that are kept
     """
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-    formats = {name: base for name in matrices if BLOCK_WEIGHT.fullmatch(name)}
+    allowed = quantizable(shapes)
+    formats = {name: base for name in allowed if BLOCK_WEIGHT.fullmatch(name)}
     for name in matching(exclude, shapes, "--exclude-layers") if exclude else ():
         if name in formats:
             formats[name] = "bf16"
     if custom:
-        allowed = [name for name in matrices if name in formats or OPTIONAL.fullmatch(name)]
         formats |= dict.fromkeys(matching(custom, allowed, "--custom-layers"), custom_type)
     return formats
 
 
-def flags(formats):
-    """A plan as flags of convert_to_quant: one regular expression per format."""
-    groups = {fmt: {} for fmt in PLAN_FORMATS}  # {format: {type of layer: blocks}}
-    for name, fmt in formats.items():
+def mark(formats, names):
+    """The formats with these weights marked as full_precision_matrix_mult, if they are quantized."""
+    return {name: f"{fmt}_fpmm" if name in names and fmt != "bf16" else fmt for name, fmt in formats.items()}
+
+
+def unmarked(fmt):
+    """The format in which a weight is stored: "nvfp4" for "nvfp4_fpmm"."""
+    return fmt.removesuffix("_fpmm")
+
+
+def regex(names):
+    """The regular expression of these weights."""
+    groups = {}  # {type of layer: blocks}
+    for name in names:
         match = BLOCK_WEIGHT.fullmatch(name)
-        groups[fmt].setdefault(layer_type(name), []).append(match and match[1])
+        groups.setdefault(layer_type(name), []).append(match and match[1])
+    return "|".join(rf"blocks\.({'|'.join(sorted(blocks, key=int))})\.{re.escape(kind)}\.weight"
+                    if blocks[0] else re.escape(kind) for kind, blocks in sorted(groups.items()))
 
-    def regex(fmt):
-        return "|".join(rf"blocks\.({'|'.join(sorted(blocks, key=int))})\.{re.escape(kind)}\.weight"
-                        if blocks[0] else re.escape(kind) for kind, blocks in sorted(groups[fmt].items()))
 
+def flags(formats):
+    """A plan as flags: all are convert_to_quant's but --fpmm-layers."""
+    mxfp8 = [name for name, fmt in formats.items() if unmarked(fmt) == "mxfp8"]
+    kept = [name for name, fmt in formats.items() if fmt == "bf16"]
+    marked = [name for name, fmt in formats.items() if fmt != unmarked(fmt)]
     text = "--nvfp4"
-    if groups["mxfp8"]:
-        text += f' --custom-type mxfp8 --custom-layers "{regex("mxfp8")}"'
-    if groups["bf16"]:
-        text += f' --exclude-layers "{regex("bf16")}"'
+    if mxfp8:
+        text += f' --custom-type mxfp8 --custom-layers "{regex(mxfp8)}"'
+    if kept:
+        text += f' --exclude-layers "{regex(kept)}"'
+    if marked:
+        text += f' --fpmm-layers "{regex(marked)}"'
     return text
 
 
@@ -359,20 +381,22 @@ def weight_errors(w):
     return errors
 
 
-def output_errors(w, x):
-    """{format: relative squared error of the layer's outputs} for inputs x (R, K), both sides quantized."""
+def output_errors(w, x, mode="emulate"):
+    """{format: relative squared error of the layer's outputs} for inputs x (R, K); both sides are quantized, or
+    with mode "dequantize" only the weight."""
     y, errors = x @ w.float().T, {"bf16": 0.0}  # (R, M)
     for fmt in ("mxfp8", "nvfp4"):
         layer = quant.QuantLinear.from_tensors("weight", quantize_weight(w, fmt), w.shape[1], w.shape[0],
-                                               mode="emulate")
+                                               mode=mode)
         errors[fmt] = 10 ** (-snr(y, layer(x)) / 10)
     return errors
 
 
-def measure_errors(source, names, calibration=None):
+def measure_errors(source, names, calibration=None, marked=()):
     """{name: {format: error}}: of the outputs for the inputs that calibration saw, or of the weights."""
     if calibration:
-        errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(inputs.rows)[:512]))
+        errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(inputs.rows)[:512],
+                                       "dequantize" if name in marked else "emulate"))
                   for seen in calibration.stages() for name, inputs in seen.items())
     else:
         errors = in_order(lambda name: weight_errors(source.tensor(name)), names)
@@ -418,16 +442,19 @@ def rank_correlation(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, calibration, scores, by_score, limit, made):
+def plan_measured(source, calibration, scores, by_score, limit, made, marked=()):
     """The plan of least error in a file of `limit` bytes, by default the size of by_score, the score's plan.
-    Returns {name: format} and lines that compare it with the score."""
-    names = [name for name, shape in source.shapes.items()
-             if len(shape) == 2 and (name in scores or OPTIONAL.fullmatch(name))]
-    errors = measure_errors(source, names, calibration)
+    marked: weights of --fpmm-layers. Returns {name: format} and lines that compare it with the score."""
+    names = quantizable(source.shapes)
+    errors = measure_errors(source, names, calibration, marked)
+
+    def size(plan):
+        return file_size(source, mark(plan, marked), made)
+
     sizes = {name: {fmt: stored_bytes(fmt, source.shapes[name], source.dtypes[name]) for fmt in PLAN_FORMATS}
              for name in names}
-    smallest = file_size(source, dict.fromkeys(names, "nvfp4"), made)
-    limit = limit or file_size(source, by_score, made)
+    smallest = size(dict.fromkeys(names, "nvfp4"))
+    limit = limit or size(by_score)
     if limit < smallest:
         raise ValueError(f"--size {gib(limit)}: too small, the smallest formats need {gib(smallest)}")
     others = smallest - sum(sizes[name]["nvfp4"] for name in names)
@@ -435,7 +462,7 @@ def plan_measured(source, calibration, scores, by_score, limit, made):
 
     def summary(plan):
         total = sum(errors[name][plan.get(name, "bf16")] for name in names)
-        return f"{total:.4f} in {gib(file_size(source, plan, made))}"
+        return f"{total:.4f} in {gib(size(plan))}"
     what = "outputs" if calibration else "weights"
     correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
     return formats, [f"rank correlation of the score with NVFP4's error in the {what}: {correlation:.2f}",
@@ -445,19 +472,26 @@ def plan_measured(source, calibration, scores, by_score, limit, made):
 
 def choose_plan(args, source, calibration, made):
     """The plan that the command line asks for: {name: format}, and lines to print about it."""
+    marked, notes = set(), []
+    if args.fpmm_layers:
+        marked = matching(args.fpmm_layers, quantizable(source.shapes), "--fpmm-layers")
     if args.base or args.custom_layers or args.exclude_layers:
-        return plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
-                    args.exclude_layers), []
-    if args.plan == "recipe":
-        return plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT), []
-    names = list(plan(source.shapes))
-    measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
-    measures = dict(tqdm(measures, total=len(names), desc="analyzing", disable=None))
-    scores = score(measures)
-    formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
-    if args.plan == "score" or not (args.size or calibration):
-        return formats, list(reason_report(reasons))
-    return plan_measured(source, calibration, scores, formats, args.size, made)
+        formats = plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
+                       args.exclude_layers)
+    elif args.plan == "recipe":
+        formats = plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT)
+    else:
+        names = list(plan(source.shapes))
+        measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
+        measures = dict(tqdm(measures, total=len(names), desc="analyzing", disable=None))
+        scores = score(measures)
+        formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
+        notes = list(reason_report(reasons))
+        if args.plan != "score" and (args.size or calibration):
+            formats, notes = plan_measured(source, calibration, scores, formats, args.size, made, marked)
+    if kept := [name for name in marked if formats.get(name, "bf16") == "bf16"]:
+        notes.append(f"--fpmm-layers: {len(kept)} of the {len(marked)} layers are kept, so they are not marked")
+    return mark(formats, marked), notes
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -646,7 +680,10 @@ def dequantize_weight(stored, shape) -> torch.Tensor:
 
 def marker(fmt, shape, dtype):
     """What L.comfy_quant and the header say about a layer, with the keys of convert_to_quant."""
-    return {"format": fmt, "group_size": quant.BLOCK[fmt], "orig_dtype": str(dtype), "orig_shape": list(shape)}
+    stored = unmarked(fmt)
+    info = {"format": stored, "group_size": quant.BLOCK[stored], "orig_dtype": str(dtype),
+            "orig_shape": list(shape)}
+    return info if fmt == stored else info | {"full_precision_matrix_mult": True}
 
 
 def snr(w, approximation, hessian=None) -> float:
@@ -933,7 +970,7 @@ def stored_layout(fmt, shape, dtype):
     """What quantize_weight makes of such a weight: {suffix: (dtype, shape)}."""
     if fmt == "bf16":
         return {"weight": (dtype, shape)}
-    required, _ = quant.stored_tensors(fmt, *shape[::-1])
+    required, _ = quant.stored_tensors(unmarked(fmt), *shape[::-1])
     stored = {suffix: (dtypes[0], stored_shape) for suffix, (dtypes, stored_shape, _) in required.items()}
     return stored | {"comfy_quant": (torch.uint8, tuple(quant.write_marker(marker(fmt, shape, dtype)).shape))}
 
@@ -1212,8 +1249,8 @@ def round_tensor(source, name, fmt, rounding, seen, device):
     if rank and rounding.lora_mode == "absorb":
         up, down, _ = low_rank(w, rank, hessian, rounding.seed)
         base = torch.addmm(w.float(), up, down, alpha=-1)
-    stored = quantize_weight(base, fmt, None if rounding.method == "rtn" else hessian, rounding.method,
-                             rounding.num_iter)
+    stored = quantize_weight(base, unmarked(fmt), None if rounding.method == "rtn" else hessian,
+                             rounding.method, rounding.num_iter)
     stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, w.dtype))  # base may be float32
     approximation = dequantize_weight(stored, w.shape)
     measures = {"weight": None} | ({} if seen is None else {"output": seen.moment.to(device)})
@@ -1305,8 +1342,9 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
 # Report
 # ----------------------------------------------------------------------------------------------------
 
-COLORS = {"nvfp4": (70, 160, 90), "mxfp8": (230, 170, 50), "bf16": (200, 75, 75)}
-LETTERS = {"nvfp4": "4", "mxfp8": "8", "bf16": "b"}
+COLORS = {"bf16": (200, 75, 75), "mxfp8": (230, 170, 50), "nvfp4": (70, 160, 90), "mxfp8_fpmm": (150, 100, 190),
+          "nvfp4_fpmm": (60, 130, 190)}
+LETTERS = {"bf16": "b", "mxfp8": "8", "nvfp4": "4", "mxfp8_fpmm": "W", "nvfp4_fpmm": "w"}
 
 
 def gib(size):
@@ -1322,16 +1360,21 @@ def grid(formats):
     return dict(sorted(rows.items()))
 
 
+def listed(formats):
+    """The formats that a report lists: all of PLAN_FORMATS, and those of --fpmm-layers that are used."""
+    return [fmt for fmt in PRINTED if fmt in PLAN_FORMATS or fmt in formats.values()]
+
+
 def plan_report(shapes, formats):
     """Lines: the percentage of each format per type of layer. Norms count as bf16, in the total too."""
     norms = [name for name in shapes if BLOCK_WEIGHT.fullmatch(name) and name not in formats]
     rows = {kind: list(row.values()) for kind, row in grid(formats).items()} | {"norms": ["bf16"] * len(norms)}
     rows["total"] = sum(rows.values(), [])
-    yield f"{'percent of layers':17}" + "".join(f"{text:>8}" for text in PLAN_FORMATS.values())
+    yield f"{'percent of layers':17}" + "".join(f"{PRINTED[fmt]:>8}" for fmt in listed(formats))
     for kind, row in rows.items():
         if row:
-            yield f"{kind:17}" + "".join(f"{100 * row.count(fmt) / len(row):8.1f}" for fmt in PLAN_FORMATS)
-    yield from sorted(f"{name}: {PLAN_FORMATS[fmt]}" for name, fmt in formats.items()
+            yield f"{kind:17}" + "".join(f"{100 * row.count(fmt) / len(row):8.1f}" for fmt in listed(formats))
+    yield from sorted(f"{name}: {PRINTED[fmt]}" for name, fmt in formats.items()
                       if not BLOCK_WEIGHT.fullmatch(name))
 
 
@@ -1343,7 +1386,7 @@ def plan_map(formats, color):
 
     for kind, row in grid(formats).items():
         yield f"{kind:17} " + "".join(cell(row[i]) if i in row else " " for i in range(max(row) + 1))
-    yield f"{'blocks 0, 1, ...':17} " + ", ".join(f"{cell(fmt)} {PLAN_FORMATS[fmt]}" for fmt in LETTERS)
+    yield f"{'blocks 0, 1, ...':17} " + ", ".join(f"{cell(fmt)} {PRINTED[fmt]}" for fmt in listed(formats))
 
 
 def plan_svg(formats):
@@ -1357,12 +1400,12 @@ def plan_svg(formats):
     for y, (kind, row) in enumerate(rows.items()):
         lines.append(f'<text x="4" y="{top + y * size + 11}">{kind}</text>')
         lines += [f'<rect x="{left + i * size}" y="{top + y * size}" width="{size - 1}" height="{size - 1}" '
-                  f'fill="rgb{COLORS[fmt]}"><title>blocks.{i}.{kind}: {PLAN_FORMATS[fmt]}</title></rect>'
+                  f'fill="rgb{COLORS[fmt]}"><title>blocks.{i}.{kind}: {PRINTED[fmt]}</title></rect>'
                   for i, fmt in row.items()]
-    for i, (fmt, color) in enumerate(COLORS.items()):
+    for i, fmt in enumerate(listed(formats)):
         x = left + 80 * i
-        lines.append(f'<rect x="{x}" y="{height - 22}" width="12" height="12" fill="rgb{color}"/>'
-                     f'<text x="{x + 17}" y="{height - 12}">{PLAN_FORMATS[fmt]}</text>')
+        lines.append(f'<rect x="{x}" y="{height - 22}" width="12" height="12" fill="rgb{COLORS[fmt]}"/>'
+                     f'<text x="{x + 17}" y="{height - 12}">{PRINTED[fmt]}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
@@ -1381,7 +1424,7 @@ def quality_report(quality, formats):
         title += "   LoRA: layers  holds  mean dB  with it"
     yield title
     for (_, kind, fmt), group in sorted(groups.items(), key=lambda item: item[0]):
-        line = f"{kind:16} {PLAN_FORMATS[fmt]:7} {len(group):6} {mean(group, key):8.2f}"
+        line = f"{kind:16} {PRINTED[fmt]:7} {len(group):6} {mean(group, key):8.2f}"
         line += f" {min(m[key] for m in group):9.2f}"
         if corrected := [m for m in group if "share" in m]:
             line += f" {len(corrected):15} {mean(corrected, 'share'):6.1%} {mean(corrected, key):8.2f}"
@@ -1464,6 +1507,8 @@ def add_plan_flags(group):
         "the 14B; measured: by the output error of each layer, requires --calib and is then the default")
     add("--size", type=parse_size, metavar="9.76GiB", help="the plan of least error within this file size: of "
         "the outputs with --calib, otherwise of the weights. --plan measured defaults to the score plan's size")
+    add("--fpmm-layers", metavar="REGEX", help="quantized layers that multiply in full precision, W4A16: their "
+        "weight is dequantized and their input not quantized. More accurate and slower, in the same file size")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
     add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
     add("--dry-run", action="store_true", help="stop after the plan")
@@ -1562,7 +1607,12 @@ def print_plan(args, source, formats, notes, size):
           f"{gib(source.nbytes)} -> {gib(size)}", sep="\n")
     if args.print_flags:
         print(flags(formats))
-        if beyond := sorted(n for n, fmt in formats.items() if fmt == "nvfp4" and OPTIONAL.fullmatch(n)):
+        if marked := [name for name, fmt in formats.items() if fmt != unmarked(fmt)]:
+            layers = regex(marked).replace(r"\.weight", "$")
+            print(f"(convert_to_quant has no --fpmm-layers; edit its output with --edit-quant --add-keys "
+                  f"\"'full_precision_matrix_mult': true\" --quant-filter \"{layers}\")")
+        if beyond := sorted(n for n, fmt in formats.items()
+                            if unmarked(fmt) == "nvfp4" and OPTIONAL.fullmatch(n)):
             print(f"(convert_to_quant has one custom type and would keep, not NVFP4: {', '.join(beyond)})")
     if args.plot:
         write_text(args.plot, plan_svg(formats))

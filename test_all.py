@@ -3559,6 +3559,7 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--plan", "score", "--exclude-layers", "ffn"], "--plan: chooses the format of every layer"),
     (["--size", "1GB", "--nvfp4"], "--size: chooses the format of every layer"),
     (["--size", "1GB", "--plan", "score"], "--plan score has a fixed size"),
+    (["--nvfp4", "--fpmm-layers", "norm3"], "--fpmm-layers 'norm3': matches none of"),
     (["--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need 0.17 MiB"),
     # rounding, calibration, LoRA
     (["--device", "abacus"], "--device 'abacus': expected cpu, cuda or cuda:N"),
@@ -3675,6 +3676,19 @@ def test_printed_flags_give_the_same_plan(full_shapes):
     formats = plan_of(full_shapes, RECIPE) | {"text_embedding.0.weight": "mxfp8"}
     assert plan_of(full_shapes, convert.flags(formats)) == formats
     assert convert.flags({"blocks.0.ffn.0.weight": "nvfp4"}) == "--nvfp4"
+
+
+def test_printed_flags_tell_fpmm_layers_from_others():
+    formats = {"blocks.0.ffn.0.weight": "nvfp4_fpmm", "blocks.1.ffn.0.weight": "nvfp4",
+               "blocks.0.ffn.2.weight": "mxfp8_fpmm", "blocks.1.ffn.2.weight": "mxfp8",
+               "blocks.0.self_attn.k.weight": "bf16"}
+    assert convert.flags(formats) == (
+        r'--nvfp4 --custom-type mxfp8 --custom-layers "blocks\.(0|1)\.ffn\.2\.weight" '
+        r'--exclude-layers "blocks\.(0)\.self_attn\.k\.weight" '
+        r'--fpmm-layers "blocks\.(0)\.ffn\.0\.weight|blocks\.(0)\.ffn\.2\.weight"')
+    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(convert.flags(formats))])
+    plain = {name: convert.unmarked(fmt) for name, fmt in formats.items()}
+    assert convert.mark(plain, convert.matching(args.fpmm_layers, plain, "--fpmm-layers")) == formats
 
 
 def test_custom_wins_over_exclude_and_may_name_embeddings():
@@ -3801,9 +3815,11 @@ def test_plan_by_error_is_optimal_except_for_its_last_step():
         convert.plan_by_error(errors, sizes, 200)
 
 
-@pytest.mark.parametrize("size, limit", [("180KiB", 180 * 1024), ("0.2MB", 200_000), ("10G", 10 ** 10)])
-def test_size_is_a_limit_that_is_used(model, out, capsys, size, limit):
-    convert.main(["-i", model, "-o", out, "--size", size])
+@pytest.mark.parametrize("size, limit", [("182KiB", 182 * 1024), ("0.2MB", 200_000), ("10G", 10 ** 10)])
+@pytest.mark.parametrize("flags", [[], ["--fpmm-layers", "."]])  # whose markers are longer
+def test_size_is_a_limit_that_is_used(model, out, monkeypatch, capsys, size, limit, flags):
+    monkeypatch.chdir(model.parent)  # the file holds the command, whose length must not depend on the folder
+    convert.main(["-i", model.name, "-o", out.name, "--size", size, *flags])
     layers, written = read_layers(out), out.stat().st_size
     assert written <= limit and (written > 0.8 * limit or not layers)
     assert ("text_embedding.0" in layers) == (size != "10G")  # the embeddings may be quantized too
@@ -3829,6 +3845,44 @@ def test_the_map_and_the_plot_show_every_layer(model, tmp_path):
 def test_print_flags_notes_what_they_cannot_express(model, capsys, flags, noted):
     convert.main(["-i", model, *flags, "--dry-run", "--print-flags"])
     assert ("would keep, not NVFP4: text_embedding.0.weight" in capsys.readouterr().out) == noted
+
+
+FPMM = ["--custom-type", "mxfp8", "--custom-layers", r"ffn\.0", "--fpmm-layers", r"blocks\.1\.(ffn|self_attn\.k)"]
+
+
+def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path):
+    """They dequantize where the others quantize their inputs; ComfyUI reads the same key."""
+    plain = tmp_path / "plain.safetensors"
+    convert.main(["-i", model, "-o", out, *FPMM])
+    convert.main(["-i", model, "-o", plain, *FPMM[:4]])
+    ours, other, key = load_file(out), load_file(plain), "full_precision_matrix_mult"
+    marked = {f"blocks.1.{layer}" for layer in ("ffn.0", "ffn.2", "self_attn.k")}
+    assert ours.keys() == other.keys()
+    assert {n for n in ours if not same_bits(ours[n], other[n])} == {f"{layer}.comfy_quant" for layer in marked}
+    headers = read_layers(out), read_layers(plain)
+    for layer, info in headers[0].items():
+        expected = headers[1][layer] | ({key: True} if layer in marked else {})
+        assert info == expected == json.loads(bytes(ours[f"{layer}.comfy_quant"].tolist()))
+        in_features, out_features = info["orig_shape"][::-1]
+        linear = quant.QuantLinear.from_tensors(layer, layer_tensors(ours, layer), in_features, out_features,
+                                                mode="emulate")
+        assert linear.mode == ("dequantize" if layer in marked else "emulate")
+
+
+def test_fpmm_layers_that_are_kept_are_reported(model, capsys):
+    convert.main(["-i", model, "--exclude-layers", r"blocks\.0\.ffn", "--fpmm-layers", "ffn", "--dry-run"])
+    assert "--fpmm-layers: 2 of the 4 layers are kept" in capsys.readouterr().out
+
+
+def test_fpmm_layers_are_told_apart(model, capsys, tmp_path):
+    convert.main(["-i", model, *FPMM, "--dry-run", "--print-flags", "--plot", tmp_path / "plan.svg"])
+    text = capsys.readouterr().out
+    assert "ffn.0             8W\nffn.2             4w\nself_attn.k       4w\nself_attn.q       44\n" in text
+    assert ", W W8A16, w W4A16\n" in text
+    assert re.search(r"ffn.0 +0.0 +50.0 +0.0 +50.0 +0.0\nffn.2 +0.0 +0.0 +50.0 +0.0 +50.0\n", text)
+    assert r'--fpmm-layers "blocks\.(1)\.ffn\.0\.weight|blocks\.(1)\.ffn\.2' in text
+    assert r'--quant-filter "blocks\.(1)\.ffn\.0$|blocks\.(1)\.ffn\.2$|blocks\.(1)\.self_attn\.k$")' in text
+    assert "<title>blocks.1.ffn.0: W8A16</title>" in (tmp_path / "plan.svg").read_text()
 
 
 # Rounding with a Hessian
@@ -4128,10 +4182,11 @@ def test_calibrated_rounding_is_closer_to_the_plain_model(small_dit, walk, out):
 
 def test_static_input_scale_is_the_largest_input_doubled(small_dit, seen, out):
     convert.main(["-i", small_dit, "-o", out, "--mxfp8", "--custom-type", "nvfp4", "--custom-layers",
-                  r"blocks\.0\.", "--calib", PHOTO, "--static-input-scale"])
+                  r"blocks\.0\.", "--calib", PHOTO, "--static-input-scale", "--fpmm-layers", r"0\.cross_attn\.q"])
     dit, amax = wan_fp4.load_dit(out), seen["blocks.0.self_attn.q.weight"].amax
     assert dit.blocks[0].self_attn.q.input_scale.item() == pytest.approx(2 * amax / 2688)
     assert dit.blocks[1].self_attn.q.input_scale is None  # MXFP8 has none
+    assert dit.blocks[0].cross_attn.q.input_scale is None  # nor has a layer whose inputs are not quantized
 
 
 def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, out, monkeypatch):
@@ -4155,6 +4210,8 @@ def test_plan_measured_beats_the_score_at_its_size(small_dit, tmp_path, out, cap
     convert.main(["-i", small_dit, "-o", tmp_path / "score.safetensors"])
     assert out.stat().st_size <= (tmp_path / "score.safetensors").stat().st_size + 64  # the command's length
     wan_fp4.load_dit(out)
+    convert.main(["-i", small_dit, "--calib", PHOTO, "--fpmm-layers", ".", "--dry-run"])
+    assert re.search("of the outputs: ([0-9.]+)", capsys.readouterr().out)[1] < ours  # exact activations
 
 
 def test_output_errors_have_both_sides_rounded():
@@ -4169,6 +4226,8 @@ def test_output_errors_have_both_sides_rounded():
     errors = convert.output_errors(w, x)
     assert 0.7 * rtn < errors["nvfp4"] < rtn  # a little less: the weight's scales are searched
     assert errors["bf16"] == 0 < errors["mxfp8"] < 0.2 * errors["nvfp4"]
+    weight = (x @ (rounded(w, "nvfp4") - w).T).square().sum() / (x @ w.T).square().sum()
+    assert convert.output_errors(w, x, "dequantize")["nvfp4"] == pytest.approx(weight.item(), rel=1e-4)
 
 
 def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_path):
