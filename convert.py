@@ -363,8 +363,8 @@ def reason_report(reasons):
         match = BLOCK_WEIGHT.fullmatch(name)
         rows.setdefault((match[2], reason), []).append(int(match[1]))
     if rows:
-        yield ("not by the weight's own score but by kurtosis (8 or more is kept), by its group (the mean of the "
-               "first, middle or last blocks), or by spread (groups alike, one format lower):")
+        yield ("not the format of the weight's own score (kurtosis: 8 or more is kept; group: the mean score of "
+               "the first, middle or last blocks decides; spread: these groups are alike, so one format lower):")
     for (kind, reason), blocks in sorted(rows.items()):
         yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
 
@@ -1507,8 +1507,8 @@ def add_plan_flags(group):
         "the 14B; measured: by the output error of each layer, requires --calib and is then the default")
     add("--size", type=parse_size, metavar="9.76GiB", help="the plan of least error within this file size: of "
         "the outputs with --calib, otherwise of the weights. --plan measured defaults to the score plan's size")
-    add("--fpmm-layers", metavar="REGEX", help="quantized layers that multiply in full precision, W4A16: their "
-        "weight is dequantized and their input not quantized. More accurate and slower, in the same file size")
+    add("--fpmm-layers", metavar="REGEX", help="quantized layers that multiply in full precision, W4A16 (MXFP8: "
+        "W8A16): their inputs are not quantized. More accurate, slower on tensor cores, the same file size")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
     add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
     add("--dry-run", action="store_true", help="stop after the plan")
