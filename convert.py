@@ -76,6 +76,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
+PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16"}  # those of --fpmm-layers too
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -196,6 +197,12 @@ def matching(pattern, names, flag):
     return found
 
 
+def quantizable(shapes):
+    """The weights that may be quantized: those of the blocks, and on request those in OPTIONAL."""
+    return [name for name, shape in shapes.items()
+            if len(shape) == 2 and (BLOCK_WEIGHT.fullmatch(name) or OPTIONAL.fullmatch(name))]
+
+
 def plan(shapes, base="nvfp4", custom_type=None, custom=None, exclude=None):
     """{name: shape} -> {name: format} for the 2-D weights of the blocks. All other tensors are kept.
 
@@ -203,78 +210,163 @@ def plan(shapes, base="nvfp4", custom_type=None, custom=None, exclude=None):
     custom    regular expression of weights that get custom_type; takes precedence over exclude
     exclude   regular expression of weights that are kept
     """
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-    formats = {name: base for name in matrices if BLOCK_WEIGHT.fullmatch(name)}
+    allowed = quantizable(shapes)
+    formats = {name: base for name in allowed if BLOCK_WEIGHT.fullmatch(name)}
     for name in matching(exclude, shapes, "--exclude-layers") if exclude else ():
         if name in formats:
             formats[name] = "bf16"
     if custom:
-        allowed = [name for name in matrices if name in formats or OPTIONAL.fullmatch(name)]
         formats |= dict.fromkeys(matching(custom, allowed, "--custom-layers"), custom_type)
     return formats
 
 
-def flags(formats):
-    """A plan as flags of convert_to_quant: one regular expression per format."""
-    groups = {fmt: {} for fmt in PLAN_FORMATS}  # {format: {type of layer: blocks}}
-    for name, fmt in formats.items():
+def mark(formats, names):
+    """The formats with these weights marked as full_precision_matrix_mult, if they are quantized."""
+    return {name: f"{fmt}_fpmm" if name in names and fmt != "bf16" else fmt for name, fmt in formats.items()}
+
+
+def unmarked(fmt):
+    """The format in which a weight is stored: "nvfp4" for "nvfp4_fpmm"."""
+    return fmt.removesuffix("_fpmm")
+
+
+def regex(names):
+    """The regular expression of these weights."""
+    groups = {}  # {type of layer: blocks}
+    for name in names:
         match = BLOCK_WEIGHT.fullmatch(name)
-        groups[fmt].setdefault(layer_type(name), []).append(match and match[1])
+        groups.setdefault(layer_type(name), []).append(match and match[1])
+    return "|".join(rf"blocks\.({'|'.join(sorted(blocks, key=int))})\.{re.escape(kind)}\.weight"
+                    if blocks[0] else re.escape(kind) for kind, blocks in sorted(groups.items()))
 
-    def regex(fmt):
-        return "|".join(rf"blocks\.({'|'.join(sorted(blocks, key=int))})\.{re.escape(kind)}\.weight"
-                        if blocks[0] else re.escape(kind) for kind, blocks in sorted(groups[fmt].items()))
 
+def flags(formats):
+    """A plan as flags: all are convert_to_quant's but --fpmm-layers."""
+    mxfp8 = [name for name, fmt in formats.items() if unmarked(fmt) == "mxfp8"]
+    kept = [name for name, fmt in formats.items() if fmt == "bf16"]
+    marked = [name for name, fmt in formats.items() if fmt != unmarked(fmt)]
     text = "--nvfp4"
-    if groups["mxfp8"]:
-        text += f' --custom-type mxfp8 --custom-layers "{regex("mxfp8")}"'
-    if groups["bf16"]:
-        text += f' --exclude-layers "{regex("bf16")}"'
+    if mxfp8:
+        text += f' --custom-type mxfp8 --custom-layers "{regex(mxfp8)}"'
+    if kept:
+        text += f' --exclude-layers "{regex(kept)}"'
+    if marked:
+        text += f' --fpmm-layers "{regex(marked)}"'
     return text
 
 
 # By score: statistics of the weight alone
+#
+# This is the analysis that made the published recipe (https://github.com/insecure-erasure/quant_probe), with
+# MXFP8 in the place of its FP8. A tenth of the weights has a score for bf16 and some of the next 15 % one for
+# MXFP8, whatever the model: the thresholds are percentiles of its own scores. Then whole groups of blocks may
+# overrule their weights. The score does not predict the error of NVFP4 on real activations (bench/RESULTS.md),
+# which is why plan_by_error exists.
+
+KURTOSIS_KEPT = 8.0  # a weight of this excess kurtosis is kept, whatever its score
+LOWEST_MXFP8_SCORE = 0.50
+LEAST_SPREAD = 0.06  # groups of blocks whose scores differ by less count as alike
+OWN_VERDICT = {"cross_attn.k", "cross_attn.q", "self_attn.k", "self_attn.q"}  # no group overrules these types
+ONE_LOWER = {"bf16": "mxfp8", "mxfp8": "nvfp4", "nvfp4": "nvfp4"}
+
 
 def sensitivity(w):
-    """Three statistics of a weight (M, K), each meant to be larger where four bits are likelier to hurt:
+    """The statistics of a weight (M, K) that its score is made of:
 
-    - ln(1 + excess kurtosis), 0 for a Gaussian: how often one large weight dominates a block's scale
-    - dynamic range, log2(amax / rms): E2M1 spans 3.6 octaves, and block scales must cover the rest
-    - aspect ratio, log2(longer side / shorter side): the error of a long sum, or of many outputs
-
-    They are the criteria of the published recipe. They do not predict the error of NVFP4 on real activations
-    (bench/RESULTS.md), which is why plan_by_error exists.
+    - excess kurtosis, 0 for a Gaussian: how often one large weight dominates a block's scale
+    - dynamic range, max |w| - min |w|
+    - aspect ratio, longer side / shorter side
     """
-    x = w.float() - w.float().mean()
-    variance = x.square().mean().clamp(min=1e-30)
-    kurtosis = (x.square_() / variance).square_().mean().item() - 3  # x is squared from here on
-    octaves = (x.amax() / variance).clamp(min=1).log2().item() / 2
-    return math.log1p(max(kurtosis, 0)), octaves, math.log2(max(w.shape) / min(w.shape))
+    smallest, largest = w.abs().aminmax()
+    x = w.float()  # (M, K)
+    x = (x - x.mean()).square_()
+    variance = x.sum() / max(x.numel() - 1, 1)
+    kurtosis = x.div_(variance).square_().mean().item() - 3 if variance > 0 else 0.0
+    return kurtosis, largest.item() - smallest.item(), max(w.shape) / min(w.shape)
+
+
+def scaled(values, low, high):
+    """values, clipped to [low, high], as a share of the way from low to high; 0 if the two are equal."""
+    return (values.clamp(low, high) - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
 def score(measures):
-    """{name: sensitivity} -> {name: score}: the sum of all three, kurtosis and range each as its distance
-    from the median in interquartile ranges. The aspect ratio is used as it is, since nearly all layers share
-    one value.
+    """{name: sensitivity} -> {name: score}, from 0 to 1.
 
-    An interquartile range counts as at least 0.1, so that noise does not count in a model of similar layers.
+    Kurtosis counts 0.6, scaled between Tukey's fences of all weights: 1.5 interquartile ranges outside the
+    quartiles. Dynamic range counts 0.3 and aspect ratio 0.1, scaled between the smallest and the largest of the
+    weight's type of layer.
     """
-    table = torch.tensor(list(measures.values()), dtype=torch.float64)  # (layers, 3)
-    low, middle, high = table.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
-    table[:, :2] = ((table - middle) / (high - low).clamp(min=0.1))[:, :2]
-    return dict(zip(measures, table.sum(1).tolist()))
+    kurtosis, ranges, aspects = torch.tensor(list(measures.values()), dtype=torch.float64).T  # (weights,) each
+    low, high = kurtosis.quantile(0.25), kurtosis.quantile(0.75)
+    fence = 1.5 * (high - low)
+    total = 0.6 * scaled(kurtosis, low - fence, high + fence)
+    kinds = [layer_type(name) for name in measures]
+    for kind in dict.fromkeys(kinds):
+        same = torch.tensor([other == kind for other in kinds])
+        for share, values in ((0.3, ranges[same]), (0.1, aspects[same])):
+            total[same] += share * scaled(values, values.min(), values.max())
+    return dict(zip(measures, total.tolist()))
 
 
-def plan_by_score(scores):
-    """{name: score} -> {name: format}, by Tukey's fences: more than 1.5 interquartile ranges above the upper
-    quartile is an outlier and gets MXFP8; more than 3 is far out and is kept."""
+def block_groups(names):
+    """Weights of the blocks -> {type of layer: [names in the first blocks, in the middle, in the last]}.
+
+    First and last are a tenth of the blocks each, at least one; groups without blocks are left out.
+    """
+    blocks = {name: int(BLOCK_WEIGHT.fullmatch(name)[1]) for name in names}
+    count = 1 + max(blocks.values())
+    n, groups = max(1, round(count / 10)), {}
+    for name, block in sorted(blocks.items(), key=lambda item: item[1]):
+        place = "first" if block < n else "last" if block >= count - n else "middle"
+        groups.setdefault(layer_type(name), {}).setdefault(place, []).append(name)
+    return {kind: list(places.values()) for kind, places in groups.items()}
+
+
+def plan_by_score(scores, kurtosis):
+    """{name: score} and {name: excess kurtosis} of the blocks' weights -> {name: format}, and {name: reason} for
+    each weight whose format is not that of its own score."""
     values = torch.tensor(list(scores.values()), dtype=torch.float64)
-    low, high = values.quantile(0.25).item(), values.quantile(0.75).item()
+    mxfp8, kept = values.quantile(0.75).item(), values.quantile(0.90).item()
 
-    def choose(value):
-        distance = (value - high) / max(high - low, 1.0)  # the range counts as at least 1, in units of score
-        return "bf16" if distance > 3 else "mxfp8" if distance > 1.5 else "nvfp4"
-    return {name: choose(value) for name, value in scores.items()}
+    def by_score(value):
+        if value >= kept:
+            return "bf16"
+        return "mxfp8" if value >= max(mxfp8, LOWEST_MXFP8_SCORE) else "nvfp4"
+
+    def verdict(value, kurtosis):
+        return "bf16" if kurtosis >= KURTOSIS_KEPT else by_score(value)
+
+    formats, reasons = {}, {}
+    for kind, groups in block_groups(scores).items():
+        means = [sum(scores[name] for name in names) / len(names) for names in groups]
+        alike = max(means) - min(means) < LEAST_SPREAD
+        for names, value in zip(groups, means):
+            group, why = verdict(value, max(kurtosis[name] for name in names)), "group"
+            if kind in OWN_VERDICT or group == "bf16" and not alike:
+                formats |= {name: verdict(scores[name], kurtosis[name]) for name in names}
+                why = "kurtosis"
+            elif alike and group != "nvfp4":
+                formats |= dict.fromkeys(names, ONE_LOWER[group])
+                why = "spread"
+            else:
+                formats |= dict.fromkeys(names, group)
+            reasons |= {name: f"{PLAN_FORMATS[formats[name]]} instead of {PLAN_FORMATS[own]}: {why}"
+                        for name in names if (own := by_score(scores[name])) != formats[name]}
+    return {name: formats[name] for name in scores}, reasons
+
+
+def reason_report(reasons):
+    """Lines: the weights whose format is not that of their own score, by type of layer and reason."""
+    rows = {}
+    for name, reason in reasons.items():
+        match = BLOCK_WEIGHT.fullmatch(name)
+        rows.setdefault((match[2], reason), []).append(int(match[1]))
+    if rows:
+        yield ("not the format of the weight's own score (kurtosis: 8 or more is kept; group: the mean score of "
+               "the first, middle or last blocks decides; spread: these groups are alike, so one format lower):")
+    for (kind, reason), blocks in sorted(rows.items()):
+        yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
 
 
 # By error: the error that each format causes, against its size
@@ -289,20 +381,22 @@ def weight_errors(w):
     return errors
 
 
-def output_errors(w, x):
-    """{format: relative squared error of the layer's outputs} for inputs x (R, K), both sides quantized."""
+def output_errors(w, x, mode="emulate"):
+    """{format: relative squared error of the layer's outputs} for inputs x (R, K); both sides are quantized, or
+    with mode "dequantize" only the weight."""
     y, errors = x @ w.float().T, {"bf16": 0.0}  # (R, M)
     for fmt in ("mxfp8", "nvfp4"):
         layer = quant.QuantLinear.from_tensors("weight", quantize_weight(w, fmt), w.shape[1], w.shape[0],
-                                               mode="emulate")
+                                               mode=mode)
         errors[fmt] = 10 ** (-snr(y, layer(x)) / 10)
     return errors
 
 
-def measure_errors(source, names, calibration=None):
+def measure_errors(source, names, calibration=None, marked=()):
     """{name: {format: error}}: of the outputs for the inputs that calibration saw, or of the weights."""
     if calibration:
-        errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(inputs.rows)[:512]))
+        errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(inputs.rows)[:512],
+                                       "dequantize" if name in marked else "emulate"))
                   for seen in calibration.stages() for name, inputs in seen.items())
     else:
         errors = in_order(lambda name: weight_errors(source.tensor(name)), names)
@@ -348,16 +442,19 @@ def rank_correlation(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, calibration, scores, limit, made):
-    """The plan of least error in a file of `limit` bytes, by default the size that the score's plan gives.
-    Returns {name: format} and lines that compare it with the score."""
-    names = [name for name, shape in source.shapes.items()
-             if len(shape) == 2 and (name in scores or OPTIONAL.fullmatch(name))]
-    errors, by_score = measure_errors(source, names, calibration), plan_by_score(scores)
+def plan_measured(source, calibration, scores, by_score, limit, made, marked=()):
+    """The plan of least error in a file of `limit` bytes, by default the size of by_score, the score's plan.
+    marked: weights of --fpmm-layers. Returns {name: format} and lines that compare it with the score."""
+    names = quantizable(source.shapes)
+    errors = measure_errors(source, names, calibration, marked)
+
+    def size(plan):
+        return file_size(source, mark(plan, marked), made)
+
     sizes = {name: {fmt: stored_bytes(fmt, source.shapes[name], source.dtypes[name]) for fmt in PLAN_FORMATS}
              for name in names}
-    smallest = file_size(source, dict.fromkeys(names, "nvfp4"), made)
-    limit = limit or file_size(source, by_score, made)
+    smallest = size(dict.fromkeys(names, "nvfp4"))
+    limit = limit or size(by_score)
     if limit < smallest:
         raise ValueError(f"--size {gib(limit)}: too small, the smallest formats need {gib(smallest)}")
     others = smallest - sum(sizes[name]["nvfp4"] for name in names)
@@ -365,7 +462,7 @@ def plan_measured(source, calibration, scores, limit, made):
 
     def summary(plan):
         total = sum(errors[name][plan.get(name, "bf16")] for name in names)
-        return f"{total:.4f} in {gib(file_size(source, plan, made))}"
+        return f"{total:.4f} in {gib(size(plan))}"
     what = "outputs" if calibration else "weights"
     correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
     return formats, [f"rank correlation of the score with NVFP4's error in the {what}: {correlation:.2f}",
@@ -375,17 +472,26 @@ def plan_measured(source, calibration, scores, limit, made):
 
 def choose_plan(args, source, calibration, made):
     """The plan that the command line asks for: {name: format}, and lines to print about it."""
+    marked, notes = set(), []
+    if args.fpmm_layers:
+        marked = matching(args.fpmm_layers, quantizable(source.shapes), "--fpmm-layers")
     if args.base or args.custom_layers or args.exclude_layers:
-        return plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
-                    args.exclude_layers), []
-    if args.plan == "recipe":
-        return plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT), []
-    names = list(plan(source.shapes))
-    measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
-    scores = score(dict(tqdm(measures, total=len(names), desc="analyzing", disable=None)))
-    if args.plan == "score" or not (args.size or calibration):
-        return plan_by_score(scores), []
-    return plan_measured(source, calibration, scores, args.size, made)
+        formats = plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
+                       args.exclude_layers)
+    elif args.plan == "recipe":
+        formats = plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT)
+    else:
+        names = list(plan(source.shapes))
+        measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
+        measures = dict(tqdm(measures, total=len(names), desc="analyzing", disable=None))
+        scores = score(measures)
+        formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
+        notes = list(reason_report(reasons))
+        if args.plan != "score" and (args.size or calibration):
+            formats, notes = plan_measured(source, calibration, scores, formats, args.size, made, marked)
+    if kept := [name for name in marked if formats.get(name, "bf16") == "bf16"]:
+        notes.append(f"--fpmm-layers: {len(kept)} of the {len(marked)} layers are kept, so they are not marked")
+    return mark(formats, marked), notes
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -574,7 +680,10 @@ def dequantize_weight(stored, shape) -> torch.Tensor:
 
 def marker(fmt, shape, dtype):
     """What L.comfy_quant and the header say about a layer, with the keys of convert_to_quant."""
-    return {"format": fmt, "group_size": quant.BLOCK[fmt], "orig_dtype": str(dtype), "orig_shape": list(shape)}
+    stored = unmarked(fmt)
+    info = {"format": stored, "group_size": quant.BLOCK[stored], "orig_dtype": str(dtype),
+            "orig_shape": list(shape)}
+    return info if fmt == stored else info | {"full_precision_matrix_mult": True}
 
 
 def snr(w, approximation, hessian=None) -> float:
@@ -861,7 +970,7 @@ def stored_layout(fmt, shape, dtype):
     """What quantize_weight makes of such a weight: {suffix: (dtype, shape)}."""
     if fmt == "bf16":
         return {"weight": (dtype, shape)}
-    required, _ = quant.stored_tensors(fmt, *shape[::-1])
+    required, _ = quant.stored_tensors(unmarked(fmt), *shape[::-1])
     stored = {suffix: (dtypes[0], stored_shape) for suffix, (dtypes, stored_shape, _) in required.items()}
     return stored | {"comfy_quant": (torch.uint8, tuple(quant.write_marker(marker(fmt, shape, dtype)).shape))}
 
@@ -1140,8 +1249,8 @@ def round_tensor(source, name, fmt, rounding, seen, device):
     if rank and rounding.lora_mode == "absorb":
         up, down, _ = low_rank(w, rank, hessian, rounding.seed)
         base = torch.addmm(w.float(), up, down, alpha=-1)
-    stored = quantize_weight(base, fmt, None if rounding.method == "rtn" else hessian, rounding.method,
-                             rounding.num_iter)
+    stored = quantize_weight(base, unmarked(fmt), None if rounding.method == "rtn" else hessian,
+                             rounding.method, rounding.num_iter)
     stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, w.dtype))  # base may be float32
     approximation = dequantize_weight(stored, w.shape)
     measures = {"weight": None} | ({} if seen is None else {"output": seen.moment.to(device)})
@@ -1233,8 +1342,9 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
 # Report
 # ----------------------------------------------------------------------------------------------------
 
-COLORS = {"nvfp4": (70, 160, 90), "mxfp8": (230, 170, 50), "bf16": (200, 75, 75)}
-LETTERS = {"nvfp4": "4", "mxfp8": "8", "bf16": "b"}
+COLORS = {"bf16": (200, 75, 75), "mxfp8": (230, 170, 50), "nvfp4": (70, 160, 90), "mxfp8_fpmm": (150, 100, 190),
+          "nvfp4_fpmm": (60, 130, 190)}
+LETTERS = {"bf16": "b", "mxfp8": "8", "nvfp4": "4", "mxfp8_fpmm": "W", "nvfp4_fpmm": "w"}
 
 
 def gib(size):
@@ -1250,16 +1360,21 @@ def grid(formats):
     return dict(sorted(rows.items()))
 
 
+def listed(formats):
+    """The formats that a report lists: all of PLAN_FORMATS, and those of --fpmm-layers that are used."""
+    return [fmt for fmt in PRINTED if fmt in PLAN_FORMATS or fmt in formats.values()]
+
+
 def plan_report(shapes, formats):
     """Lines: the percentage of each format per type of layer. Norms count as bf16, in the total too."""
     norms = [name for name in shapes if BLOCK_WEIGHT.fullmatch(name) and name not in formats]
     rows = {kind: list(row.values()) for kind, row in grid(formats).items()} | {"norms": ["bf16"] * len(norms)}
     rows["total"] = sum(rows.values(), [])
-    yield f"{'percent of layers':17}" + "".join(f"{text:>8}" for text in PLAN_FORMATS.values())
+    yield f"{'percent of layers':17}" + "".join(f"{PRINTED[fmt]:>8}" for fmt in listed(formats))
     for kind, row in rows.items():
         if row:
-            yield f"{kind:17}" + "".join(f"{100 * row.count(fmt) / len(row):8.1f}" for fmt in PLAN_FORMATS)
-    yield from sorted(f"{name}: {PLAN_FORMATS[fmt]}" for name, fmt in formats.items()
+            yield f"{kind:17}" + "".join(f"{100 * row.count(fmt) / len(row):8.1f}" for fmt in listed(formats))
+    yield from sorted(f"{name}: {PRINTED[fmt]}" for name, fmt in formats.items()
                       if not BLOCK_WEIGHT.fullmatch(name))
 
 
@@ -1271,7 +1386,7 @@ def plan_map(formats, color):
 
     for kind, row in grid(formats).items():
         yield f"{kind:17} " + "".join(cell(row[i]) if i in row else " " for i in range(max(row) + 1))
-    yield f"{'blocks 0, 1, ...':17} " + ", ".join(f"{cell(fmt)} {PLAN_FORMATS[fmt]}" for fmt in LETTERS)
+    yield f"{'blocks 0, 1, ...':17} " + ", ".join(f"{cell(fmt)} {PRINTED[fmt]}" for fmt in listed(formats))
 
 
 def plan_svg(formats):
@@ -1285,12 +1400,12 @@ def plan_svg(formats):
     for y, (kind, row) in enumerate(rows.items()):
         lines.append(f'<text x="4" y="{top + y * size + 11}">{kind}</text>')
         lines += [f'<rect x="{left + i * size}" y="{top + y * size}" width="{size - 1}" height="{size - 1}" '
-                  f'fill="rgb{COLORS[fmt]}"><title>blocks.{i}.{kind}: {PLAN_FORMATS[fmt]}</title></rect>'
+                  f'fill="rgb{COLORS[fmt]}"><title>blocks.{i}.{kind}: {PRINTED[fmt]}</title></rect>'
                   for i, fmt in row.items()]
-    for i, (fmt, color) in enumerate(COLORS.items()):
+    for i, fmt in enumerate(listed(formats)):
         x = left + 80 * i
-        lines.append(f'<rect x="{x}" y="{height - 22}" width="12" height="12" fill="rgb{color}"/>'
-                     f'<text x="{x + 17}" y="{height - 12}">{PLAN_FORMATS[fmt]}</text>')
+        lines.append(f'<rect x="{x}" y="{height - 22}" width="12" height="12" fill="rgb{COLORS[fmt]}"/>'
+                     f'<text x="{x + 17}" y="{height - 12}">{PRINTED[fmt]}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
@@ -1309,7 +1424,7 @@ def quality_report(quality, formats):
         title += "   LoRA: layers  holds  mean dB  with it"
     yield title
     for (_, kind, fmt), group in sorted(groups.items(), key=lambda item: item[0]):
-        line = f"{kind:16} {PLAN_FORMATS[fmt]:7} {len(group):6} {mean(group, key):8.2f}"
+        line = f"{kind:16} {PRINTED[fmt]:7} {len(group):6} {mean(group, key):8.2f}"
         line += f" {min(m[key] for m in group):9.2f}"
         if corrected := [m for m in group if "share" in m]:
             line += f" {len(corrected):15} {mean(corrected, 'share'):6.1%} {mean(corrected, key):8.2f}"
@@ -1356,8 +1471,8 @@ def make_parser():
     parser = argparse.ArgumentParser(
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
         description="Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4 and MXFP8.",
-        epilog="Flags are named as in convert_to_quant. A REGEX is searched in the full name of a weight, such "
-        "as blocks.0.ffn.2.weight.")
+        epilog="Flags that convert_to_quant has too are spelled as there, with dashes or underscores. A REGEX is "
+        "searched in the full name of a weight, such as blocks.0.ffn.2.weight.")
     parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, metavar="MODEL",
@@ -1370,7 +1485,7 @@ def make_parser():
     add("--seed", type=whole_number(-2 ** 63, 2 ** 63 - 1), default=0,
         help="for the noise of the calibration videos and the LoRA (%(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
-    for flag, why in (("--wan", "only Wan is converted"), ("--comfy_quant", "the format that is written"),
+    for flag, why in (("--wan", "only Wan is converted"), ("--comfy-quant", "the format that is written"),
                       ("--save-quant-metadata", "always in the header")):
         add(flag, action="store_true", help=f"accepted for compatibility, always on: {why}")
     add("--top-p", type=float, metavar="P", help="accepted for compatibility, ignored: weighting the search by "
@@ -1387,11 +1502,13 @@ def add_plan_flags(group):
         help="layers that get --custom-type; takes precedence over --exclude-layers")
     add("--custom-type", choices=PLAN_FORMATS, help="format of --custom-layers")
     add("--exclude-layers", metavar="REGEX", help="layers that are kept as they are")
-    add("--plan", choices=("score", "recipe", "measured"), help="score: by kurtosis, dynamic range and aspect "
-        "ratio of each weight; recipe: the published one for the 14B; measured: by the output error of each "
-        "layer, requires --calib and is then the default")
+    add("--plan", choices=("score", "recipe", "measured"), help="score: the analysis that made the "
+        "published recipe, by kurtosis, dynamic range and aspect ratio of each weight; recipe: what it gave for "
+        "the 14B; measured: by the output error of each layer, requires --calib and is then the default")
     add("--size", type=parse_size, metavar="9.76GiB", help="the plan of least error within this file size: of "
         "the outputs with --calib, otherwise of the weights. --plan measured defaults to the score plan's size")
+    add("--fpmm-layers", metavar="REGEX", help="quantized layers that multiply in full precision, W4A16 (MXFP8: "
+        "W8A16): their inputs are not quantized. More accurate, slower on tensor cores, the same file size")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
     add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
     add("--dry-run", action="store_true", help="stop after the plan")
@@ -1490,7 +1607,12 @@ def print_plan(args, source, formats, notes, size):
           f"{gib(source.nbytes)} -> {gib(size)}", sep="\n")
     if args.print_flags:
         print(flags(formats))
-        if beyond := sorted(n for n, fmt in formats.items() if fmt == "nvfp4" and OPTIONAL.fullmatch(n)):
+        if marked := [name for name, fmt in formats.items() if fmt != unmarked(fmt)]:
+            layers = regex(marked).replace(r"\.weight", "$")
+            print(f"(convert_to_quant has no --fpmm-layers; edit its output with --edit-quant --add-keys "
+                  f"\"'full_precision_matrix_mult': true\" --quant-filter \"{layers}\")")
+        if beyond := sorted(n for n, fmt in formats.items()
+                            if unmarked(fmt) == "nvfp4" and OPTIONAL.fullmatch(n)):
             print(f"(convert_to_quant has one custom type and would keep, not NVFP4: {', '.join(beyond)})")
     if args.plot:
         write_text(args.plot, plan_svg(formats))
@@ -1540,6 +1662,23 @@ def run(args, command):
           f"{time.monotonic() - begin:.1f} s: {out}")
 
 
+def with_dashes(arg):
+    """--custom_type=mxfp8 -> --custom-type=mxfp8: convert_to_quant has its flags in both spellings."""
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
+
+
+def parse_args(parser, argv):
+    """The arguments. Raises ValueError for the first flag that does not exist, without its value."""
+    args, unknown = parser.parse_known_args([with_dashes(arg) for arg in argv])
+    if unknown:
+        first = next((arg for arg in unknown if arg.startswith("-")), unknown[0])
+        typed = next((arg for arg in argv if with_dashes(arg) == first), first).partition("=")[0]
+        raise ValueError(f"{typed[:200]}: not supported here; --help lists all flags, with those of "
+                         f"convert_to_quant that are supported")
+    return args
+
+
 def main(argv=None):
     """The command line; argv without the program's name, by default that of this process.
 
@@ -1552,7 +1691,7 @@ def main(argv=None):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if any("\0" in arg for arg in argv):
             raise ValueError("got a NUL character in an argument, expected none")
-        args = parser.parse_args(argv)
+        args = parse_args(parser, argv)
         for name, value in vars(args).items():
             if value == []:  # argparse drops a value of "--"
                 raise ValueError(f"--{name.replace('_', '-')}: got no value, expected one")

@@ -3316,7 +3316,7 @@ def out(tmp_path):
 def test_the_output_holds_the_source(tmp_path, prefix, dtype):
     model = write_checkpoint(tmp_path / "m.safetensors", checkpoint(dtype, prefix), head_dim="16",
                              prompt="ein Bär")
-    convert.main(["-i", model])
+    convert.main(["-i", model, "--nvfp4"])
     written, source = load_file(tmp_path / "m-nvfp4.safetensors"), checkpoint(dtype)
     linears = {f"blocks.{n}.{layer}" for n in range(2) for layer in LINEARS}
     for layer in linears:
@@ -3337,12 +3337,12 @@ def test_the_output_holds_the_source(tmp_path, prefix, dtype):
     assert all(same_bits(written[name], source[name]) for name in source)
     metadata, _ = wan_fp4.read_header(tmp_path / "m-nvfp4.safetensors")
     assert metadata["head_dim"] == "16" and metadata["prompt"] == "ein Bär"
-    assert metadata["quantization_command"] == f"convert.py -i {model}"
+    assert metadata["quantization_command"] == f"convert.py -i {model} --nvfp4"
     assert json.loads(metadata["_quantization_metadata"])["format_version"] == "1.0"
 
 
 def test_simple_is_what_comfy_kitchen_writes(model, out):
-    convert.main(["-i", model, "-o", out, "--simple"])
+    convert.main(["-i", model, "-o", out, "--nvfp4", "--simple"])
     written = load_file(out)
     for layer in LINEARS:
         w, stored = checkpoint()[f"blocks.1.{layer}.weight"], layer_tensors(written, f"blocks.1.{layer}")
@@ -3714,8 +3714,12 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--plot", "fifo"], "fifo: cannot be written, it is not a regular file"),
     (["-o", "x" * 250], "File name too long"),
     # argparse
-    (["--nvpf4"], "error: unrecognized arguments: --nvpf4"),
-    (["--nv"], "error: unrecognized arguments: --nv"),  # no abbreviations
+    (["--nvpf4"], "error: --nvpf4: not supported here"),
+    (["--nv"], "error: --nv: not supported here"),  # no abbreviations
+    (["x.png"], "error: x.png: not supported here"),
+    (["--lr_gamma", "0.99", "--optimizer=prodigy"], "error: --lr_gamma: not supported here"),
+    (["--optimizer=prodigy"], "error: --optimizer: not supported here"),
+    (["-fpmm"], "error: -fpmm: not supported here"),
     (["--nvfp4", "--mxfp8"], "error: argument --mxfp8: not allowed with argument --nvfp4"),
     (["--custom-type", "int8"], "invalid choice: 'int8'"),
     (["--size", "many"], "'many': expected a size such as 9.76GiB"),
@@ -3739,6 +3743,7 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["--plan", "score", "--exclude-layers", "ffn"], "--plan: chooses the format of every layer"),
     (["--size", "1GB", "--nvfp4"], "--size: chooses the format of every layer"),
     (["--size", "1GB", "--plan", "score"], "--plan score has a fixed size"),
+    (["--nvfp4", "--fpmm-layers", "norm3"], "--fpmm-layers 'norm3': matches none of"),
     (["--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need 0.17 MiB"),
     # rounding, calibration, LoRA
     (["--device", "abacus"], "--device 'abacus': expected cpu, cuda or cuda:N"),
@@ -3774,6 +3779,15 @@ def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
     before = sorted(folder.iterdir())
     fails(convert.main, ["-i", "m.safetensors", *flags], text)
     assert sorted(folder.iterdir()) == before
+
+
+def test_flags_with_underscores_are_the_same_flags():
+    def parse(flags):
+        return convert.parse_args(convert.make_parser(), ["-i", "x_y", *shlex.split(flags)])
+
+    dashes = "--custom-type mxfp8 --save-quant-metadata --comfy-quant --lora-target a_b --exclude-layers c_d"
+    assert parse("--custom_type=mxfp8 --save_quant_metadata --comfy_quant --lora_target a_b "
+                 "--exclude_layers=c_d") == parse(dashes)
 
 
 def test_the_input_is_required():
@@ -3822,7 +3836,7 @@ def percentages(lines):
 
 def plan_of(shapes, flags):
     """The plan that --nvfp4, --custom-layers and so on give."""
-    args = convert.make_parser().parse_args(["-i", "x", *shlex.split(flags)])
+    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(flags)])
     return convert.plan(shapes, args.base, args.custom_type, args.custom_layers, args.exclude_layers)
 
 
@@ -3837,7 +3851,7 @@ def test_the_recipe_gives_its_table_at_full_size(full_shapes):
 
 
 def test_plan_recipe_is_the_command_of_the_model_card(full_shapes):
-    args = convert.make_parser().parse_args(["-i", "x", *shlex.split(RECIPE)])
+    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(RECIPE)])
     assert (args.custom_layers, args.exclude_layers) == (convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
     assert (args.base, args.custom_type, args.lora_target) == ("nvfp4", "mxfp8", convert.RECIPE_TARGET)
 
@@ -3846,6 +3860,19 @@ def test_printed_flags_give_the_same_plan(full_shapes):
     formats = plan_of(full_shapes, RECIPE) | {"text_embedding.0.weight": "mxfp8"}
     assert plan_of(full_shapes, convert.flags(formats)) == formats
     assert convert.flags({"blocks.0.ffn.0.weight": "nvfp4"}) == "--nvfp4"
+
+
+def test_printed_flags_tell_fpmm_layers_from_others():
+    formats = {"blocks.0.ffn.0.weight": "nvfp4_fpmm", "blocks.1.ffn.0.weight": "nvfp4",
+               "blocks.0.ffn.2.weight": "mxfp8_fpmm", "blocks.1.ffn.2.weight": "mxfp8",
+               "blocks.0.self_attn.k.weight": "bf16"}
+    assert convert.flags(formats) == (
+        r'--nvfp4 --custom-type mxfp8 --custom-layers "blocks\.(0|1)\.ffn\.2\.weight" '
+        r'--exclude-layers "blocks\.(0)\.self_attn\.k\.weight" '
+        r'--fpmm-layers "blocks\.(0)\.ffn\.0\.weight|blocks\.(0)\.ffn\.2\.weight"')
+    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(convert.flags(formats))])
+    plain = {name: convert.unmarked(fmt) for name, fmt in formats.items()}
+    assert convert.mark(plain, convert.matching(args.fpmm_layers, plain, "--fpmm-layers")) == formats
 
 
 def test_custom_wins_over_exclude_and_may_name_embeddings():
@@ -3878,35 +3905,79 @@ def test_the_recipe_converts_a_narrow_model(tmp_path, out, capsys):
     assert len(lora) == 3 * 160 and lora["diffusion_model.blocks.7.ffn.2.lora_up.weight"].shape == (32, 32)
 
 
-def test_sensitivity_of_known_distributions():
-    g = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(512, 1024, generator=g)
-    kurtosis, octaves, aspect = convert.sensitivity(gaussian.bfloat16())
-    assert kurtosis < 0.02 and 2.1 < octaves < 2.6 and aspect == 1
-    assert convert.sensitivity(gaussian) == pytest.approx(convert.sensitivity(gaussian * 1e-3), abs=1e-4)
-    heavy = torch.randn(512, 512, generator=g).exp() * gaussian[:, :512].sign()
-    kurtosis, octaves, aspect = convert.sensitivity(heavy)
-    assert kurtosis > 3 and octaves > 4 and aspect == 0
-    assert convert.sensitivity(heavy.sign()) == pytest.approx((0, 0, 0), abs=1e-3)
-    assert convert.sensitivity(torch.zeros(16, 16)) == (0, 0, 0)
+def test_sensitivity_by_hand():
+    assert convert.sensitivity(torch.tensor([[0.0, 0.0, 0.0, 4.0]])) == (21 / 16 - 3, 4, 4)
+    assert convert.sensitivity(torch.tensor([[-3.0, 1.0], [1.0, 1.0]]).bfloat16()) == (21 / 16 - 3, 2, 1)
+    assert convert.sensitivity(torch.zeros(16, 32)) == (0, 0, 2)
+    gaussian = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    assert abs(convert.sensitivity(gaussian * 1e-8)[0]) < 0.05
 
 
-def test_the_score_promotes_the_outliers(tmp_path, out, capsys):
-    tensors = checkpoint(blocks=12, linears={"self_attn.q": (256, 128), "self_attn.k": (128, 128)})
-    tensors["blocks.3.self_attn.k.weight"][::16, 5] *= 8
-    tensors["blocks.7.self_attn.k.weight"][::16, 5] *= 60
+def test_score_by_hand():
+    """The quartiles of kurtosis are 1 and 3, so the fences are -2 and 6."""
+    measures = {"blocks.0.ffn.0.weight": (0, 1, 2.7), "blocks.1.ffn.0.weight": (1, 2, 2.7),
+                "blocks.2.ffn.0.weight": (2, 5, 2.7), "blocks.0.self_attn.q.weight": (3, 10, 1),
+                "blocks.1.self_attn.q.weight": (20, 30, 2)}
+    expected = [0.6 * 2 / 8, 0.6 * 3 / 8 + 0.3 / 4, 0.6 * 4 / 8 + 0.3, 0.6 * 5 / 8, 0.6 + 0.3 + 0.1]
+    assert convert.score(measures) == pytest.approx(dict(zip(measures, expected)))
+    assert set(convert.score(dict.fromkeys(measures, (1, 1, 1))).values()) == {0}
+
+
+@pytest.mark.parametrize("count, sizes", [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (5, [1, 3, 1]), (15, [2, 11, 2]),
+                                          (25, [2, 21, 2]), (40, [4, 32, 4])])
+def test_groups_are_the_first_and_last_tenth_of_the_blocks(count, sizes):
+    names = [f"blocks.{i}.ffn.0.weight" for i in range(count)]
+    groups = convert.block_groups(names[::-1])["ffn.0"]
+    assert list(map(len, groups)) == sizes and sum(groups, []) == names
+
+
+@pytest.mark.parametrize("kind, scores, kurtosis, plan, reasons", [
+    # each weight by its own score or kurtosis
+    ("self_attn.k", [0.59, 0.6, 0.79, 0.8] + 16 * [0.1], {}, "488b" + 16 * "4", {}),
+    ("cross_attn.q", 20 * [0.1], {3: 8.0, 4: 7.99}, "444b" + 16 * "4", {"kurtosis": [3]}),
+    # a group's mean score decides for all its weights: the first two blocks, the last two, the others
+    ("ffn.0", [0.5, 0.9] + 18 * [0.1], {}, "88" + 18 * "4", {"group": [0, 1]}),
+    ("ffn.2", 2 * [0.1] + [0.9, 0.7] + 14 * [0.1] + 2 * [0.3], {}, 20 * "4", {"group": [2, 3]}),
+    ("v_img", 5 * [0.1] + [0.7] + 14 * [0.1], {}, 20 * "4", {"group": [5]}),
+    # a group that would be kept leaves it to each weight
+    ("cross_attn.o", 18 * [0.1] + [0.7, 0.95], {}, 18 * "4" + "8b", {}),
+    ("cross_attn.v", 18 * [0.1] + [0.7, 0.1], {19: 8.0}, 18 * "4" + "8b", {"kurtosis": [19]}),
+    # groups that are alike get one format lower
+    ("self_attn.v", [0.65, 0.65] + 18 * [0.62], {}, 20 * "4", {"spread": list(range(20))}),
+    ("self_attn.v", [0.69, 0.69] + 18 * [0.62], {}, 20 * "8", {}),
+    ("self_attn.o", [0.82, 0.82] + 18 * [0.78], {}, "88" + 18 * "4", {"spread": list(range(20))}),
+    ("cross_attn.k_img", 20 * [0.1], {5: 20.0}, "44" + 16 * "8" + "44", {"spread": list(range(2, 18))}),
+    # MXFP8 takes a score of 0.5, even where the percentile is 0.3
+    ("low", [0.45, 0.45] + 16 * [0.1] + [0.55, 0.55], {}, 18 * "4" + "88", {}),
+])
+def test_the_rules_of_the_plan_by_score(kind, scores, kurtosis, plan, reasons):
+    """181 other weights make the 75th percentile 0.6 (0.3 for "low") and the 90th 0.8, whatever these 20 are."""
+    names = [f"blocks.{i}.{kind}.weight" for i in range(20)]
+    others = 120 * [0.1] + 40 * [0.3 if kind == "low" else 0.6] + 21 * [0.8]
+    table = dict(zip(names, scores)) | {f"blocks.0.other{i}.weight": score for i, score in enumerate(others)}
+    peaks = dict.fromkeys(table, 0.0) | {names[i]: peak for i, peak in kurtosis.items()}
+    formats, why = convert.plan_by_score(table, peaks)
+    assert "".join({"bf16": "b", "mxfp8": "8", "nvfp4": "4"}[formats[name]] for name in names) == plan
+    found = {}
+    for i, name in enumerate(names):
+        if name in why:
+            found.setdefault(why[name].rpartition(" ")[2], []).append(i)
+    assert found == reasons
+
+
+def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
+    """Five weights of 24 have an excess kurtosis over 8, three of them a score in the highest tenth."""
+    tensors = checkpoint(blocks=24, linears={"self_attn.k": (128, 128)})
+    for i in range(2, 7):
+        tensors[f"blocks.{i}.self_attn.k.weight"][0, 0] = 0.5 * i  # 20, 30, ... 60 standard deviations
     model = write_checkpoint(tmp_path / "m.safetensors", tensors)
     convert.main(["-i", model, "-o", out, "--plan", "score", "--print-flags"])
-    layers = read_layers(out)
-    assert "blocks.3.self_attn.k" not in layers and "blocks.7.self_attn.k" not in layers
-    assert layers["blocks.0.self_attn.q"]["format"] == layers["blocks.5.self_attn.k"]["format"] == "nvfp4"
-    assert sum(info["format"] == "mxfp8" for info in layers.values()) <= 2
-    assert r'--exclude-layers "blocks\.(3|7)\.self_attn\.k\.weight"' in capsys.readouterr().out
-
-
-def test_similar_layers_all_stay_in_nvfp4():
-    scores = convert.score({f"blocks.{n}.ffn.0.weight": (0.1, 2.5, 1.4) for n in range(8)})
-    assert set(convert.plan_by_score(scores).values()) == {"nvfp4"}
+    layers, text = read_layers(out), capsys.readouterr().out
+    assert {f"blocks.{i}.self_attn.k" for i in range(24)} - layers.keys() == {
+        f"blocks.{i}.self_attn.k" for i in range(2, 7)}
+    assert sum(info["format"] == "mxfp8" for info in layers.values()) <= 1
+    assert "\nself_attn.k       bf16 instead of MXFP8: kurtosis: blocks 2, 3\n" in text
+    assert r'--exclude-layers "blocks\.(2|3|4|5|6)\.self_attn\.k\.weight"' in text
 
 
 def test_plan_by_error_is_optimal_except_for_its_last_step():
@@ -3928,9 +3999,11 @@ def test_plan_by_error_is_optimal_except_for_its_last_step():
         convert.plan_by_error(errors, sizes, 200)
 
 
-@pytest.mark.parametrize("size, limit", [("180KiB", 180 * 1024), ("0.2MB", 200_000), ("10G", 10 ** 10)])
-def test_size_is_a_limit_that_is_used(model, out, capsys, size, limit):
-    convert.main(["-i", model, "-o", out, "--size", size])
+@pytest.mark.parametrize("size, limit", [("182KiB", 182 * 1024), ("0.2MB", 200_000), ("10G", 10 ** 10)])
+@pytest.mark.parametrize("flags", [[], ["--fpmm-layers", "."]])  # whose markers are longer
+def test_size_is_a_limit_that_is_used(model, out, monkeypatch, capsys, size, limit, flags):
+    monkeypatch.chdir(model.parent)  # the file holds the command, whose length must not depend on the folder
+    convert.main(["-i", model.name, "-o", out.name, "--size", size, *flags])
     layers, written = read_layers(out), out.stat().st_size
     assert written <= limit and (written > 0.8 * limit or not layers)
     assert ("text_embedding.0" in layers) == (size != "10G")  # the embeddings may be quantized too
@@ -3956,6 +4029,44 @@ def test_the_map_and_the_plot_show_every_layer(model, tmp_path):
 def test_print_flags_notes_what_they_cannot_express(model, capsys, flags, noted):
     convert.main(["-i", model, *flags, "--dry-run", "--print-flags"])
     assert ("would keep, not NVFP4: text_embedding.0.weight" in capsys.readouterr().out) == noted
+
+
+FPMM = ["--custom-type", "mxfp8", "--custom-layers", r"ffn\.0", "--fpmm-layers", r"blocks\.1\.(ffn|self_attn\.k)"]
+
+
+def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path):
+    """They dequantize where the others quantize their inputs; ComfyUI reads the same key."""
+    plain = tmp_path / "plain.safetensors"
+    convert.main(["-i", model, "-o", out, *FPMM])
+    convert.main(["-i", model, "-o", plain, *FPMM[:4]])
+    ours, other, key = load_file(out), load_file(plain), "full_precision_matrix_mult"
+    marked = {f"blocks.1.{layer}" for layer in ("ffn.0", "ffn.2", "self_attn.k")}
+    assert ours.keys() == other.keys()
+    assert {n for n in ours if not same_bits(ours[n], other[n])} == {f"{layer}.comfy_quant" for layer in marked}
+    headers = read_layers(out), read_layers(plain)
+    for layer, info in headers[0].items():
+        expected = headers[1][layer] | ({key: True} if layer in marked else {})
+        assert info == expected == json.loads(bytes(ours[f"{layer}.comfy_quant"].tolist()))
+        in_features, out_features = info["orig_shape"][::-1]
+        linear = quant.QuantLinear.from_tensors(layer, layer_tensors(ours, layer), in_features, out_features,
+                                                mode="emulate")
+        assert linear.mode == ("dequantize" if layer in marked else "emulate")
+
+
+def test_fpmm_layers_that_are_kept_are_reported(model, capsys):
+    convert.main(["-i", model, "--exclude-layers", r"blocks\.0\.ffn", "--fpmm-layers", "ffn", "--dry-run"])
+    assert "--fpmm-layers: 2 of the 4 layers are kept" in capsys.readouterr().out
+
+
+def test_fpmm_layers_are_told_apart(model, capsys, tmp_path):
+    convert.main(["-i", model, *FPMM, "--dry-run", "--print-flags", "--plot", tmp_path / "plan.svg"])
+    text = capsys.readouterr().out
+    assert "ffn.0             8W\nffn.2             4w\nself_attn.k       4w\nself_attn.q       44\n" in text
+    assert ", W W8A16, w W4A16\n" in text
+    assert re.search(r"ffn.0 +0.0 +50.0 +0.0 +50.0 +0.0\nffn.2 +0.0 +0.0 +50.0 +0.0 +50.0\n", text)
+    assert r'--fpmm-layers "blocks\.(1)\.ffn\.0\.weight|blocks\.(1)\.ffn\.2' in text
+    assert r'--quant-filter "blocks\.(1)\.ffn\.0$|blocks\.(1)\.ffn\.2$|blocks\.(1)\.self_attn\.k$")' in text
+    assert "<title>blocks.1.ffn.0: W8A16</title>" in (tmp_path / "plan.svg").read_text()
 
 
 # Rounding with a Hessian
@@ -4255,10 +4366,11 @@ def test_calibrated_rounding_is_closer_to_the_plain_model(small_dit, walk, out):
 
 def test_static_input_scale_is_the_largest_input_doubled(small_dit, seen, out):
     convert.main(["-i", small_dit, "-o", out, "--mxfp8", "--custom-type", "nvfp4", "--custom-layers",
-                  r"blocks\.0\.", "--calib", PHOTO, "--static-input-scale"])
+                  r"blocks\.0\.", "--calib", PHOTO, "--static-input-scale", "--fpmm-layers", r"0\.cross_attn\.q"])
     dit, amax = wan_fp4.load_dit(out), seen["blocks.0.self_attn.q.weight"].amax
     assert dit.blocks[0].self_attn.q.input_scale.item() == pytest.approx(2 * amax / 2688)
     assert dit.blocks[1].self_attn.q.input_scale is None  # MXFP8 has none
+    assert dit.blocks[0].cross_attn.q.input_scale is None  # nor has a layer whose inputs are not quantized
 
 
 def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, out, monkeypatch):
@@ -4282,6 +4394,8 @@ def test_plan_measured_beats_the_score_at_its_size(small_dit, tmp_path, out, cap
     convert.main(["-i", small_dit, "-o", tmp_path / "score.safetensors"])
     assert out.stat().st_size <= (tmp_path / "score.safetensors").stat().st_size + 64  # the command's length
     wan_fp4.load_dit(out)
+    convert.main(["-i", small_dit, "--calib", PHOTO, "--fpmm-layers", ".", "--dry-run"])
+    assert re.search("of the outputs: ([0-9.]+)", capsys.readouterr().out)[1] < ours  # exact activations
 
 
 def test_output_errors_have_both_sides_rounded():
@@ -4296,6 +4410,8 @@ def test_output_errors_have_both_sides_rounded():
     errors = convert.output_errors(w, x)
     assert 0.7 * rtn < errors["nvfp4"] < rtn  # a little less: the weight's scales are searched
     assert errors["bf16"] == 0 < errors["mxfp8"] < 0.2 * errors["nvfp4"]
+    weight = (x @ (rounded(w, "nvfp4") - w).T).square().sum() / (x @ w.T).square().sum()
+    assert convert.output_errors(w, x, "dequantize")["nvfp4"] == pytest.approx(weight.item(), rel=1e-4)
 
 
 def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_path):

@@ -38,6 +38,7 @@ import io
 import math
 import pydoc_data.topics
 import random
+import re
 import sys
 import tempfile
 import time
@@ -166,7 +167,8 @@ def rounding_table(count):
               f"{mean(weight):17.2f}{min(weight):8.2f}{sum(seconds):9.1f}")
     for share, outputs in own.items():
         print(f"NVFP4 search by {share:4.0%} of W's own{mean(outputs):15.2f}{min(outputs):8.2f}")
-    scores = convert.score({name: convert.sensitivity(w) for name, w in weights.items()})
+    scores = convert.score({re.sub(r".*layer\.(\d+)", r"blocks.\1", name): convert.sensitivity(w)
+                            for name, w in weights.items()})  # Wan's names, from which it takes the types
     errors = [-output for output, _, _ in figures["nvfp4", "rtn"]]
     correlation = convert.rank_correlation(scores.values(), errors)
     print(f"rank correlation of the sensitivity score with NVFP4's output error: {correlation:.2f}")
