@@ -817,6 +817,7 @@ class Calibration:
         self.dit = wan_fp4.dit_from_tensors(first, source.metadata, source.path, self.device)
         self.num_blocks = wan_fp4.count(source.shapes, "blocks.")
         self.inputs = []  # arguments of WanDiT.prepare
+        self.attention_losses = torch.zeros(self.num_blocks, 2)  # of E4M3; of rounding the output to NVFP4
 
     def block(self, i):
         """Block i of the source, loaded each time: none stays in memory."""
@@ -834,9 +835,27 @@ class Calibration:
         self.inputs.append(moved(inputs, "cpu"))
         tokens, e, context = self.dit.prepare(*inputs)
         for i in range(self.num_blocks):
-            tokens = self.block(i)(tokens, *context)
+            block = self.block(i)
+            block.self_attn.attention = functools.partial(self.attention, i)
+            tokens = block(tokens, *context)
             progress()
         return self.dit.unpatchify(self.dit.head(tokens, e), x.shape[2:])
+
+    def attention(self, i, q, k, v):
+        """Self-attention of block i; adds up what some of its rows would lose in E4M3, and in NVFP4."""
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
+        few = slice(None, None, math.ceil(q.shape[2] / 64))
+        exact = y[:, :, few].float()  # (B, heads, 64, d)
+        rows = wan_fp4.join_heads(exact).flatten(0, 1)  # (B * 64, D)
+        rounded = quant.dequantize_nvfp4(*quant.quantize_nvfp4(rows, method="rtn"), shape=tuple(rows.shape))
+        losses = wan_fp4.fp8_attention(q[:, :, few], k, v) - exact, rounded - rows
+        self.attention_losses[i] += torch.stack([x.square().sum() / rows.square().sum() for x in losses]).cpu()
+        return y
+
+    def sensitive_attention(self):
+        """The blocks whose self-attention loses more in E4M3 than the next layer's rounding to NVFP4 does."""
+        e4m3, nvfp4 = self.attention_losses.T
+        return (e4m3 > nvfp4).nonzero().flatten().tolist()
 
     @torch.no_grad()
     def stages(self):
@@ -1641,7 +1660,14 @@ def run(args, command):
         calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device)
     made = {"quantization_command": command,
             "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
+    kept = calibration.sensitive_attention() if calibration else []
+    if kept:
+        made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
     formats, notes = choose_plan(args, source, calibration, made)
+    if calibration:
+        e4m3, nvfp4 = (-10 * (calibration.attention_losses.mean(0) / len(calibration.inputs)).log10()).tolist()
+        notes = [*notes, f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; "
+                         f"blocks that --attention fp8 keeps in bf16: {', '.join(map(str, kept)) or 'none'}"]
     targets = frozenset()
     if lora_file:
         rounded = [name for name, fmt in formats.items() if fmt != "bf16"]

@@ -872,7 +872,7 @@ def load_dit(path, conditions, settings):
     dit = wan_fp4.load_dit(path, device, loras=settings.loras, stream=True, mode=mode)
     print(f"{Path(path).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
     if settings.attention.startswith("fp8"):
-        kept = wan_fp4.use_fp8_attention(dit, everywhere=settings.attention == "fp8-all")
+        kept = wan_fp4.use_fp8_attention(dit, settings.attention == "fp8-all")
         print(f"self-attention in E4M3{''.join(f', not in block {i}' for i in kept)}")
     tokens = max(c.y[0, 0].numel() // 4 for c in conditions)
     settle(dit, MARGIN + WORKING * tokens * dit.cfg.dim, device, settings.offload)

@@ -2420,7 +2420,8 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("capability, tile, settings", [
     ((7, 5), 16, {"offload": True}), ((9, 0), None, {}), ((10, 0), None, {"cfg": 2.0}),
-    ((12, 0), 16, {"offload": True, "cfg": 2.0, "precise_steps": True})])
+    ((12, 0), 16, {"offload": True, "cfg": 2.0, "precise_steps": True}),
+    ((12, 0), None, {"attention": "fp8"})])
 def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, tile, settings, cuda, lora_file, monkeypatch):
     cuda.capability, steps, real = capability, [], sample.sampling_step
 
@@ -2433,6 +2434,7 @@ def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, tile, settings, 
     monkeypatch.setattr(sample, "sampling_step", sampling_step)
     monkeypatch.setattr(sample, "decode_tile", lambda *_: tile)
     monkeypatch.setattr(sample, "check_finite", lambda *_: None)  # the CPU looks at the last step's result
+    monkeypatch.setattr(wan_fp4, "flex_attention", lambda: wan_fp4.emulate_flex_attention)
     factors = {f"blocks.0.self_attn.q.lora_{kind}.weight": torch.ones(shape)
                for kind, shape in (("up", (192, 4)), ("down", (4, 192)))}
     demo = {flag: REPOSITORY / "demo" / tiny for flag, (tiny, *_) in sample.NETWORKS.items()}
@@ -2451,13 +2453,15 @@ class Fakes:
 
     def __init__(self, monkeypatch):
         self.log, self.loaded, self.dit_calls, self.clip_calls, self.prompts = [], [], [], [], []
+        self.modes = []  # of the DiT's quantized layers
         for name in ("dit", "vae", "umt5", "clip"):
             monkeypatch.setattr(wan_fp4, f"load_{name}", self.loader(name), raising=False)
 
     def loader(self, name):
-        def load(path, device="cpu", dtype=None, loras=(), stream=False):
+        def load(path, device="cpu", dtype=None, loras=(), stream=False, mode=None):
             assert all(network() is None for network in self.loaded)  # one network in memory at a time
             self.log.append(name)
+            self.modes += [mode] if name == "dit" else []
             module = torch.nn.Module()
             self.loaded.append(weakref.ref(module))
             module.forward = getattr(self, name, None)
@@ -2606,6 +2610,34 @@ def test_precise_steps_do_not_quantize_activations(place, fakes, monkeypatch):
     assert modes == ["dequantize", "emulate", "emulate", "dequantize"] and layer.mode == "emulate"
     run("photo.png -o a.mp4 --frames 1")
     assert modes[4:] == ["emulate"] * 4
+
+
+def test_emulate_and_fp8_attention_reach_the_dit(place, fakes, monkeypatch, capsys):
+    everywhere = []
+    monkeypatch.setattr(wan_fp4, "use_fp8_attention", lambda dit, every: everywhere.append(every) or [2])
+    run("photo.png -o a.mp4 --frames 1")
+    assert fakes.modes == [None] and ", sdpa attention, on cpu" in capsys.readouterr().out
+    run("photo.png -o a.mp4 --frames 1 --emulate --attention fp8")
+    out = capsys.readouterr().out
+    assert ", fp8 attention, tensor cores emulated, on cpu" in out
+    assert "self-attention in E4M3, not in block 2\n" in out
+    run("photo.png -o a.mp4 --frames 1 --emulate --attention fp8-all")
+    assert fakes.modes == [None, "emulate", "emulate"] and everywhere == [False, True]
+
+
+@pytest.mark.parametrize("attention, text", [
+    ("fp8", "cpu does not multiply in 8 bits"), ("fp8-all", "to see its quality, add --emulate"),
+    ("cudnn", "got device cpu, expected a CUDA GPU"), ("fa3", "got device cpu, expected a CUDA GPU")])
+def test_attention_that_the_device_lacks_is_refused(attention, text, place):
+    fails(sample.main, ["photo.png", "--attention", attention], text)
+    assert sorted(os.listdir(place)) == ["demo", "photo.png"]
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_flash_attention_that_is_not_installed_is_refused(name):
+    with pytest.raises(ValueError, match=f"--attention {name}: No module named .*; install the FlashAttention"):
+        with sample.attention_kernel(name):
+            pass
 
 
 def test_a_prompt_is_encoded_once_and_then_kept(place, fakes, models):
@@ -4242,6 +4274,28 @@ def feed(dit, walk, layers):
 
 def same_moment(inputs, x):
     return (inputs.moment - x.T @ x).abs().max() < 1e-4 * inputs.moment.abs().max()
+
+
+def test_calibration_measures_attention_in_e4m3_against_rounding_its_output(source, monkeypatch):
+    rounded_more = {0: 0.5, 1: 0.01}  # of each block's output; NVFP4's rounding is 0.1
+    calibration, blocks = convert.Calibration(source, 10, 4), iter([0, 1] * 4)
+    monkeypatch.setattr(wan_fp4, "fp8_attention", lambda q, k, v: (1 + rounded_more[next(blocks)]) *
+                        F.scaled_dot_product_attention(q, k, v))
+    cfg, x = calibration.dit.cfg, torch.randn(1, 16, 2, 4, 6)
+    conditions = types.SimpleNamespace(text=torch.randn(1, 3, cfg.text_dim), y=torch.randn(1, 20, 2, 4, 6),
+                                       image=torch.randn(1, 4, cfg.image_dim))
+    for _ in range(4):
+        calibration.velocity(x, 0.9, conditions, lambda: None)
+    assert calibration.attention_losses[:, 0].tolist() == pytest.approx([1, 0.0004], rel=0.01)  # 4 * squares
+    assert 10 < -10 * math.log10(calibration.attention_losses[0, 1] / 4) < 25
+    assert calibration.sensitive_attention() == [0]
+
+
+def test_blocks_with_sensitive_attention_are_in_the_header(small_dit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert.Calibration, "sensitive_attention", lambda self: [0, 1])
+    convert.main(["-i", str(small_dit), "-o", str(tmp_path / "o.safetensors"), "--calib", str(PHOTO)])
+    assert wan_fp4.load_dit(tmp_path / "o.safetensors").bf16_attention == [0, 1]
+    assert "blocks that --attention fp8 keeps in bf16: 0, 1\n" in capsys.readouterr().out
 
 
 def test_calibration_sees_what_layers_of_the_whole_model_see(small_dit, walk, seen):

@@ -348,10 +348,11 @@ def emulate_flex_attention(q, k, v, logit_scale):
     """What FlexAttention's kernels compute from E4M3 operands, but for its running maximum: they scale the
     probabilities by the largest logit so far, and correct the sum when they meet a larger one."""
     k, v, out = k.float().transpose(2, 3), v.float(), []
-    for rows in q.split(512, dim=2):  # (B, heads, 512, d): the N x N logits do not fit memory
-        logits = rows.float() @ k * logit_scale  # (B, heads, 512, N)
-        p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, heads, 512, N)
-        y = p.to(torch.float8_e4m3fn).float() @ v / p.sum(-1, keepdim=True)  # (B, heads, 512, d)
+    few = max(1, 2 ** 26 // (v[..., 0].numel()))  # rows whose logits take 256 MB; N x N would not fit memory
+    for rows in q.split(few, dim=2):  # (B, heads, few, d)
+        logits = rows.float() @ k * logit_scale  # (B, heads, few, N)
+        p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, heads, few, N)
+        y = p.to(torch.float8_e4m3fn).float() @ v / p.sum(-1, keepdim=True)  # (B, heads, few, d)
         out.append(y.to(torch.float8_e4m3fn))  # the kernels give y in q's dtype
     return torch.cat(out, dim=2)  # (B, heads, N, d)
 
