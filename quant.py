@@ -609,7 +609,7 @@ class QuantLinear(nn.Module):
         dtype = torch.float32 if self.mode == "emulate" else self.compute_dtype
         if self.mode == "tensor_cores":
             *operands, tensor_scale = scaled_mm_operands(self.quantize_input(scaled, quantized), self)
-            if dtype == torch.bfloat16 and one_call_works(x.device, self.format):  # a trial, once
+            if x.is_cuda and dtype == torch.bfloat16 and one_call_works(x.device, self.format):  # after a trial
                 y = multiply_in_one_call(*operands, tensor_scale, self.bias)[:, :self.out_features]  # (R, M)
             else:
                 y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)[:, :self.out_features]  # (R, M)

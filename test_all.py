@@ -3135,6 +3135,7 @@ def test_check_fails_for_a_product_that_is_wrong_or_cannot_run(monkeypatch, caps
         return F.linear(x, self.dequantized(torch.float32).unflatten(1, (-1, 2)).flip(2).flatten(1))
     right = quant.QuantLinear.forward
     monkeypatch.setattr(quant, "default_mode", lambda device: "tensor_cores")
+    monkeypatch.setattr(quant, "one_call_works", lambda device, fmt: False)
     monkeypatch.setattr(quant.QuantLinear, "forward", lambda self, x: (
         tensor_cores if self.mode == "tensor_cores" else right)(self, x))
     with pytest.raises(SystemExit) as stop:

@@ -4,10 +4,10 @@
     python bench/attention.py --kernels         the kernels' instructions; needs torch's CUDA build, but no GPU:
                                                 pip --isolated install torch==2.13.0
 
-Accuracy, by block: the signal-to-noise ratio of self-attention's output, over four steps of one video, and for
-comparison that of rounding the exact output to NVFP4, which the next layer does to it in W4A4. Videos: two photos
-that the model was never trained on, nine moves each; PSNR against the videos in W4A16 with torch's attention, from
-the same noise.
+Accuracy, by block: the signal-to-noise ratio of self-attention's output, over four steps of one video, and that
+of rounding the exact output to NVFP4, which the next layer does to it in W4A4. Videos: two photos that the model
+was never trained on, nine moves each; PSNR against the videos in W4A16 with torch's attention, from the same
+noise.
 
 Kernels: torch.compile writes FlexAttention's kernel for a pretended GPU, Triton's ptxas assembles it, and
 nvdisasm lists its instructions. Nothing runs.

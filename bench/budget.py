@@ -57,8 +57,8 @@ def work(formats, shapes):
 
 def fp8_attention(gpu):
     """Seconds that fp8 attention adds: a negative number, as it multiplies at twice the rate. Rotating q and k
-    reads and writes bf16 (4 bytes each); k's and v's mean, and three largest values, read it (10); casts read bf16
-    and write E4M3 (9); y is read and written (3)."""
+    reads and writes bf16 (4 bytes each); k's and v's mean, and three largest values, read it (10); casts read
+    bf16 and write E4M3 (9); y is read and written (3)."""
     self_attention = 4 * CFG.num_blocks * TOKENS ** 2 * CFG.dim
     moved = CFG.num_blocks * TOKENS * CFG.dim * (2 * 4 + 10 + 9 + 3)
     return moved / gpu["bandwidth"] - self_attention / gpu["attention"] / 2
