@@ -89,8 +89,9 @@ A row has N = Kp / B blocks of B = 16 or 32. M128 is M rounded up to a multiple 
   tensor_scale  L.weight_scale_2    float32       ()                     none
   marker        L.comfy_quant       uint8, JSON: {"format": "nvfp4"}     uint8, JSON: {"format": "mxfp8"}
 
-Optional: L.bias (M,); L.pre_quant_scale (K,), which multiplies x; for NVFP4 L.input_scale (), the tensor scale
-of x. "full_precision_matrix_mult": true in the marker's JSON says that x must not be quantized.
+Optional: L.bias (M,); for NVFP4 L.pre_quant_scale (K,), which multiplies x, and L.input_scale (), the tensor
+scale of x (other formats ignore it). "full_precision_matrix_mult": true in the marker's JSON says that x must not
+be quantized.
 
 Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales is
 padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512 consecutive bytes, and the tiles follow one
@@ -428,7 +429,7 @@ def search_mxfp8(x, amax, rtn):
 
 def write_marker(info: dict) -> Tensor:
     """A dict such as {"format": "nvfp4"} -> the uint8 tensor that a checkpoint stores as L.comfy_quant."""
-    return torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8, device="cpu")
 
 
 def read_marker(marker: Tensor, name: str = "comfy_quant") -> dict:
@@ -461,17 +462,17 @@ def stored_tensors(fmt: str | None, in_features: int, out_features: int) -> tupl
     optional = {"bias": (None, (out_features,), advice)}
     if fmt is None:
         return {"weight": (None, (out_features, in_features), advice)}, optional
-    optional["pre_quant_scale"] = (None, (in_features,), advice)
+    optional["input_scale"] = number
     if fmt == "float8_e4m3fn":
         weight = ((torch.float8_e4m3fn,), (out_features, in_features), advice)
-        return {"weight": weight, "weight_scale": number}, optional | {"input_scale": number}
+        return {"weight": weight, "weight_scale": number}, optional
     rows, cols = round_up(out_features, BLOCK[fmt]), round_up(in_features, BLOCK[fmt])
     scale_shape = (round_up(rows, 128), round_up(cols // BLOCK[fmt], 4))
     scale_advice = "the scales must be padded and swizzled exactly once"
     if fmt == "nvfp4":
         return {"weight": ((torch.uint8,), (rows, cols // 2), advice),
                 "weight_scale": ((torch.float8_e4m3fn, torch.uint8), scale_shape, scale_advice),
-                "weight_scale_2": number}, optional | {"input_scale": number}
+                "weight_scale_2": number}, optional | {"pre_quant_scale": (None, (in_features,), advice)}
     return {"weight": ((torch.float8_e4m3fn,), (rows, cols), advice),
             "weight_scale": ((torch.uint8, torch.float8_e8m0fnu), scale_shape, scale_advice)}, optional
 
@@ -485,7 +486,8 @@ def check_stored(name, tensors, fmt, in_features, out_features):
                              f"the file is incomplete: download it again")
     for suffix, tensor in tensors.items():
         if suffix not in required | optional:
-            raise ValueError(f"{name}.{suffix}: got a tensor, expected none, as the layer is {kind}; "
+            why = ", and ComfyUI applies it to NVFP4 only" if suffix == "pre_quant_scale" else ""
+            raise ValueError(f"{name}.{suffix}: got a tensor, expected none, as the layer is {kind}{why}; "
                              f"check its comfy_quant marker")
         dtypes, shape, advice = (required | optional)[suffix]
         if not (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes):
@@ -527,7 +529,7 @@ class QuantLinear(nn.Module):
       emulate       compute what tensor_cores computes, but for the rounding of the product to bfloat16, on any
                     device: quantize and dequantize x, dequantize W, multiply in float32
     FP8 layers, plain layers and those whose marker says "full_precision_matrix_mult" always use "dequantize";
-    the input_scale of an FP8 layer is stored but ignored. A dequantized copy of W is freed after each call.
+    an input_scale is used by NVFP4 and ignored by the others. A dequantized copy of W is freed after each call.
 
     x has any float dtype and any leading dimensions; y has x's dtype. Use from_tensors to make a layer.
     """

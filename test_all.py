@@ -633,6 +633,13 @@ def test_linear_input_scale_is_the_activations_tensor_scale():
     assert not torch.equal(layer(x), make("nvfp4", mode="emulate")[0](x))
 
 
+@pytest.mark.parametrize("mode", ["dequantize", "emulate"])
+def test_linear_ignores_the_input_scale_of_mxfp8(mode):
+    x = torch.randn(4, 56)
+    layer = make("mxfp8", mode=mode, extra={"input_scale": torch.tensor(1e-9)})[0]
+    assert torch.equal(layer(x), make("mxfp8", mode=mode)[0](x))
+
+
 def test_linear_without_input_scale_adapts_to_the_range_of_x():
     layer, _ = make("nvfp4", mode="emulate", bias=False)
     x = torch.randn(16, 56)
@@ -748,8 +755,8 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, shape, monkeypatch)
         a = F.pad(a.view(torch.uint8), (0, 0, 0, -len(a) % 128)).view(a.dtype)  # comfy-kitchen wants 128 rows
         return (operand(a, scale_a) @ operand(b.t(), scale_b).T)[:rows]  # in float32, not out_dtype
 
-    layer, _ = make(fmt, out_features, in_features, mode="tensor_cores",
-                    extra={"pre_quant_scale": torch.rand(in_features)})
+    smooth = {"pre_quant_scale": torch.rand(in_features)} if fmt == "nvfp4" else {}
+    layer, _ = make(fmt, out_features, in_features, mode="tensor_cores", extra=smooth)
     x = torch.randn(rows, in_features)
     monkeypatch.setattr(torch, "_scaled_mm", reference_mm)
     got = layer(x)
@@ -814,6 +821,8 @@ def without(*names):
      r"\.weight_scale_2: got \(2,\), expected \(\); expected one number"),
     ("mxfp8", changed(weight_scale_2=torch.ones(())), {},
      r"\.weight_scale_2: got a tensor, expected none, as the layer is MXFP8; check its comfy_quant marker"),
+    ("mxfp8", changed(pre_quant_scale=torch.ones(256)), {},
+     r"\.pre_quant_scale: got a tensor, expected none, as the layer is MXFP8, and ComfyUI applies it to NVFP4"),
     (None, changed(wight=torch.ones(())), {}, r"\.wight: got a tensor, expected none, as the layer is plain"),
     ("nvfp4", without("comfy_quant", "weight_scale", "weight_scale_2"), {},
      r"\.weight: got torch.uint8, expected a float dtype, as the layer is plain; check its comfy_quant marker"),
@@ -1459,6 +1468,49 @@ def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_pa
     quantized, plain = (wan_fp4.load_dit(tmp_path / f"{name}.safetensors") for name in ("quantized", "plain"))
     assert quantized.blocks[0].ffn[0].format == "nvfp4" and plain.blocks[0].ffn[0].format is None
     assert relative_error(quantized(**dit_inputs(1, 4, 4, 5)), plain(**dit_inputs(1, 4, 4, 5))) < 1e-5
+
+
+def marked_in_header(path, formats=(), tensors=(), prefix="", **metadata):
+    """Write the demo's DiT with the layers' markers in the header, changed by `formats` {layer: marker}, and
+    without comfy_quant tensors but for `tensors` {layer: marker}."""
+    demo = REPOSITORY / "demo" / "dit.safetensors"
+    weights = {name: tensor for name, tensor in load_file(demo).items() if not name.endswith(".comfy_quant")}
+    weights |= {f"{layer}.comfy_quant": quant.write_marker(marker) for layer, marker in dict(tensors).items()}
+    layers = {prefix + layer: marker for layer, marker in (read_layers(demo) | dict(formats)).items()}
+    metadata = {"head_dim": "32", "_quantization_metadata": json.dumps({"layers": layers})} | metadata
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_markers_in_the_header_alone_are_enough(prefix, tmp_path):
+    """A layer that the file does not have is ignored."""
+    path = marked_in_header(tmp_path / "x", {"blocks.99.ffn.0": {"format": "mxfp8"}}, prefix=prefix)
+    got = wan_fp4.load_dit(path)
+    expected = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors")
+    assert quant.describe(got) == quant.describe(expected) and "NVFP4" in quant.describe(got)
+
+
+NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
+
+
+@pytest.mark.parametrize("header, tensor, text", [
+    (MXFP8, NVFP4, "got nvfp4 in the tensor and mxfp8 in the header's _quantization_metadata, expected the same"),
+    (NVFP4 | {"full_precision_matrix_mult": True}, NVFP4, "got nvfp4 in the tensor and nvfp4 at full precision"),
+    ({"format": "int3"}, None, "in the header's _quantization_metadata: got .*int3"),
+    ([5], None, r"in the header's _quantization_metadata: got b'\[5\]', expected a format")])
+def test_headers_that_disagree_with_the_tensors_are_refused(header, tensor, text, tmp_path):
+    tensors = {"blocks.0.ffn.0": tensor} if tensor else {}
+    path = marked_in_header(tmp_path / "x", {"blocks.0.ffn.0": header}, tensors)
+    with pytest.raises(ValueError, match=f"x: blocks.0.ffn.0.comfy_quant.*{text}"):
+        wan_fp4.load_dit(path)
+
+
+@pytest.mark.parametrize("bad", ["{", "5", '{"layers": 5}', "[" * 10 ** 5])
+def test_a_damaged_quantization_metadata_is_refused(bad, tmp_path):
+    path = marked_in_header(tmp_path / "x", _quantization_metadata=bad)
+    with pytest.raises(ValueError, match="x: _quantization_metadata in its header: got '.*, expected JSON with"):
+        wan_fp4.load_dit(path)
 
 
 # Building

@@ -40,7 +40,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-from quant import QuantLinear, compiled_on_cuda, default_dtype, default_mode, project, read_marker
+from quant import QuantLinear, compiled_on_cuda, default_dtype, default_mode, project, read_marker, write_marker
 
 # ----------------------------------------------------------------------------------------------------
 # DiT: the diffusion transformer
@@ -1058,17 +1058,46 @@ def read_safetensors(path):
 
 def read_tensors(path):
     """A checkpoint's tensors by bare name, memory-mapped, and its metadata. path: a .safetensors, .pth or .pkl
-    file, an index .json, or a folder of shards."""
-    tensors, metadata = {}, {}
+    file, an index .json, or a folder of shards. Layers that only the metadata mark get a comfy_quant tensor."""
+    tensors, markers, metadata = {}, {}, {}
     for file in shards(path):
         stored, own = (read_pickle(file), {}) if file.suffix in PICKLES else read_safetensors(file)
         for name, tensor in stored.items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"{file}: {name[:200]}: got {tensor.dtype}, expected a dtype such as "
                                  f"torch.bfloat16; convert the file")
-        tensors |= stored
+        tensors |= {bare_name(name): tensor for name, tensor in stored.items()}
+        markers |= header_markers(own, file)
         metadata |= own
-    return {bare_name(name): tensor for name, tensor in tensors.items()}, metadata
+    add_markers(tensors, markers, path)
+    return tensors, metadata
+
+
+def header_markers(metadata, path):
+    """{marker's name: marker} of the layers that a file's header lists in _quantization_metadata."""
+    text = metadata.get("_quantization_metadata", "{}")
+    try:
+        layers = json.loads(text).get("layers", {})
+        return {f"{bare_name(layer)}.comfy_quant": write_marker(info) for layer, info in layers.items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f'{path}: _quantization_metadata in its header: got {text[:100]!r}, expected JSON with '
+                         f'"layers": {{NAME: {{"format": ...}}}}; download the file again') from None
+
+
+def add_markers(tensors, markers, path):
+    """Give layers without a comfy_quant tensor the header's marker. Raises ValueError where the two disagree,
+    because programs differ in which one they follow."""
+    def meaning(marker, where):
+        info = read_marker(marker, where)
+        return info["format"] + (" at full precision" if info.get("full_precision_matrix_mult") else "")
+
+    for name, marker in markers.items():
+        if name.removesuffix("comfy_quant") + "weight" in tensors:
+            header = meaning(marker, f"{path}: {name} in the header's _quantization_metadata")
+            stored = meaning(tensors.setdefault(name, marker), f"{path}: {name}")
+            if stored != header:
+                raise ValueError(f"{path}: {name}: got {stored} in the tensor and {header} in the header's "
+                                 f"_quantization_metadata, expected the same in both; convert the model again")
 
 
 def tensor_names(path):
