@@ -2,6 +2,8 @@
 
     python convert.py -i MODEL.safetensors            writes MODEL-nvfp4.safetensors
 
+A file in LightX2V's NVFP4 layout (quant.from_lightx2v) is repacked instead: nothing in it is rounded again.
+
 The sections follow the steps of a conversion, in reading order:
 
   Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time
@@ -75,6 +77,7 @@ import wan_fp4
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
+FLOATS = torch.float32, torch.float16, torch.bfloat16  # of tensors that are not quantized
 PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
 PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16"}  # those of --fpmm-layers too
 
@@ -96,15 +99,17 @@ class DamagedError(ValueError):
 class Source:
     """A checkpoint's tensors by bare official name: shapes, dtypes, metadata; tensor(name) reads one.
 
-    Raises FileNotFoundError, and ValueError if path is not an unquantized Wan DiT in safetensors.
+    packed: whether it is in LightX2V's NVFP4 layout, for repack. Raises FileNotFoundError, and ValueError if path
+    is not a Wan DiT in safetensors, or is quantized in another way.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.files = wan_fp4.shards(self.path)
         self.shapes, self.dtypes, self.metadata, self.stored = {}, {}, {}, {}
-        for file in self.files:
-            metadata, tensors = wan_fp4.read_header(file)
+        headers = {file: wan_fp4.read_header(file) for file in self.files}
+        self.packed = any(wan_fp4.is_lightx2v(tensors) for _, tensors in headers.values())
+        for file, (metadata, tensors) in headers.items():
             if "_quantization_metadata" in metadata:
                 raise ValueError(f"{file}: already quantized (its header has _quantization_metadata); "
                                  f"convert the bf16 model")
@@ -127,13 +132,12 @@ class Source:
         if name in self.shapes:
             raise ValueError(f"{file}: {stored}: duplicate tensor (also in {self.stored[name][0]}, as "
                              f"{self.stored[name][1]}); give one model")
-        if name.endswith((".comfy_quant", ".weight_scale")):
+        if not self.packed and name.endswith((".comfy_quant", ".weight_scale")):
             raise ValueError(f"{file}: already quantized (it has {name}); convert the bf16 model")
-        if dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8")):
+        if not self.packed and (dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8"))):
             raise ValueError(f"{file}: {name}: already 8-bit ({dtype}), and rounding it again would add to "
                              f"its error; convert the bf16 model")
-        floating = DTYPES.get(dtype) in (torch.float32, torch.float16, torch.bfloat16)
-        if dtype not in DTYPES or name.endswith(".weight") and not floating:
+        if dtype not in DTYPES or name.endswith(".weight") and not self.packed and DTYPES[dtype] not in FLOATS:
             raise ValueError(f"{file}: {name}: got {dtype}, expected BF16, F16 or F32; convert the bf16 model")
         if 0 in shape:
             raise ValueError(f"{file}: {name}: got shape {shape}, expected no size of 0; get an undamaged copy")
@@ -150,7 +154,7 @@ class Source:
                 tensor = f.get_tensor(stored)
         except safetensors.SafetensorError as error:  # the header could be read when the run started
             raise OSError(f"{file}: {stored}: cannot be read ({error})") from None
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.is_floating_point() and not quant.matrix_amax(tensor).isfinite():
             raise DamagedError(f"{file}: {stored}: got NaN or infinite values, expected finite ones; get an "
                                f"undamaged copy")
         return tensor
@@ -1131,7 +1135,7 @@ class Output:
 
 
 class Journal:
-    """What a run has finished: a line per weight, beside the unfinished files. Call close() in any case.
+    """What a run has finished: a line per weight, beside the unfinished files. Write within running().
 
     The first line identifies the run: the files that it reads, plan and command must be the same to resume. The
     other lines are JSON after its checksum: a weight, its quality and the checksums of its tensors. So anything
@@ -1143,6 +1147,24 @@ class Journal:
         stats = [file.stat() if file.is_file() else None for file in map(Path, reads)]
         state = repr([stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()
         self.identity = hashlib.sha256(b"".join(output.start for output in outputs) + state).hexdigest().encode()
+
+    @contextmanager
+    def running(self, resume=False):
+        """A context for writing; when it ends, the files get their final names. After a failure the unfinished
+        files stay, for `resume`, unless the source is damaged and no run could succeed."""
+        try:
+            self.open(resume)
+            yield
+            self.finish()
+        except DamagedError:
+            self.discard()
+            raise
+        except OSError as error:
+            if error.strerror and not error.filename:  # of a write, for which Python names no file
+                error.filename = self.outputs[0].path
+            raise
+        finally:
+            self.close()
 
     def open(self, resume):
         """Open and lock all files. Raises ValueError if another process writes one, if there is nothing to
@@ -1324,8 +1346,7 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
-    try:
-        journal.open(resume)
+    with journal.running(resume):
         with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
             for names, seen in zip(stages, calibration.stages() if calibration else [{}]):
                 def work(name):
@@ -1344,17 +1365,48 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
                             [outputs[1].read(factor)[0] for factor in factors if name in beside])
                     progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
                     progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
-        journal.finish()
-    except DamagedError:
-        journal.discard()
-        raise
-    except OSError as error:
-        if error.strerror and not error.filename:  # of a write, for which Python names no file
-            error.filename = out
-        raise
-    finally:
-        journal.close()
     return {name: quality for name, quality in journal.done.items() if quality}
+
+
+# A packed source: its weights are NVFP4 already, in another layout
+
+def repack(source, out, made=None, resume=False):
+    """Writes a packed `source` to the file `out` in the comfy_quant format. No value is rounded again.
+
+    Returns the number of NVFP4 layers. Raises ValueError, before anything is written, for a layer that is
+    incomplete or in another layout. What a later failure leaves is as in convert.
+    """
+    layers = {}  # {layer's name and a dot: its tensors' names}
+    for name in source.shapes:
+        layers.setdefault(name[:name.rfind(".") + 1], []).append(name)
+
+    def repacked(layer, read):
+        """{name: tensor} of a layer in the output, from the tensors that read(name) returns."""
+        where, stored = f"{source.path}: {layer[:-1]}", {name[len(layer):]: read(name) for name in layers[layer]}
+        new = quant.from_lightx2v(where, stored)
+        for suffix, tensor in stored.items():
+            if new is stored and tensor.dtype not in FLOATS:
+                raise ValueError(f"{where}.{suffix}: got {tensor.dtype}, expected BF16, F16 or F32 in a layer "
+                                 f"without LightX2V's NVFP4 scales; the file mixes layouts: download it again")
+        return {layer + suffix: tensor for suffix, tensor in new.items()}
+
+    def outline(name):
+        """A single number, or the shape and dtype of a larger tensor."""
+        if math.prod(source.shapes[name]) == 1:
+            return source.tensor(name)
+        return torch.empty(source.shapes[name], dtype=source.dtypes[name], device="meta")
+
+    tensors = {name: (new.dtype, tuple(new.shape))
+               for layer in layers for name, new in repacked(layer, outline).items()}
+    packed = [name.removesuffix(".comfy_quant") for name in tensors if name.endswith(".comfy_quant")]
+    markers = json.dumps({"format_version": "1.0", "layers": dict.fromkeys(packed, {"format": "nvfp4"})})
+    about = source.metadata | (made or {}) | {"_quantization_metadata": markers}
+    journal = Journal([Output(out, tensors, about)], source.reads)
+    with journal.running(resume):
+        for layer in tqdm(layers, desc="repacking", disable=None):
+            if layer not in journal.done:
+                journal.write(layer, {}, repacked(layer, source.tensor))
+    return len(packed)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1495,7 +1547,8 @@ def make_parser():
     parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, metavar="MODEL",
-        help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names")
+        help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names. If it "
+        "is in LightX2V's NVFP4 layout, it is repacked, and nothing is rounded")
     add("-o", "--output", type=Path, metavar="OUT", help="default: MODEL-nvfp4.safetensors beside the input")
     add_plan_flags(parser.add_argument_group("format of each layer (default: --plan score)"))
     add_rounding_flags(parser.add_argument_group("rounding"))
@@ -1647,19 +1700,38 @@ def write_text(path, text):
         part.unlink(missing_ok=True)
 
 
+COMPATIBLE = "wan", "comfy_quant", "save_quant_metadata", "top_p"  # flags that never have an effect
+
+
+def check_only(args, allowed, reason):
+    """Raises ValueError for a flag that is not among `allowed` and so would be ignored."""
+    defaults = vars(make_parser().parse_args(["-i", "MODEL"]))
+    for name, value in vars(args).items():
+        if name not in (*allowed, *COMPATIBLE) and value != defaults[name]:
+            flag = value if name == "base" else name.replace("_", "-")
+            raise ValueError(f"--{flag}: {reason}; leave it out")
+
+
 def run(args, command):
     begin = time.monotonic()
+    made = {"quantization_command": command,
+            "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
     check_flags(args)
     source = Source(args.input)
     out, lora_file = output_files(args)
+    if source.packed:
+        check_only(args, ("input", "output", "resume"), f"{args.input} is NVFP4 already, so it is only repacked")
+        check_files(out, None, None, source.reads)
+        print(f"{args.input}: NVFP4 in LightX2V's layout; its {repack(source, out, made, args.resume)} "
+              f"layers were repacked (nibbles swapped, scales renamed and inverted), without rounding anything")
+        print(f"{gib(source.nbytes)} -> {gib(out.stat().st_size)} in {time.monotonic() - begin:.1f} s: {out}")
+        return
     encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
     reads = calibration_files(args.calib, encoders) if args.calib else []
     check_files(out, lora_file, args.plot, [*source.reads, *reads])
     calibration = None
     if args.calib:
         calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device)
-    made = {"quantization_command": command,
-            "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
     kept = calibration.sensitive_attention() if calibration else []
     if kept:
         made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8

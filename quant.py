@@ -55,7 +55,8 @@ and the block is divided by 0.25 * 40 = 10. Codes and bytes are printed in hexad
 
 Two codes share a byte, and elements 0, 2, 4, ... of a row are in the HIGH nibbles: 6, then B, is 6B. torchao and
 torch's own float4_e2m1fn_x2 put them in the low nibbles. A product needs both operands in the same order. This
-file packs activations high nibble first, so a weight packed in the other order gives wrong results here.
+file packs activations high nibble first, so a weight packed in the other order gives wrong results here;
+from_lightx2v swaps the nibbles of one known layout.
 
 MXFP8
 -----
@@ -108,7 +109,8 @@ https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 Map
 ---
   for callers    quantize_nvfp4, dequantize_nvfp4, quantize_mxfp8, dequantize_mxfp8, swizzle, unswizzle,
-                 QuantLinear, write_marker, read_marker, stored_tensors, describe, default_mode, default_dtype
+                 QuantLinear, write_marker, read_marker, stored_tensors, from_lightx2v, describe, default_mode,
+                 default_dtype
   for converters encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1, encode_nvfp4, encode_mxfp8, round_e2m1
   to read first  plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch
 
@@ -498,6 +500,50 @@ def check_stored(name, tensors, fmt, in_features, out_features):
             raise ValueError(f"{name}.{suffix}: got {tuple(tensor.shape)}, expected {shape}; {advice}")
 
 
+LIGHTX2V_SCALES = ["weight_global_scale", "input_absmax"], ["alpha", "input_global_scale"]
+
+
+def from_lightx2v(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors {suffix: tensor} in LightX2V's layout of NVFP4 -> those of this file; no weight changes.
+    The tensors of any other layer are returned as they are.
+
+    LightX2V (https://github.com/ModelTC/LightX2V) puts the even element in the LOW nibble and has no marker. Its
+    block scales are the same bytes. Its global scales divide: weight_global_scale = 1 / weight_scale_2, and
+    input_global_scale = 1 / input_scale. A layer stores one of the two with a number that implies the other:
+
+        weight_global_scale, input_absmax = 2688 * input_scale     or
+        input_global_scale, alpha = input_scale * weight_scale_2
+
+    Raises ValueError, naming `name`, if tensors are missing, of another layout, or out of range.
+    """
+    scales = [suffix for pair in LIGHTX2V_SCALES for suffix in pair if suffix in tensors]
+    if not scales:
+        return tensors
+    others = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in scales}
+    if scales not in LIGHTX2V_SCALES or others.keys() - {"bias"} != {"weight", "weight_scale"}:
+        raise ValueError(f"{name}: got {', '.join(sorted(tensors))}, expected weight, weight_scale and either "
+                         f"weight_global_scale and input_absmax or alpha and input_global_scale, as in "
+                         f"LightX2V's NVFP4 layout; the file is damaged or mixes layouts: download it again")
+    weight, numbers = tensors["weight"], [tensors[suffix] for suffix in scales]
+    if weight.dtype != torch.uint8 or weight.dim() != 2 or any(number.numel() != 1 for number in numbers):
+        got = ", ".join(f"{suffix} {tensors[suffix].dtype} {tuple(tensors[suffix].shape)}"
+                        for suffix in ("weight", *scales))
+        raise ValueError(f"{name}: got {got}, expected a 2-D torch.uint8 weight and single numbers, as in "
+                         f"LightX2V's NVFP4 layout; the file is damaged: download it again")
+    first, second = (number.float().reshape(()) for number in numbers)
+    if scales == LIGHTX2V_SCALES[0]:
+        tensor_scale, input_scale = 1 / first, second / (E4M3_MAX * E2M1_MAX)
+    else:
+        tensor_scale, input_scale = first * second, 1 / second
+    if not (0 < tensor_scale < float("inf") and 0 < input_scale < float("inf")):
+        raise ValueError(f"{name}: got {scales[0]} {first.item():g} and {scales[1]} {second.item():g}, expected "
+                         f"positive numbers; the file is damaged: download it again")
+    swapped = weight << 4 | weight >> 4  # (M, K / 2)
+    stored = others | {"weight": swapped, "weight_scale_2": tensor_scale, "input_scale": input_scale}
+    check_stored(name, stored, "nvfp4", 2 * weight.shape[1], weight.shape[0])
+    return stored | {"comfy_quant": write_marker({"format": "nvfp4"})}
+
+
 # ----------------------------------------------------------------------------------------------------
 # The Linear layer
 # ----------------------------------------------------------------------------------------------------
@@ -538,11 +584,12 @@ class QuantLinear(nn.Module):
     def from_tensors(cls, name: str, tensors: dict[str, Tensor], in_features: int, out_features: int,
                      bias: bool | None = None, compute_dtype: torch.dtype | None = None,
                      mode: str | None = None) -> "QuantLinear":
-        """Make a layer from its stored tensors. They are not copied, and may be memory-mapped.
+        """Make a layer from its stored tensors. They are not copied (see below), and may be memory-mapped.
 
         name      the layer's name, for messages: "blocks.3.ffn.0"
         tensors   {suffix: tensor}: weight, bias, weight_scale, comfy_quant, ... The names scale_weight and
-                  scale_input of older FP8 files are read as weight_scale and input_scale.
+                  scale_input of older FP8 files are read as weight_scale and input_scale. NVFP4 in LightX2V's
+                  layout is read too, with its nibbles swapped into a copy of the weight.
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
 
@@ -550,6 +597,7 @@ class QuantLinear(nn.Module):
         """
         older = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
         tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
+        tensors = from_lightx2v(name, tensors)
         marker = tensors.pop("comfy_quant", None)
         info = {} if marker is None else read_marker(marker, f"{name}.comfy_quant")
         fmt = info.get("format")

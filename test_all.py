@@ -674,6 +674,45 @@ def test_linear_reads_the_older_fp8_names():
     assert layer.format == "float8_e4m3fn" and torch.equal(layer.dequantized(torch.float32), w)
 
 
+PAIRS = [("weight_global_scale", "input_absmax"), ("alpha", "input_global_scale")]
+
+
+def lightx2v(w, pair, input_absmax=3.0):
+    """The tensors of a layer in LightX2V's layout, and their weight. By torchao, which packs nibbles and block
+    scales in the same way."""
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+    absmax, weight_global_scale = torch.tensor(input_absmax), 2688 / w.abs().max().float()
+    packed = NVFP4Tensor.to_nvfp4(w, per_tensor_scale=1 / weight_global_scale, is_swizzled_scales=True)
+    numbers = {"weight_global_scale": weight_global_scale, "input_absmax": absmax,
+               "alpha": 1 / (2688 / absmax * weight_global_scale), "input_global_scale": 2688 / absmax}
+    scale = packed.scale.reshape(-(-w.shape[0] // 128) * 128, -1)
+    return ({"weight": packed.qdata.view(torch.uint8), "weight_scale": scale} | {n: numbers[n] for n in pair},
+            packed.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_linear_reads_lightx2vs_layout(pair):
+    bias = torch.randn(48)
+    tensors, w = lightx2v(torch.randn(48, 80) * 0.05, pair)
+    layer = quant.QuantLinear.from_tensors("x", tensors | {"bias": bias}, 80, 48)
+    torch.testing.assert_close(layer.dequantized(torch.float32), w, rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.input_scale, torch.tensor(3 / 2688), rtol=1e-6, atol=0)
+    assert torch.equal(layer.bias, bias) and same_bits(layer.weight_scale, tensors["weight_scale"])
+    assert quant.read_marker(layer.comfy_quant) == {"format": "nvfp4"}
+
+
+def test_lightx2vs_tensors_are_mapped_bit_by_bit():
+    weight = torch.tensor([[0x12, 0xAB, 0xF0] + [0] * 5] * 16, dtype=torch.uint8)  # (16, 16 / 2)
+    tensors = {"weight": weight, "weight_scale": torch.ones(128, 4).to(torch.float8_e4m3fn)}
+    first = quant.from_lightx2v("x", tensors | dict(zip(PAIRS[0], torch.tensor([[7.0], [5.0]]))))
+    second = quant.from_lightx2v("x", tensors | dict(zip(PAIRS[1], torch.tensor([3.0, 7.0]))))
+    assert first["weight"].tolist()[0][:3] == second["weight"].tolist()[0][:3] == [0x21, 0xBA, 0x0F]
+    assert tensors["weight"][0, 0] == 0x12 and first["weight_scale"] is tensors["weight_scale"]
+    for got, expected in ((first, (1 / 7, 5 / 2688)), (second, (21, 1 / 7))):
+        assert got.keys() == {"weight", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant"}
+        assert same_bits(torch.stack([got["weight_scale_2"], got["input_scale"]]), torch.tensor(expected))
+
+
 @pytest.mark.parametrize("fmt, dtype", [("nvfp4", torch.uint8), ("mxfp8", torch.float8_e8m0fnu)])
 def test_linear_reads_scales_as_bytes_or_as_float8(fmt, dtype):
     layer, w = make(fmt)
@@ -838,6 +877,25 @@ def without(*names):
 def test_linear_errors_name_the_tensor_and_what_was_expected(fmt, change, kwargs, message):
     with pytest.raises(ValueError, match=r"^blocks\.3\.ffn\.0" + message):
         quant.QuantLinear.from_tensors("blocks.3.ffn.0", change(stored(fmt, 256, 256)[0]), 256, 256, **kwargs)
+
+
+@pytest.mark.parametrize("change, message", [
+    (without("input_absmax"), ": got weight, weight_global_scale, weight_scale, expected weight, weight_scale"),
+    (without("weight_scale"), ": got input_absmax, weight, weight_global_scale, expected weight, weight_scale"),
+    (changed(alpha=torch.ones(())), ": got alpha, input_absmax, weight, .* expected weight, weight_scale"),
+    (changed(weight_scale_2=torch.ones(())), ": got .*, weight_scale_2, expected .*mixes layouts"),
+    (changed(comfy_quant=quant.write_marker({"format": "nvfp4"})), ": got comfy_quant, .*; .* mixes layouts"),
+    (lambda t: t | {"weight": t["weight"].to(torch.int8)}, r": got weight torch.int8 .*expected a 2-D"),
+    (lambda t: t | {"weight": t["weight"][0]}, r": got weight torch.uint8 \(16,\), .*expected a 2-D"),
+    (lambda t: t | {"weight": t["weight"][:16]}, r"\.weight: got \(16, 16\), expected \(32, 16\)"),
+    (lambda t: t | {"weight_scale": t["weight_scale"][:32]}, r"\.weight_scale: got \(32, 4\), expected \(128, 4"),
+    (changed(input_absmax=torch.ones(2)), r": got .*, input_absmax torch.float32 \(2,\), expected .* single num"),
+    *((changed(weight_global_scale=torch.tensor(bad)), ": got weight_global_scale .*, expected positive numbers")
+      for bad in (0.0, -1.0, math.nan, math.inf))])
+def test_damaged_or_mixed_lightx2v_layers_are_refused(change, message):
+    tensors = lightx2v(torch.randn(32, 32), PAIRS[0])[0]
+    with pytest.raises(ValueError, match=f"^blocks.3.ffn.0{message}"):
+        quant.QuantLinear.from_tensors("blocks.3.ffn.0", change(tensors), 32, 32)
 
 
 def test_marker_round_trip():
@@ -3761,6 +3819,83 @@ def test_sources_that_are_refused(tmp_path, tensors, text):
 def test_its_own_output_is_refused_as_a_source(model, out):
     convert.main(["-i", model, "-o", out])
     fails(convert.main, ["-i", out], "already quantized")
+
+
+# Repacking LightX2V's NVFP4
+
+@pytest.fixture(scope="module")
+def lightx2v_dit(tmp_path_factory):
+    """Writes a small DiT with the blocks' weights in LightX2V's layout, and the same with dequantized weights."""
+    folder = tmp_path_factory.mktemp("lightx2v")
+    source = load_file(dit_file(diffusers_dit(), folder / "x"))
+
+    def write(pair=PAIRS[0], change=()):
+        packed, exact = {}, {}
+        for name, w in source.items():
+            if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
+                tensors, exact[name] = lightx2v(w, pair, input_absmax=6.0)
+                packed |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in tensors.items()}
+            else:
+                packed[name] = exact[name] = w
+        packed = {name: tensor for name, tensor in (packed | dict(change)).items() if tensor is not None}
+        save_file(packed, folder / "packed", {"head_dim": "32"})
+        save_file(exact, folder / "exact", {"head_dim": "32"})
+        return folder / "packed", folder / "exact"
+    return write
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@torch.no_grad()
+def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsys, pair):
+    packed, exact = lightx2v_dit(pair)
+    convert.main(["-i", packed, "-o", out, "--wan", "--comfy_quant"])
+    report, header = capsys.readouterr().out, read_layers(out)
+    assert "NVFP4 in LightX2V's layout; its 24 layers were repacked" in report and "without rounding" in report
+    before, after = load_file(packed), load_file(out)
+    for layer in header:
+        stored, source = layer_tensors(after, layer), layer_tensors(before, layer)
+        data, swapped = (x["weight"].tolist() for x in (source, stored))
+        assert swapped == [[byte % 16 * 16 + byte // 16 for byte in row] for row in data]
+        assert all(same_bits(stored[suffix], source[suffix]) for suffix in ("weight_scale", "bias"))
+        a, b = (source[name] for name in pair)
+        scales = (a * b, 1 / b) if pair[0] == "alpha" else (1 / a, b / 2688)
+        assert same_bits(stored["weight_scale_2"], scales[0]) and same_bits(stored["input_scale"], scales[1])
+        assert quant.read_marker(stored["comfy_quant"]) == header[layer] == {"format": "nvfp4"}
+        assert len(stored) == 6
+    assert len(header) == 24 and after.keys() == before.keys()
+    assert all(same_bits(after[name], before[name]) for name in after)
+    direct, repacked, plain = (wan_fp4.load_dit(path)(**dit_inputs(1, 4, 4, 5)) for path in (packed, out, exact))
+    assert torch.equal(direct, repacked) and relative_error(direct, plain) < 1e-5
+
+
+QUERY = "blocks.1.self_attn.q"
+
+
+@pytest.mark.parametrize("change, text", [
+    ({f"{QUERY}.input_absmax": None}, f"{QUERY}: got bias, weight, weight_global_scale, weight_scale, expected"),
+    ({f"{QUERY}.weight_scale": torch.ones(64, 4).to(torch.float8_e4m3fn)}, f"{QUERY}.weight_scale: got (64, 4)"),
+    ({f"{QUERY}.comfy_quant": quant.write_marker({"format": "nvfp4"})}, f"{QUERY}"),
+    ({f"{QUERY}.weight_global_scale": None, f"{QUERY}.input_absmax": None}, f"{QUERY}.weight: got torch.uint8, "),
+    ({f"{QUERY}.weight_global_scale": torch.tensor(0.0)}, f"{QUERY}: got weight_global_scale 0 and input_absmax"),
+    ({f"{QUERY}.weight_scale": torch.full((128, 4), math.nan).to(torch.float8_e4m3fn)}, "got NaN or infinite"),
+    ({f"{QUERY}{suffix}": tensor for suffix, tensor in {
+        ".weight_global_scale": None, ".input_absmax": None, ".weight_scale_2": torch.tensor(1.0),
+        ".comfy_quant": quant.write_marker({"format": "nvfp4"})}.items()}, f"{QUERY}."),  # a layer of ComfyUI's
+])
+def test_mixed_or_damaged_lightx2v_files_are_refused(lightx2v_dit, out, change, text):
+    packed, _ = lightx2v_dit(change=change)
+    fails(convert.main, ["-i", packed, "-o", out], text)
+    assert list(out.parent.iterdir()) == []
+    if "NaN" not in text:
+        with pytest.raises(ValueError, match=re.escape(QUERY)):
+            wan_fp4.load_dit(packed)
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--nvfp4"], "--nvfp4: "), (["--plan", "recipe"], "--plan: "), (["--extract-lora"], "--extract-lora: ")])
+def test_repacking_refuses_flags_without_effect(lightx2v_dit, out, flags, text):
+    packed, _ = lightx2v_dit()
+    fails(convert.main, ["-i", packed, "-o", out, *flags], f"{text}{packed} is NVFP4 already")
 
 
 PHOTO = REPOSITORY / "demo" / "photo.jpg"

@@ -1070,7 +1070,15 @@ def read_tensors(path):
         markers |= header_markers(own, file)
         metadata |= own
     add_markers(tensors, markers, path)
+    if is_lightx2v(tensors) and (marked := [name for name in tensors if name.endswith(".comfy_quant")]):
+        raise ValueError(f"{path}: got layers in LightX2V's NVFP4 layout and {min(marked)[:200]}, expected one "
+                         f"layout; the file mixes two: download it again")
     return tensors, metadata
+
+
+def is_lightx2v(names):
+    """Whether a file with these tensors is in LightX2V's NVFP4 layout (quant.from_lightx2v)."""
+    return any(name.endswith((".input_absmax", ".input_global_scale")) for name in names)
 
 
 def header_markers(metadata, path):
@@ -1261,7 +1269,7 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
             compute = torch.float32 if name.startswith(tuple(float32)) else dtype
-            layer = QuantLinear.from_tensors(f"{path}: {name}", linears.get(name, {}), module.in_features,
+            layer = QuantLinear.from_tensors(f"{path}: {name}", linears.pop(name, {}), module.in_features,
                                              module.out_features, bias=module.bias is not None,
                                              compute_dtype=compute, mode=mode or default_mode(device))
             model.set_submodule(name, layer)
