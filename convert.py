@@ -6,7 +6,8 @@ A file in LightX2V's NVFP4 layout (quant.from_lightx2v) is repacked instead: not
 
 The sections follow the steps of a conversion, in reading order:
 
-  Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time
+  Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time, and merges
+                LoRAs into it on request
   Plan          a format for each weight: NVFP4 (4.5 bits per weight), MXFP8 (8.25), or "bf16", which means
                 kept in the source's dtype. By regular expressions, by a score of each weight, or by the error
                 that each format causes, within a file size
@@ -126,6 +127,7 @@ class Source:
                              f"{min(missing)}; give all shards of the model")
         self.nbytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
         self.reads = model_files(self.path)
+        self.terms = {}  # {tensor's name: what LoRAs add to it, as wan_fp4.lora_terms gives it}
 
     def add(self, file, stored, dtype, shape):
         name = wan_fp4.official_dit_name(wan_fp4.bare_name(stored))
@@ -144,7 +146,7 @@ class Source:
         self.shapes[name], self.dtypes[name], self.stored[name] = shape, DTYPES[dtype], (file, stored)
 
     def tensor(self, name):
-        """The tensor, memory-mapped. Raises DamagedError if it has NaN or infinite values.
+        """The tensor, memory-mapped, or with its LoRAs. Raises DamagedError if it has NaN or infinite values.
 
         The file is opened for each tensor, because an open map keeps every page that was ever read.
         """
@@ -157,7 +159,42 @@ class Source:
         if tensor.is_floating_point() and not quant.matrix_amax(tensor).isfinite():
             raise DamagedError(f"{file}: {stored}: got NaN or infinite values, expected finite ones; get an "
                                f"undamaged copy")
-        return tensor
+        return self.merged(name, tensor) if name in self.terms else tensor
+
+    def merge(self, path, strength):
+        """Have tensor() add a LoRA, factors and whole differences. Returns a line that says how much is merged,
+        and what is skipped and why. Raises ValueError if nothing fits, for wrong shapes and damaged factors."""
+        merged, skipped = [], []
+        for name, shape, scale, factors in wan_fp4.lora_terms(path, strength):
+            expected = self.shapes.get(name)
+            if expected is None or len(factors) == 2 and len(expected) != 2:
+                skipped.append(f"{name} ({'no such tensor' if expected is None else 'not a Linear'})")
+                continue
+            if shape != expected:
+                raise ValueError(f"{path}: {name}: got a difference of shape {shape}, expected {expected}; use a "
+                                 f"LoRA for a model of this size")
+            self.terms.setdefault(name, []).append((path, scale, factors))
+            merged.append(name)
+        if not merged:
+            raise ValueError(f"{path}: got {len(skipped)} differences, none of which fits, the first "
+                             f"{next(iter(skipped), 'none')}, expected names such as blocks.0.self_attn.q; use a "
+                             f"LoRA for this kind of model")
+        self.reads += model_files(path)
+        more = f", skipped {len(skipped)}: {skipped[0]}" if skipped else ""
+        return f"{path} at {strength:g}: merged into {len(merged)} tensors{more}"
+
+    def merged(self, name, tensor):
+        """A tensor with its LoRAs: the sum in float32, rounded once to the tensor's dtype."""
+        total = tensor.float()
+        for _, scale, factors in self.terms[name]:
+            first, *down = (factor.float() for factor in factors)
+            total = total.addmm(first, *down, alpha=scale) if down else total.add(first, alpha=scale)
+        total = total.to(tensor.dtype)
+        if not quant.matrix_amax(total).isfinite():
+            files = ", ".join(str(path) for path, _, _ in self.terms[name])
+            raise DamagedError(f"{files}: {name}: gives NaN or infinite values, expected finite ones; get an "
+                               f"undamaged LoRA, or lower its strength")
+        return total
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -750,6 +787,9 @@ def low_rank(error, rank, hessian=None, seed=0):
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
     balance = s.sqrt()  # both factors of the same magnitude, within the range of their dtype
     return u * balance, down * balance[:, None], share
+
+
+DIFFERENCES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}  # parameter -> ending in a LoRA file
 
 
 def lora_names(name):
@@ -1409,6 +1449,53 @@ def repack(source, out, made=None, resume=False):
     return len(packed)
 
 
+# Several LoRAs in one file: ComfyUI applies only the last of several bypass nodes
+
+def concat_loras(loras, out, made=None):
+    """Writes a LoRA file that does at strength 1 what several do together; loras: (file, strength) pairs.
+
+    Ranks are concatenated, with strength and alpha multiplied into up; whole differences are added. A dtype of 16
+    bits that all files share is kept, otherwise it is float32. Returns a line on the result. Raises ValueError,
+    before anything is written, for LoRAs that do not fit together.
+    """
+    terms, ids, tensors = {}, set(), {}  # terms: {(parameter, number of factors): [(shape, scale, factors)]}
+    for path, strength in loras:
+        for name, shape, scale, factors in wan_fp4.lora_terms(path, strength):
+            same = terms.setdefault((name, len(factors)), [])
+            same.append((shape, scale, factors))
+            if shape != same[0][0]:
+                raise ValueError(f"{path}: {name}: got a difference of shape {shape}, expected {same[0][0]}, as "
+                                 f"in the files before it; give LoRAs for one model")
+        if path.suffix not in wan_fp4.PICKLES and strength == 1:
+            ids |= {wan_fp4.read_header(path)[0].get("lora_id")} - {None}
+    if len(ids) > 1:
+        raise ValueError(f"--concat-loras: got {' and '.join(sorted(ids))}, each a part of another checkpoint's "
+                         f"weights (--lora-mode absorb), expected one at most; leave the others out")
+    for (name, count), group in terms.items():
+        dtypes = {factor.dtype for _, _, factors in group for factor in factors}
+        dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+        scaled = [scale * factors[0].float() for _, scale, factors in group]
+        if count == 2:
+            up = torch.cat(scaled, dim=1).to(dtype)  # (M, r)
+            down = torch.cat([down.to(dtype) for _, _, (_, down) in group])  # (r, K)
+            tensors |= zip(lora_names(name), (up, down, torch.tensor(float(len(down)))))
+        else:
+            layer, _, part = name.rpartition(".")
+            tensors[f"diffusion_model.{layer}.{DIFFERENCES[part]}"] = sum(scaled).to(dtype)
+    for name, tensor in tensors.items():
+        if not quant.matrix_amax(tensor).isfinite():
+            raise ValueError(f"--concat-loras: {name}: gives NaN or infinite values, expected finite ones; get "
+                             f"undamaged files, or lower their strengths")
+    output = Output(out, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+                    (made or {}) | {"lora_id": name for name in ids})
+    journal = Journal([output], [file for path, _ in loras for file in model_files(path)])
+    with journal.running():
+        for name, tensor in tensors.items():
+            journal.write(name, {}, {name: tensor})
+    layers = sum(count == 2 for _, count in terms)
+    return f"{len(loras)} LoRAs in one: {layers} layers, {len(terms) - layers} differences"
+
+
 # ----------------------------------------------------------------------------------------------------
 # Report
 # ----------------------------------------------------------------------------------------------------
@@ -1546,9 +1633,16 @@ def make_parser():
         "searched in the full name of a weight, such as blocks.0.ffn.2.weight.")
     parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
     add = parser.add_argument
-    add("-i", "--input", required=True, type=Path, metavar="MODEL",
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-i", "--input", type=Path, metavar="MODEL",
         help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names. If it "
         "is in LightX2V's NVFP4 layout, it is repacked, and nothing is rounded")
+    what.add_argument("--concat-loras", nargs="+", metavar="FILE[:STRENGTH]",
+        help="instead of converting, write several LoRAs to one file OUT, to be used at strength 1: ComfyUI "
+        "applies only the last of several bypass nodes")
+    add("--merge-lora", action="append", metavar="FILE[:STRENGTH]",
+        help="merge a LoRA, factors and whole differences, into MODEL before it is analyzed and rounded; can be "
+        "given several times")
     add("-o", "--output", type=Path, metavar="OUT", help="default: MODEL-nvfp4.safetensors beside the input")
     add_plan_flags(parser.add_argument_group("format of each layer (default: --plan score)"))
     add_rounding_flags(parser.add_argument_group("rounding"))
@@ -1716,6 +1810,15 @@ def run(args, command):
     begin = time.monotonic()
     made = {"quantization_command": command,
             "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
+    if args.concat_loras:
+        check_only(args, ("concat_loras", "input", "output"), "has no effect with --concat-loras")
+        if args.output is None:
+            raise ValueError("--concat-loras: got no output file, expected one; name it with -o")
+        loras = [wan_fp4.parse_lora(text) for text in args.concat_loras]
+        check_files(args.output, None, None, [file for path, _ in loras for file in model_files(path)])
+        print(concat_loras(loras, args.output, made))
+        print(f"{gib(args.output.stat().st_size)}: {args.output}")
+        return
     check_flags(args)
     source = Source(args.input)
     out, lora_file = output_files(args)
@@ -1726,6 +1829,8 @@ def run(args, command):
               f"layers were repacked (nibbles swapped, scales renamed and inverted), without rounding anything")
         print(f"{gib(source.nbytes)} -> {gib(out.stat().st_size)} in {time.monotonic() - begin:.1f} s: {out}")
         return
+    for text in args.merge_lora or ():
+        print(source.merge(*wan_fp4.parse_lora(text)))
     encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
     reads = calibration_files(args.calib, encoders) if args.calib else []
     check_files(out, lora_file, args.plot, [*source.reads, *reads])
@@ -1758,6 +1863,17 @@ def run(args, command):
         print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
     print(f"\n{command}\n{gib(source.nbytes)} -> {gib(out.stat().st_size)} in "
           f"{time.monotonic() - begin:.1f} s: {out}")
+    if lora_file:
+        print(*comfyui_note(lora_file, args.lora_mode), sep="\n")
+
+
+def comfyui_note(lora_file, mode):
+    """Lines: how to load a LoRA of ours in ComfyUI, and why."""
+    yield f'\nIn ComfyUI, load {lora_file.name} with the node "Load LoRA (Bypass, Model Only)", at strength 1.'
+    yield '"Load LoRA" would merge it into the quantized weights and round them again, worse than no LoRA.'
+    if mode == "absorb":
+        yield "The model is useless without this LoRA, and ComfyUI does not check that it is loaded."
+    yield "Of several bypass nodes, ComfyUI applies only the last: join LoRAs in one file with --concat-loras."
 
 
 def with_dashes(arg):

@@ -3821,6 +3821,126 @@ def test_its_own_output_is_refused_as_a_source(model, out):
     fails(convert.main, ["-i", out], "already quantized")
 
 
+# LoRAs merged and joined
+
+def two_loras(folder, naming="ComfyUI", dtype=torch.float32):
+    """Two LoRA files for checkpoint(), with factors, whole differences and a layer that is not there, their
+    strengths, and what they add to each tensor, in float64."""
+    prefix, query, up_name, down_name = NAMINGS[naming]
+    g, total, loras = torch.Generator().manual_seed(1), {}, []
+    def add(name, difference):
+        total[name] = total.get(name, 0) + difference
+    for file, strength, rank, alpha in (("a", 0.5, 4, 2.0), ("b", -2.0, 8, None)):
+        up, down = (torch.randn(s, generator=g).mul(0.1).to(dtype) for s in ((WIDTH, rank), (rank, WIDTH)))
+        tensors = {f"{prefix}blocks.1.{query}.{up_name}": up, f"{prefix}blocks.1.{query}.{down_name}": down}
+        if alpha:
+            tensors[f"{prefix}blocks.1.{query}.alpha"] = torch.tensor(alpha)
+        add("blocks.1.self_attn.q.weight", strength * (alpha or rank) / rank * up.double() @ down.double())
+        for layer, ending, part, shape in (("blocks.0.ffn.2", "diff", "weight", (WIDTH, HIDDEN)),
+                                           ("blocks.0.ffn.2", "diff_b", "bias", (WIDTH,)),
+                                           ("blocks.1.self_attn.norm_q", "diff", "weight", (WIDTH,)),
+                                           ("blocks.0", "diff_m", "modulation", (1, 6, WIDTH))):
+            tensors[f"{prefix}{layer}.{ending}"] = torch.randn(shape, generator=g).mul(0.1).to(dtype)
+            add(f"{layer}.{part}", strength * tensors[f"{prefix}{layer}.{ending}"].double())
+        tensors[f"{prefix}blocks.7.norm3.diff"] = torch.ones(WIDTH, dtype=dtype)
+        save_file(tensors, folder / f"{file}.safetensors")
+        loras.append((folder / f"{file}.safetensors", strength))
+    return loras, total
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_merged_loras_are_their_sum_in_float64(naming, tmp_path):
+    loras, total = two_loras(tmp_path, naming)
+    source = convert.Source(write_checkpoint(tmp_path / "m.safetensors", checkpoint(torch.float32)))
+    for lora in loras:
+        assert source.merge(*lora).endswith("into 5 tensors, skipped 1: blocks.7.norm3.weight (no such tensor)")
+    for name, tensor in checkpoint(torch.float32).items():
+        expected = (tensor.double() + total[name]).float() if name in total else tensor
+        torch.testing.assert_close(source.tensor(name), expected, rtol=1e-6, atol=1e-7 * (name in total))
+
+
+def test_loras_are_merged_before_the_model_is_analyzed_and_rounded(tmp_path, model, capsys):
+    """The file is that of the merged model, which is in bf16 too."""
+    loras, _ = two_loras(tmp_path, dtype=torch.bfloat16)
+    source = convert.Source(model)
+    for lora in loras:
+        source.merge(*lora)
+    write_checkpoint(tmp_path / "merged.safetensors", {name: source.tensor(name) for name in source.shapes})
+    flags = [part for path, strength in loras for part in ("--merge-lora", f"{path}:{strength}")]
+    convert.main(["-i", model, "-o", tmp_path / "x", *flags])
+    assert "b.safetensors at -2: merged into 5 tensors" in capsys.readouterr().out
+    convert.main(["-i", tmp_path / "merged.safetensors", "-o", tmp_path / "y"])
+    x, y = load_file(tmp_path / "x"), load_file(tmp_path / "y")
+    assert x.keys() == y.keys() and all(same_bits(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("lora, text", [
+    ({"blocks.9.ffn.0.diff_b": (HIDDEN,)}, "none of which fits, the first blocks.9.ffn.0.bias (no such"),
+    ({"patch_embedding.lora_A.weight": (2, 36, 1, 2, 2), "patch_embedding.lora_B.weight": (WIDTH, 2, 1, 1, 1)},
+     "none of which fits, the first patch_embedding.weight (not a Linear)"),
+    ({}, "none of which fits, the first none"),
+    ({"blocks.0.ffn.0.diff_b": (9,)}, "ffn.0.bias: got a difference of shape (9,), expected (200,); use"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, 9), "blocks.0.ffn.0.lora_B.weight": (9, 2)}, "of shape (9, 9), exp"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, WIDTH)}, "got down alone"),
+    ({"blocks.0.ffn.0.weight": (HIDDEN, WIDTH)}, "is no part of a LoRA")])
+def test_loras_that_cannot_be_merged(lora, text, model, lora_file):
+    path = lora_file({name: torch.zeros(shape) for name, shape in lora.items()})
+    before = set(model.parent.iterdir())
+    fails(convert.main, ["-i", model, "--merge-lora", path], text)
+    assert set(model.parent.iterdir()) == before
+
+
+def test_a_lora_that_overflows_leaves_nothing(model, lora_file):
+    path = lora_file({"blocks.0.ffn.0.diff_b": torch.full((HIDDEN,), 3e38)})
+    before = set(model.parent.iterdir())
+    fails(convert.main, ["-i", model, "--merge-lora", f"{path}:9"], "lora: blocks.0.ffn.0.bias: gives NaN or inf")
+    assert set(model.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_joined_loras_do_what_they_do_together(tmp_path, out, dtype, capsys):
+    loras, total = two_loras(tmp_path, "diffusers", dtype)
+    convert.main(["--concat-loras", *(f"{path}:{strength}" for path, strength in loras), "-o", out])
+    assert "2 LoRAs in one: 1 layers, 5 differences" in capsys.readouterr().out
+    joined, prefix = load_file(out), "diffusion_model."
+    up, down, alpha = (joined[name] for name in convert.lora_names("blocks.1.self_attn.q.weight"))
+    assert up.shape == (WIDTH, 12) and down.shape == (12, WIDTH) and alpha == 12
+    assert up.dtype == down.dtype == dtype
+    tolerance = {"rtol": 0, "atol": 0.01 if dtype == torch.bfloat16 else 1e-6}
+    torch.testing.assert_close(up.double() @ down.double(), total.pop("blocks.1.self_attn.q.weight"), **tolerance)
+    endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
+    for name, difference in total.items():
+        layer, _, part = name.rpartition(".")
+        torch.testing.assert_close(joined[f"{prefix}{layer}.{endings[part]}"].double(), difference, **tolerance)
+    assert len(joined) == 3 + len(total) + 1  # and the layer that checkpoint() does not have
+
+
+def test_joining_keeps_the_bits_at_strength_1_and_whose_part_it_is(tmp_path, out):
+    parts = torch.randn(40, 4).bfloat16(), torch.randn(4, 64).bfloat16(), torch.tensor(4.0)
+    for file, metadata in (("a", {"lora_id": "mine"}), ("b", None), ("c", {"lora_id": "other"})):
+        save_file(dict(zip(convert.lora_names("x.weight"), parts)), tmp_path / file, metadata)
+    convert.main(["--concat-loras", tmp_path / "a", tmp_path / "b", f"{tmp_path / 'c'}:0.5", "-o", out])
+    up, down, _ = (load_file(out)[name] for name in convert.lora_names("x.weight"))
+    assert same_bits(up[:, :8], torch.cat([parts[0]] * 2, 1)) and same_bits(down, torch.cat([parts[1]] * 3))
+    assert wan_fp4.read_header(out)[0]["lora_id"] == "mine"
+    flags = ["--concat-loras", tmp_path / "a", tmp_path / "c", "-o", tmp_path / "d"]
+    fails(convert.main, flags, "got mine and other")
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["a"], "--concat-loras: got no output file"), (["lost", "-o", "x"], "lost: no such file"),
+    (["a", "-o", "x", "--nvfp4"], "--nvfp4: has no effect with --concat-loras"), (["a", "-o", "a"], "overwrite"),
+    (["a", "b", "-o", "x"], "b: w.weight: got a difference of shape (3,), expected (2,), as in the files before"),
+    (["a:inf", "-o", "x"], "a:inf: expected a finite strength"), (["a:1e39", "-o", "x"], "w.diff: gives NaN or"),
+    (["a", "-i", "m.safetensors"], "argument -i/--input: not allowed with argument --concat-loras")])
+def test_loras_that_cannot_be_joined(tmp_path, monkeypatch, flags, text):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("a", 2), ("b", 3)):
+        save_file({"w.diff": torch.ones(size)}, name)
+    fails(convert.main, ["--concat-loras", *flags], text)
+    assert sorted(os.listdir()) == ["a", "b"]
+
+
 # Repacking LightX2V's NVFP4
 
 @pytest.fixture(scope="module")
@@ -4010,7 +4130,7 @@ def test_flags_with_underscores_are_the_same_flags():
 
 
 def test_the_input_is_required():
-    fails(convert.main, [], "convert.py: error: the following arguments are required: -i/--input")
+    fails(convert.main, [], "convert.py: error: one of the arguments -i/--input --concat-loras is required")
 
 
 # The plan
@@ -4402,7 +4522,9 @@ def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
     layers = ["blocks.0.ffn.0", "blocks.0.ffn.2"]  # of LINEARS, what --lora-target names by default
     suffixes = "lora_up.weight", "lora_down.weight", "alpha"
     assert set(lora) == {f"diffusion_model.{x}.{suffix}" for x in layers for suffix in suffixes}
-    assert "LoRA: layers  holds" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "LoRA: layers  holds" in report
+    assert 'load out_lora.safetensors with the node "Load LoRA (Bypass, Model Only)"' in report.splitlines()[-3]
     for layer in layers:
         w = checkpoint()[f"{layer}.weight"]
         stored = layer_tensors(base, layer) | {"bias": torch.zeros(len(w))}
@@ -4655,7 +4777,7 @@ def test_output_errors_have_both_sides_rounded():
     assert convert.output_errors(w, x, "dequantize")["nvfp4"] == pytest.approx(weight.item(), rel=1e-4)
 
 
-def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_path):
+def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_path, capsys):
     w, found = source.tensor("blocks.1.ffn.0.weight"), {}
     for mode in ("correct", "absorb"):
         convert.main(["-i", small_dit, "-o", tmp_path / f"{mode}.safetensors", "--nvfp4", "--extract-lora",
@@ -4666,6 +4788,7 @@ def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_p
         base = layer.dequantized(torch.float32)
         corrected = base + layer.lora_up_0.float() @ layer.lora_down_0.float()
         found[mode] = convert.snr(w, base), convert.snr(w, corrected)
+        assert ("useless without this LoRA" in capsys.readouterr().out) == (mode == "absorb")
     assert found["absorb"][1] > found["correct"][1] + 1 and found["absorb"][0] < 10
     with pytest.raises(ValueError, match="absorb_lora.safetensors"):
         wan_fp4.load_dit(tmp_path / "absorb.safetensors")
@@ -4699,7 +4822,7 @@ FLAGS = {
     | dict.fromkeys(("-o", "--dit", "--vae", "--lora", "--models", "--interpolate", "--decode"), PATHS)
     | {"--prompt": ["", "\n", "\ud83d", "\0", "a" * 10000], "--device": ["", "cuda:-1", "abc", "meta"]},
     convert.main: dict.fromkeys(("--size", "--num-iter", "--lora-rank", "--seed", "--calib-samples"), NUMBERS)
-    | dict.fromkeys(("-i", "-o", "--plot", "--calib", "--lora-output"), PATHS)
+    | dict.fromkeys(("-i", "-o", "--plot", "--calib", "--lora-output", "--merge-lora"), PATHS)
     | dict.fromkeys(("--custom-layers", "--exclude-layers"), ["", "(", "*", "nothing"])}
 CONVERT = ["-i", "dit.safetensors", "-o", "out.safetensors", "--nvfp4", "--simple", "--extract-lora",
            "--lora-rank", "4", "--lora-output", "out_lora.safetensors"]

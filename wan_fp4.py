@@ -17,7 +17,7 @@ Architecture: the Wan2.1 report (https://arxiv.org/abs/2503.20314) and https://g
 
 For callers: the five networks with their configs; load_dit, load_vae, load_umt5, load_clip, load_ifnet;
 read_header, read_tensors, tensor_names, shards; check_loras, attach_lora. convert.py also builds on
-dit_from_tensors, load_weights, Block, bare_name, official_dit_name and count.
+dit_from_tensors, load_weights, Block, bare_name, official_dit_name, count, parse_lora and lora_terms.
 
 Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
@@ -1467,9 +1467,22 @@ LORA_PARTS = {"lora_up": "up", "lora_B": "up", "lora_down": "down", "lora_A": "d
               "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}  # name's ending -> part
 
 
+def parse_lora(text):
+    """"a.safetensors:0.8" -> (path, strength). A file's name may have colons: only a number after the last colon
+    is a strength. Raises ValueError for one that is infinite."""
+    path, _, number = text.rpartition(":")
+    try:
+        strength = float(number) if path else math.nan
+    except ValueError:
+        strength = math.nan
+    if math.isinf(strength):
+        raise ValueError(f"{text}: expected a finite strength, such as 0.8")
+    return (Path(text), 1.0) if math.isnan(strength) else (Path(path), strength)
+
+
 def read_lora(path):
-    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. Raises ValueError for a
-    tensor that is none of these parts."""
+    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. With factors, "scale" is
+    alpha / r. Raises ValueError for a tensor that is none of these parts, and for factors that do not fit."""
     layers = {}
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
@@ -1478,7 +1491,40 @@ def read_lora(path):
             raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, "
                              f"expected a name that ends in one of {endings}; a whole model is not a LoRA")
         layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
+    for layer, parts in layers.items():
+        if parts.keys() & {"up", "down", "alpha"}:
+            parts["scale"] = lora_scale(parts, f"{path}: {layer}")
     return layers
+
+
+def lora_scale(parts, where):
+    """alpha / r of a layer's factors up (M, r) and down (r, K); those of a convolution have more dimensions."""
+    if not {"up", "down"} <= parts.keys():
+        got = " and ".join(part for part in ("up", "down", "alpha") if part in parts)
+        raise ValueError(f"{where}: got {got} alone, expected lora_up and lora_down, or lora_B and lora_A; "
+                         f"download the LoRA again")
+    up, down = parts["up"], parts["down"]
+    if up.dim() != down.dim() or up.dim() < 2 or up.shape[1] != down.shape[0] or 0 in up.shape + down.shape:
+        raise ValueError(f"{where}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected (M, r) and "
+                         f"(r, K); download the LoRA again")
+    rank = len(down)
+    alpha = parts.get("alpha", torch.tensor(float(rank))).double()
+    if alpha.numel() != 1 or not alpha.isfinite().all():
+        raise ValueError(f"{where}: got alpha {str(alpha.tolist())[:50]}, expected one finite number; "
+                         f"download the LoRA again")
+    return alpha.item() / rank
+
+
+def lora_terms(path, strength):
+    """Yields all that a LoRA file adds to parameters: (name, shape, scale, factors). The term is scale times the
+    only factor, or times up @ down; shape is its shape."""
+    for layer, parts in read_lora(path).items():
+        if "up" in parts:
+            up, down = parts["up"], parts["down"]  # (M, r), (r, K)
+            yield f"{layer}.weight", (len(up), *down.shape[1:]), strength * parts["scale"], (up, down)
+        for part in ("weight", "bias", "modulation"):
+            if part in parts:
+                yield f"{layer}.{part}", tuple(parts[part].shape), strength, (parts[part],)
 
 
 def check_loras(path, metadata, loras):
@@ -1505,14 +1551,10 @@ def attach_lora(model, path, strength: float = 1.0) -> str:
     branches, differences, skipped = [], [], []
     for name, parts in layers.items():
         where, module = f"{path}: {name}", modules.get(name)
-        factors = [part for part in ("up", "down", "alpha") if part in parts]
-        if factors and not {"up", "down"} <= parts.keys():
-            raise ValueError(f"{where}: got {' and '.join(factors)} alone, expected lora_up and lora_down, or "
-                             f"lora_B and lora_A; download the LoRA again")
         if module is None:
             skipped.append(f"{name} (no such layer)")
             continue
-        if factors:
+        if "up" in parts:
             reason = add_branch(module, parts, strength, where)
             (skipped if reason else branches).append(f"{name} ({reason})")
         for part in ("weight", "bias", "modulation"):
@@ -1534,16 +1576,11 @@ def add_branch(module, parts, strength, where):
     if not isinstance(module, QuantLinear):
         return "not a Linear"
     up, down = parts["up"].to(module.weight.device), parts["down"].to(module.weight.device)
-    rank = down.shape[0] if down.dim() == 2 else 0
-    if rank == 0 or (up.shape, down.shape) != ((module.out_features, rank), (rank, module.in_features)):
+    if (up.shape, down.shape) != ((module.out_features, len(down)), (len(down), module.in_features)):
         raise ValueError(f"{where}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected "
                          f"({module.out_features}, r) and (r, {module.in_features}); "
                          f"use a LoRA for a model of this size")
-    alpha = parts.get("alpha", torch.tensor(float(rank))).double()
-    if alpha.numel() != 1 or not alpha.isfinite().all():
-        raise ValueError(f"{where}: got alpha {str(alpha.tolist())[:50]}, expected one finite number; "
-                         f"download the LoRA again")
-    module.attach_lora(up, down, strength * alpha.item() / rank)
+    module.attach_lora(up, down, strength * parts["scale"])
     return ""
 
 
