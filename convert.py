@@ -2,9 +2,12 @@
 
     python convert.py -i MODEL.safetensors            writes MODEL-nvfp4.safetensors
 
+A file in LightX2V's NVFP4 layout (quant.from_lightx2v) is repacked instead: nothing in it is rounded again.
+
 The sections follow the steps of a conversion, in reading order:
 
-  Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time
+  Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time, and merges
+                LoRAs into it on request
   Plan          a format for each weight: NVFP4 (4.5 bits per weight), MXFP8 (8.25), or "bf16", which means
                 kept in the source's dtype. By regular expressions, by a score of each weight, or by the error
                 that each format causes, within a file size
@@ -75,6 +78,7 @@ import wan_fp4
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
+FLOATS = torch.float32, torch.float16, torch.bfloat16  # of tensors that are not quantized
 PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
 PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16"}  # those of --fpmm-layers too
 
@@ -96,15 +100,17 @@ class DamagedError(ValueError):
 class Source:
     """A checkpoint's tensors by bare official name: shapes, dtypes, metadata; tensor(name) reads one.
 
-    Raises FileNotFoundError, and ValueError if path is not an unquantized Wan DiT in safetensors.
+    packed: whether it is in LightX2V's NVFP4 layout, for repack. Raises FileNotFoundError, and ValueError if path
+    is not a Wan DiT in safetensors, or is quantized in another way.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.files = wan_fp4.shards(self.path)
         self.shapes, self.dtypes, self.metadata, self.stored = {}, {}, {}, {}
-        for file in self.files:
-            metadata, tensors = wan_fp4.read_header(file)
+        headers = {file: wan_fp4.read_header(file) for file in self.files}
+        self.packed = any(wan_fp4.is_lightx2v(tensors) for _, tensors in headers.values())
+        for file, (metadata, tensors) in headers.items():
             if "_quantization_metadata" in metadata:
                 raise ValueError(f"{file}: already quantized (its header has _quantization_metadata); "
                                  f"convert the bf16 model")
@@ -121,26 +127,26 @@ class Source:
                              f"{min(missing)}; give all shards of the model")
         self.nbytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
         self.reads = model_files(self.path)
+        self.terms = {}  # {tensor's name: what LoRAs add to it, as wan_fp4.lora_terms gives it}
 
     def add(self, file, stored, dtype, shape):
         name = wan_fp4.official_dit_name(wan_fp4.bare_name(stored))
         if name in self.shapes:
             raise ValueError(f"{file}: {stored}: duplicate tensor (also in {self.stored[name][0]}, as "
                              f"{self.stored[name][1]}); give one model")
-        if name.endswith((".comfy_quant", ".weight_scale")):
+        if not self.packed and name.endswith((".comfy_quant", ".weight_scale")):
             raise ValueError(f"{file}: already quantized (it has {name}); convert the bf16 model")
-        if dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8")):
+        if not self.packed and (dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8"))):
             raise ValueError(f"{file}: {name}: already 8-bit ({dtype}), and rounding it again would add to "
                              f"its error; convert the bf16 model")
-        floating = DTYPES.get(dtype) in (torch.float32, torch.float16, torch.bfloat16)
-        if dtype not in DTYPES or name.endswith(".weight") and not floating:
+        if dtype not in DTYPES or name.endswith(".weight") and not self.packed and DTYPES[dtype] not in FLOATS:
             raise ValueError(f"{file}: {name}: got {dtype}, expected BF16, F16 or F32; convert the bf16 model")
         if 0 in shape:
             raise ValueError(f"{file}: {name}: got shape {shape}, expected no size of 0; get an undamaged copy")
         self.shapes[name], self.dtypes[name], self.stored[name] = shape, DTYPES[dtype], (file, stored)
 
     def tensor(self, name):
-        """The tensor, memory-mapped. Raises DamagedError if it has NaN or infinite values.
+        """The tensor, memory-mapped, or with its LoRAs. Raises DamagedError if it has NaN or infinite values.
 
         The file is opened for each tensor, because an open map keeps every page that was ever read.
         """
@@ -150,10 +156,45 @@ class Source:
                 tensor = f.get_tensor(stored)
         except safetensors.SafetensorError as error:  # the header could be read when the run started
             raise OSError(f"{file}: {stored}: cannot be read ({error})") from None
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.is_floating_point() and not quant.matrix_amax(tensor).isfinite():
             raise DamagedError(f"{file}: {stored}: got NaN or infinite values, expected finite ones; get an "
                                f"undamaged copy")
-        return tensor
+        return self.merged(name, tensor) if name in self.terms else tensor
+
+    def merge(self, path, strength):
+        """Have tensor() add a LoRA, factors and whole differences. Returns a line that says how much is merged,
+        and what is skipped and why. Raises ValueError if nothing fits, for wrong shapes and damaged factors."""
+        merged, skipped = [], []
+        for name, shape, scale, factors in wan_fp4.lora_terms(path, strength):
+            expected = self.shapes.get(name)
+            if expected is None or len(factors) == 2 and len(expected) != 2:
+                skipped.append(f"{name} ({'no such tensor' if expected is None else 'not a Linear'})")
+                continue
+            if shape != expected:
+                raise ValueError(f"{path}: {name}: got a difference of shape {shape}, expected {expected}; use a "
+                                 f"LoRA for a model of this size")
+            self.terms.setdefault(name, []).append((path, scale, factors))
+            merged.append(name)
+        if not merged:
+            raise ValueError(f"{path}: got {len(skipped)} differences, none of which fits, the first "
+                             f"{next(iter(skipped), 'none')}, expected names such as blocks.0.self_attn.q; use a "
+                             f"LoRA for this kind of model")
+        self.reads += model_files(path)
+        more = f", skipped {len(skipped)}: {skipped[0]}" if skipped else ""
+        return f"{path} at {strength:g}: merged into {len(merged)} tensors{more}"
+
+    def merged(self, name, tensor):
+        """A tensor with its LoRAs: the sum in float32, rounded once to the tensor's dtype."""
+        total = tensor.float()
+        for _, scale, factors in self.terms[name]:
+            first, *down = (factor.float() for factor in factors)
+            total = total.addmm(first, *down, alpha=scale) if down else total.add(first, alpha=scale)
+        total = total.to(tensor.dtype)
+        if not quant.matrix_amax(total).isfinite():
+            files = ", ".join(str(path) for path, _, _ in self.terms[name])
+            raise DamagedError(f"{files}: {name}: gives NaN or infinite values, expected finite ones; get an "
+                               f"undamaged LoRA, or lower its strength")
+        return total
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -748,6 +789,9 @@ def low_rank(error, rank, hessian=None, seed=0):
     return u * balance, down * balance[:, None], share
 
 
+DIFFERENCES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}  # parameter -> ending in a LoRA file
+
+
 def lora_names(name):
     """A weight's tensors in a LoRA file, by ComfyUI's names: up, down, alpha."""
     prefix = "diffusion_model." + name.removesuffix(".weight")
@@ -1131,7 +1175,7 @@ class Output:
 
 
 class Journal:
-    """What a run has finished: a line per weight, beside the unfinished files. Call close() in any case.
+    """What a run has finished: a line per weight, beside the unfinished files. Write within running().
 
     The first line identifies the run: the files that it reads, plan and command must be the same to resume. The
     other lines are JSON after its checksum: a weight, its quality and the checksums of its tensors. So anything
@@ -1143,6 +1187,24 @@ class Journal:
         stats = [file.stat() if file.is_file() else None for file in map(Path, reads)]
         state = repr([stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()
         self.identity = hashlib.sha256(b"".join(output.start for output in outputs) + state).hexdigest().encode()
+
+    @contextmanager
+    def running(self, resume=False):
+        """A context for writing; when it ends, the files get their final names. After a failure the unfinished
+        files stay, for `resume`, unless the source is damaged and no run could succeed."""
+        try:
+            self.open(resume)
+            yield
+            self.finish()
+        except DamagedError:
+            self.discard()
+            raise
+        except OSError as error:
+            if error.strerror and not error.filename:  # of a write, for which Python names no file
+                error.filename = self.outputs[0].path
+            raise
+        finally:
+            self.close()
 
     def open(self, resume):
         """Open and lock all files. Raises ValueError if another process writes one, if there is nothing to
@@ -1324,8 +1386,7 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
-    try:
-        journal.open(resume)
+    with journal.running(resume):
         with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
             for names, seen in zip(stages, calibration.stages() if calibration else [{}]):
                 def work(name):
@@ -1344,17 +1405,95 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
                             [outputs[1].read(factor)[0] for factor in factors if name in beside])
                     progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
                     progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
-        journal.finish()
-    except DamagedError:
-        journal.discard()
-        raise
-    except OSError as error:
-        if error.strerror and not error.filename:  # of a write, for which Python names no file
-            error.filename = out
-        raise
-    finally:
-        journal.close()
     return {name: quality for name, quality in journal.done.items() if quality}
+
+
+# A packed source: its weights are NVFP4 already, in another layout
+
+def repack(source, out, made=None, resume=False):
+    """Writes a packed `source` to the file `out` in the comfy_quant format. No value is rounded again.
+
+    Returns the number of NVFP4 layers. Raises ValueError, before anything is written, for a layer that is
+    incomplete or in another layout. What a later failure leaves is as in convert.
+    """
+    layers = {}  # {layer's name and a dot: its tensors' names}
+    for name in source.shapes:
+        layers.setdefault(name[:name.rfind(".") + 1], []).append(name)
+
+    def repacked(layer, read):
+        """{name: tensor} of a layer in the output, from the tensors that read(name) returns."""
+        where, stored = f"{source.path}: {layer[:-1]}", {name[len(layer):]: read(name) for name in layers[layer]}
+        new = quant.from_lightx2v(where, stored)
+        for suffix, tensor in stored.items():
+            if new is stored and tensor.dtype not in FLOATS:
+                raise ValueError(f"{where}.{suffix}: got {tensor.dtype}, expected BF16, F16 or F32 in a layer "
+                                 f"without LightX2V's NVFP4 scales; the file mixes layouts: download it again")
+        return {layer + suffix: tensor for suffix, tensor in new.items()}
+
+    def outline(name):
+        """A single number, or the shape and dtype of a larger tensor."""
+        if math.prod(source.shapes[name]) == 1:
+            return source.tensor(name)
+        return torch.empty(source.shapes[name], dtype=source.dtypes[name], device="meta")
+
+    tensors = {name: (new.dtype, tuple(new.shape))
+               for layer in layers for name, new in repacked(layer, outline).items()}
+    packed = [name.removesuffix(".comfy_quant") for name in tensors if name.endswith(".comfy_quant")]
+    markers = json.dumps({"format_version": "1.0", "layers": dict.fromkeys(packed, {"format": "nvfp4"})})
+    about = source.metadata | (made or {}) | {"_quantization_metadata": markers}
+    journal = Journal([Output(out, tensors, about)], source.reads)
+    with journal.running(resume):
+        for layer in tqdm(layers, desc="repacking", disable=None):
+            if layer not in journal.done:
+                journal.write(layer, {}, repacked(layer, source.tensor))
+    return len(packed)
+
+
+# Several LoRAs in one file: ComfyUI applies only the last of several bypass nodes
+
+def concat_loras(loras, out, made=None):
+    """Writes a LoRA file that does at strength 1 what several do together; loras: (file, strength) pairs.
+
+    Ranks are concatenated, with strength and alpha multiplied into up; whole differences are added. A dtype of 16
+    bits that all files share is kept, otherwise it is float32. Returns a line on the result. Raises ValueError,
+    before anything is written, for LoRAs that do not fit together.
+    """
+    terms, ids, tensors = {}, set(), {}  # terms: {(parameter, number of factors): [(shape, scale, factors)]}
+    for path, strength in loras:
+        for name, shape, scale, factors in wan_fp4.lora_terms(path, strength):
+            same = terms.setdefault((name, len(factors)), [])
+            same.append((shape, scale, factors))
+            if shape != same[0][0]:
+                raise ValueError(f"{path}: {name}: got a difference of shape {shape}, expected {same[0][0]}, as "
+                                 f"in the files before it; give LoRAs for one model")
+        if path.suffix not in wan_fp4.PICKLES and strength == 1:
+            ids |= {wan_fp4.read_header(path)[0].get("lora_id")} - {None}
+    if len(ids) > 1:
+        raise ValueError(f"--concat-loras: got {' and '.join(sorted(ids))}, each a part of another checkpoint's "
+                         f"weights (--lora-mode absorb), expected one at most; leave the others out")
+    for (name, count), group in terms.items():
+        dtypes = {factor.dtype for _, _, factors in group for factor in factors}
+        dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+        scaled = [scale * factors[0].float() for _, scale, factors in group]
+        if count == 2:
+            up = torch.cat(scaled, dim=1).to(dtype)  # (M, r)
+            down = torch.cat([down.to(dtype) for _, _, (_, down) in group])  # (r, K)
+            tensors |= zip(lora_names(name), (up, down, torch.tensor(float(len(down)))))
+        else:
+            layer, _, part = name.rpartition(".")
+            tensors[f"diffusion_model.{layer}.{DIFFERENCES[part]}"] = sum(scaled).to(dtype)
+    for name, tensor in tensors.items():
+        if not quant.matrix_amax(tensor).isfinite():
+            raise ValueError(f"--concat-loras: {name}: gives NaN or infinite values, expected finite ones; get "
+                             f"undamaged files, or lower their strengths")
+    output = Output(out, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+                    (made or {}) | {"lora_id": name for name in ids})
+    journal = Journal([output], [file for path, _ in loras for file in model_files(path)])
+    with journal.running():
+        for name, tensor in tensors.items():
+            journal.write(name, {}, {name: tensor})
+    layers = sum(count == 2 for _, count in terms)
+    return f"{len(loras)} LoRAs in one: {layers} layers, {len(terms) - layers} differences"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1494,8 +1633,16 @@ def make_parser():
         "searched in the full name of a weight, such as blocks.0.ffn.2.weight.")
     parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
     add = parser.add_argument
-    add("-i", "--input", required=True, type=Path, metavar="MODEL",
-        help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-i", "--input", type=Path, metavar="MODEL",
+        help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names. If it "
+        "is in LightX2V's NVFP4 layout, it is repacked, and nothing is rounded")
+    what.add_argument("--concat-loras", nargs="+", metavar="FILE[:STRENGTH]",
+        help="instead of converting, write several LoRAs to one file OUT, to be used at strength 1: ComfyUI "
+        "applies only the last of several bypass nodes")
+    add("--merge-lora", action="append", metavar="FILE[:STRENGTH]",
+        help="merge a LoRA, factors and whole differences, into MODEL before it is analyzed and rounded; can be "
+        "given several times")
     add("-o", "--output", type=Path, metavar="OUT", help="default: MODEL-nvfp4.safetensors beside the input")
     add_plan_flags(parser.add_argument_group("format of each layer (default: --plan score)"))
     add_rounding_flags(parser.add_argument_group("rounding"))
@@ -1647,19 +1794,49 @@ def write_text(path, text):
         part.unlink(missing_ok=True)
 
 
+COMPATIBLE = "wan", "comfy_quant", "save_quant_metadata", "top_p"  # flags that never have an effect
+
+
+def check_only(args, allowed, reason):
+    """Raises ValueError for a flag that is not among `allowed` and so would be ignored."""
+    defaults = vars(make_parser().parse_args(["-i", "MODEL"]))
+    for name, value in vars(args).items():
+        if name not in (*allowed, *COMPATIBLE) and value != defaults[name]:
+            flag = value if name == "base" else name.replace("_", "-")
+            raise ValueError(f"--{flag}: {reason}; leave it out")
+
+
 def run(args, command):
     begin = time.monotonic()
+    made = {"quantization_command": command,
+            "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
+    if args.concat_loras:
+        check_only(args, ("concat_loras", "input", "output"), "has no effect with --concat-loras")
+        if args.output is None:
+            raise ValueError("--concat-loras: got no output file, expected one; name it with -o")
+        loras = [wan_fp4.parse_lora(text) for text in args.concat_loras]
+        check_files(args.output, None, None, [file for path, _ in loras for file in model_files(path)])
+        print(concat_loras(loras, args.output, made))
+        print(f"{gib(args.output.stat().st_size)}: {args.output}")
+        return
     check_flags(args)
     source = Source(args.input)
     out, lora_file = output_files(args)
+    if source.packed:
+        check_only(args, ("input", "output", "resume"), f"{args.input} is NVFP4 already, so it is only repacked")
+        check_files(out, None, None, source.reads)
+        print(f"{args.input}: NVFP4 in LightX2V's layout; its {repack(source, out, made, args.resume)} "
+              f"layers were repacked (nibbles swapped, scales renamed and inverted), without rounding anything")
+        print(f"{gib(source.nbytes)} -> {gib(out.stat().st_size)} in {time.monotonic() - begin:.1f} s: {out}")
+        return
+    for text in args.merge_lora or ():
+        print(source.merge(*wan_fp4.parse_lora(text)))
     encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
     reads = calibration_files(args.calib, encoders) if args.calib else []
     check_files(out, lora_file, args.plot, [*source.reads, *reads])
     calibration = None
     if args.calib:
         calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device)
-    made = {"quantization_command": command,
-            "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
     kept = calibration.sensitive_attention() if calibration else []
     if kept:
         made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
@@ -1686,6 +1863,17 @@ def run(args, command):
         print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
     print(f"\n{command}\n{gib(source.nbytes)} -> {gib(out.stat().st_size)} in "
           f"{time.monotonic() - begin:.1f} s: {out}")
+    if lora_file:
+        print(*comfyui_note(lora_file, args.lora_mode), sep="\n")
+
+
+def comfyui_note(lora_file, mode):
+    """Lines: how to load a LoRA of ours in ComfyUI, and why."""
+    yield f'\nIn ComfyUI, load {lora_file.name} with the node "Load LoRA (Bypass, Model Only)", at strength 1.'
+    yield '"Load LoRA" would merge it into the quantized weights and round them again, worse than no LoRA.'
+    if mode == "absorb":
+        yield "The model is useless without this LoRA, and ComfyUI does not check that it is loaded."
+    yield "Of several bypass nodes, ComfyUI applies only the last: join LoRAs in one file with --concat-loras."
 
 
 def with_dashes(arg):

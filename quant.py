@@ -55,7 +55,8 @@ and the block is divided by 0.25 * 40 = 10. Codes and bytes are printed in hexad
 
 Two codes share a byte, and elements 0, 2, 4, ... of a row are in the HIGH nibbles: 6, then B, is 6B. torchao and
 torch's own float4_e2m1fn_x2 put them in the low nibbles. A product needs both operands in the same order. This
-file packs activations high nibble first, so a weight packed in the other order gives wrong results here.
+file packs activations high nibble first, so a weight packed in the other order gives wrong results here;
+from_lightx2v swaps the nibbles of one known layout.
 
 MXFP8
 -----
@@ -89,8 +90,9 @@ A row has N = Kp / B blocks of B = 16 or 32. M128 is M rounded up to a multiple 
   tensor_scale  L.weight_scale_2    float32       ()                     none
   marker        L.comfy_quant       uint8, JSON: {"format": "nvfp4"}     uint8, JSON: {"format": "mxfp8"}
 
-Optional: L.bias (M,); L.pre_quant_scale (K,), which multiplies x; for NVFP4 L.input_scale (), the tensor scale
-of x. "full_precision_matrix_mult": true in the marker's JSON says that x must not be quantized.
+Optional: L.bias (M,); for NVFP4 L.pre_quant_scale (K,), which multiplies x, and L.input_scale (), the tensor
+scale of x (other formats ignore it). "full_precision_matrix_mult": true in the marker's JSON says that x must not
+be quantized.
 
 Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales is
 padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512 consecutive bytes, and the tiles follow one
@@ -107,7 +109,8 @@ https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 Map
 ---
   for callers    quantize_nvfp4, dequantize_nvfp4, quantize_mxfp8, dequantize_mxfp8, swizzle, unswizzle,
-                 QuantLinear, write_marker, read_marker, stored_tensors, describe, default_mode, default_dtype
+                 QuantLinear, write_marker, read_marker, stored_tensors, from_lightx2v, describe, default_mode,
+                 default_dtype
   for converters encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1, encode_nvfp4, encode_mxfp8, round_e2m1
   to read first  plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch
 
@@ -428,7 +431,7 @@ def search_mxfp8(x, amax, rtn):
 
 def write_marker(info: dict) -> Tensor:
     """A dict such as {"format": "nvfp4"} -> the uint8 tensor that a checkpoint stores as L.comfy_quant."""
-    return torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(info).encode()), dtype=torch.uint8, device="cpu")
 
 
 def read_marker(marker: Tensor, name: str = "comfy_quant") -> dict:
@@ -461,17 +464,17 @@ def stored_tensors(fmt: str | None, in_features: int, out_features: int) -> tupl
     optional = {"bias": (None, (out_features,), advice)}
     if fmt is None:
         return {"weight": (None, (out_features, in_features), advice)}, optional
-    optional["pre_quant_scale"] = (None, (in_features,), advice)
+    optional["input_scale"] = number
     if fmt == "float8_e4m3fn":
         weight = ((torch.float8_e4m3fn,), (out_features, in_features), advice)
-        return {"weight": weight, "weight_scale": number}, optional | {"input_scale": number}
+        return {"weight": weight, "weight_scale": number}, optional
     rows, cols = round_up(out_features, BLOCK[fmt]), round_up(in_features, BLOCK[fmt])
     scale_shape = (round_up(rows, 128), round_up(cols // BLOCK[fmt], 4))
     scale_advice = "the scales must be padded and swizzled exactly once"
     if fmt == "nvfp4":
         return {"weight": ((torch.uint8,), (rows, cols // 2), advice),
                 "weight_scale": ((torch.float8_e4m3fn, torch.uint8), scale_shape, scale_advice),
-                "weight_scale_2": number}, optional | {"input_scale": number}
+                "weight_scale_2": number}, optional | {"pre_quant_scale": (None, (in_features,), advice)}
     return {"weight": ((torch.float8_e4m3fn,), (rows, cols), advice),
             "weight_scale": ((torch.uint8, torch.float8_e8m0fnu), scale_shape, scale_advice)}, optional
 
@@ -485,7 +488,8 @@ def check_stored(name, tensors, fmt, in_features, out_features):
                              f"the file is incomplete: download it again")
     for suffix, tensor in tensors.items():
         if suffix not in required | optional:
-            raise ValueError(f"{name}.{suffix}: got a tensor, expected none, as the layer is {kind}; "
+            why = ", and ComfyUI applies it to NVFP4 only" if suffix == "pre_quant_scale" else ""
+            raise ValueError(f"{name}.{suffix}: got a tensor, expected none, as the layer is {kind}{why}; "
                              f"check its comfy_quant marker")
         dtypes, shape, advice = (required | optional)[suffix]
         if not (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes):
@@ -494,6 +498,50 @@ def check_stored(name, tensors, fmt, in_features, out_features):
                              f"check its comfy_quant marker")
         if tuple(tensor.shape) != shape and not (shape == () and tensor.numel() == 1):
             raise ValueError(f"{name}.{suffix}: got {tuple(tensor.shape)}, expected {shape}; {advice}")
+
+
+LIGHTX2V_SCALES = ["weight_global_scale", "input_absmax"], ["alpha", "input_global_scale"]
+
+
+def from_lightx2v(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors {suffix: tensor} in LightX2V's layout of NVFP4 -> those of this file; no weight changes.
+    The tensors of any other layer are returned as they are.
+
+    LightX2V (https://github.com/ModelTC/LightX2V) puts the even element in the LOW nibble and has no marker. Its
+    block scales are the same bytes. Its global scales divide: weight_global_scale = 1 / weight_scale_2, and
+    input_global_scale = 1 / input_scale. A layer stores one of the two with a number that implies the other:
+
+        weight_global_scale, input_absmax = 2688 * input_scale     or
+        input_global_scale, alpha = input_scale * weight_scale_2
+
+    Raises ValueError, naming `name`, if tensors are missing, of another layout, or out of range.
+    """
+    scales = [suffix for pair in LIGHTX2V_SCALES for suffix in pair if suffix in tensors]
+    if not scales:
+        return tensors
+    others = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in scales}
+    if scales not in LIGHTX2V_SCALES or others.keys() - {"bias"} != {"weight", "weight_scale"}:
+        raise ValueError(f"{name}: got {', '.join(sorted(tensors))}, expected weight, weight_scale and either "
+                         f"weight_global_scale and input_absmax or alpha and input_global_scale, as in "
+                         f"LightX2V's NVFP4 layout; the file is damaged or mixes layouts: download it again")
+    weight, numbers = tensors["weight"], [tensors[suffix] for suffix in scales]
+    if weight.dtype != torch.uint8 or weight.dim() != 2 or any(number.numel() != 1 for number in numbers):
+        got = ", ".join(f"{suffix} {tensors[suffix].dtype} {tuple(tensors[suffix].shape)}"
+                        for suffix in ("weight", *scales))
+        raise ValueError(f"{name}: got {got}, expected a 2-D torch.uint8 weight and single numbers, as in "
+                         f"LightX2V's NVFP4 layout; the file is damaged: download it again")
+    first, second = (number.float().reshape(()) for number in numbers)
+    if scales == LIGHTX2V_SCALES[0]:
+        tensor_scale, input_scale = 1 / first, second / (E4M3_MAX * E2M1_MAX)
+    else:
+        tensor_scale, input_scale = first * second, 1 / second
+    if not (0 < tensor_scale < float("inf") and 0 < input_scale < float("inf")):
+        raise ValueError(f"{name}: got {scales[0]} {first.item():g} and {scales[1]} {second.item():g}, expected "
+                         f"positive numbers; the file is damaged: download it again")
+    swapped = weight << 4 | weight >> 4  # (M, K / 2)
+    stored = others | {"weight": swapped, "weight_scale_2": tensor_scale, "input_scale": input_scale}
+    check_stored(name, stored, "nvfp4", 2 * weight.shape[1], weight.shape[0])
+    return stored | {"comfy_quant": write_marker({"format": "nvfp4"})}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -527,7 +575,7 @@ class QuantLinear(nn.Module):
       emulate       compute what tensor_cores computes, but for the rounding of the product to bfloat16, on any
                     device: quantize and dequantize x, dequantize W, multiply in float32
     FP8 layers, plain layers and those whose marker says "full_precision_matrix_mult" always use "dequantize";
-    the input_scale of an FP8 layer is stored but ignored. A dequantized copy of W is freed after each call.
+    an input_scale is used by NVFP4 and ignored by the others. A dequantized copy of W is freed after each call.
 
     x has any float dtype and any leading dimensions; y has x's dtype. Use from_tensors to make a layer.
     """
@@ -536,11 +584,12 @@ class QuantLinear(nn.Module):
     def from_tensors(cls, name: str, tensors: dict[str, Tensor], in_features: int, out_features: int,
                      bias: bool | None = None, compute_dtype: torch.dtype | None = None,
                      mode: str | None = None) -> "QuantLinear":
-        """Make a layer from its stored tensors. They are not copied, and may be memory-mapped.
+        """Make a layer from its stored tensors. They are not copied (see below), and may be memory-mapped.
 
         name      the layer's name, for messages: "blocks.3.ffn.0"
         tensors   {suffix: tensor}: weight, bias, weight_scale, comfy_quant, ... The names scale_weight and
-                  scale_input of older FP8 files are read as weight_scale and input_scale.
+                  scale_input of older FP8 files are read as weight_scale and input_scale. NVFP4 in LightX2V's
+                  layout is read too, with its nibbles swapped into a copy of the weight.
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
 
@@ -548,6 +597,7 @@ class QuantLinear(nn.Module):
         """
         older = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
         tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
+        tensors = from_lightx2v(name, tensors)
         marker = tensors.pop("comfy_quant", None)
         info = {} if marker is None else read_marker(marker, f"{name}.comfy_quant")
         fmt = info.get("format")

@@ -1224,22 +1224,13 @@ def parse_size(text):
 
 
 def parse_lora(text):
-    """"a.safetensors:0.8" -> (path, strength). A file's name may have colons: only a number after the last colon
-    is a strength."""
-    path, _, number = text.rpartition(":")
+    """wan_fp4.parse_lora, for a file that can be read."""
     try:
-        strength = float(number) if path else math.nan
-    except ValueError:
-        strength = math.nan
-    if math.isnan(strength):
-        path, strength = text, 1.0
-    if math.isinf(strength):
-        raise argparse.ArgumentTypeError(f"{text}: expected a finite strength, such as 0.8")
-    try:
+        path, strength = wan_fp4.parse_lora(text)
         check_file(path)
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(explain(error))
-    return Path(path), strength
+    return path, strength
 
 
 @dataclass(frozen=True)

@@ -633,6 +633,13 @@ def test_linear_input_scale_is_the_activations_tensor_scale():
     assert not torch.equal(layer(x), make("nvfp4", mode="emulate")[0](x))
 
 
+@pytest.mark.parametrize("mode", ["dequantize", "emulate"])
+def test_linear_ignores_the_input_scale_of_mxfp8(mode):
+    x = torch.randn(4, 56)
+    layer = make("mxfp8", mode=mode, extra={"input_scale": torch.tensor(1e-9)})[0]
+    assert torch.equal(layer(x), make("mxfp8", mode=mode)[0](x))
+
+
 def test_linear_without_input_scale_adapts_to_the_range_of_x():
     layer, _ = make("nvfp4", mode="emulate", bias=False)
     x = torch.randn(16, 56)
@@ -665,6 +672,45 @@ def test_linear_reads_the_older_fp8_names():
     tensors["scale_input"] = torch.tensor([1.0])
     layer = quant.QuantLinear.from_tensors("shared", tensors, 56, 40)
     assert layer.format == "float8_e4m3fn" and torch.equal(layer.dequantized(torch.float32), w)
+
+
+PAIRS = [("weight_global_scale", "input_absmax"), ("alpha", "input_global_scale")]
+
+
+def lightx2v(w, pair, input_absmax=3.0):
+    """The tensors of a layer in LightX2V's layout, and their weight. By torchao, which packs nibbles and block
+    scales in the same way."""
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+    absmax, weight_global_scale = torch.tensor(input_absmax), 2688 / w.abs().max().float()
+    packed = NVFP4Tensor.to_nvfp4(w, per_tensor_scale=1 / weight_global_scale, is_swizzled_scales=True)
+    numbers = {"weight_global_scale": weight_global_scale, "input_absmax": absmax,
+               "alpha": 1 / (2688 / absmax * weight_global_scale), "input_global_scale": 2688 / absmax}
+    scale = packed.scale.reshape(-(-w.shape[0] // 128) * 128, -1)
+    return ({"weight": packed.qdata.view(torch.uint8), "weight_scale": scale} | {n: numbers[n] for n in pair},
+            packed.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_linear_reads_lightx2vs_layout(pair):
+    bias = torch.randn(48)
+    tensors, w = lightx2v(torch.randn(48, 80) * 0.05, pair)
+    layer = quant.QuantLinear.from_tensors("x", tensors | {"bias": bias}, 80, 48)
+    torch.testing.assert_close(layer.dequantized(torch.float32), w, rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.input_scale, torch.tensor(3 / 2688), rtol=1e-6, atol=0)
+    assert torch.equal(layer.bias, bias) and same_bits(layer.weight_scale, tensors["weight_scale"])
+    assert quant.read_marker(layer.comfy_quant) == {"format": "nvfp4"}
+
+
+def test_lightx2vs_tensors_are_mapped_bit_by_bit():
+    weight = torch.tensor([[0x12, 0xAB, 0xF0] + [0] * 5] * 16, dtype=torch.uint8)  # (16, 16 / 2)
+    tensors = {"weight": weight, "weight_scale": torch.ones(128, 4).to(torch.float8_e4m3fn)}
+    first = quant.from_lightx2v("x", tensors | dict(zip(PAIRS[0], torch.tensor([[7.0], [5.0]]))))
+    second = quant.from_lightx2v("x", tensors | dict(zip(PAIRS[1], torch.tensor([3.0, 7.0]))))
+    assert first["weight"].tolist()[0][:3] == second["weight"].tolist()[0][:3] == [0x21, 0xBA, 0x0F]
+    assert tensors["weight"][0, 0] == 0x12 and first["weight_scale"] is tensors["weight_scale"]
+    for got, expected in ((first, (1 / 7, 5 / 2688)), (second, (21, 1 / 7))):
+        assert got.keys() == {"weight", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant"}
+        assert same_bits(torch.stack([got["weight_scale_2"], got["input_scale"]]), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("fmt, dtype", [("nvfp4", torch.uint8), ("mxfp8", torch.float8_e8m0fnu)])
@@ -748,8 +794,8 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, shape, monkeypatch)
         a = F.pad(a.view(torch.uint8), (0, 0, 0, -len(a) % 128)).view(a.dtype)  # comfy-kitchen wants 128 rows
         return (operand(a, scale_a) @ operand(b.t(), scale_b).T)[:rows]  # in float32, not out_dtype
 
-    layer, _ = make(fmt, out_features, in_features, mode="tensor_cores",
-                    extra={"pre_quant_scale": torch.rand(in_features)})
+    smooth = {"pre_quant_scale": torch.rand(in_features)} if fmt == "nvfp4" else {}
+    layer, _ = make(fmt, out_features, in_features, mode="tensor_cores", extra=smooth)
     x = torch.randn(rows, in_features)
     monkeypatch.setattr(torch, "_scaled_mm", reference_mm)
     got = layer(x)
@@ -814,6 +860,8 @@ def without(*names):
      r"\.weight_scale_2: got \(2,\), expected \(\); expected one number"),
     ("mxfp8", changed(weight_scale_2=torch.ones(())), {},
      r"\.weight_scale_2: got a tensor, expected none, as the layer is MXFP8; check its comfy_quant marker"),
+    ("mxfp8", changed(pre_quant_scale=torch.ones(256)), {},
+     r"\.pre_quant_scale: got a tensor, expected none, as the layer is MXFP8, and ComfyUI applies it to NVFP4"),
     (None, changed(wight=torch.ones(())), {}, r"\.wight: got a tensor, expected none, as the layer is plain"),
     ("nvfp4", without("comfy_quant", "weight_scale", "weight_scale_2"), {},
      r"\.weight: got torch.uint8, expected a float dtype, as the layer is plain; check its comfy_quant marker"),
@@ -829,6 +877,25 @@ def without(*names):
 def test_linear_errors_name_the_tensor_and_what_was_expected(fmt, change, kwargs, message):
     with pytest.raises(ValueError, match=r"^blocks\.3\.ffn\.0" + message):
         quant.QuantLinear.from_tensors("blocks.3.ffn.0", change(stored(fmt, 256, 256)[0]), 256, 256, **kwargs)
+
+
+@pytest.mark.parametrize("change, message", [
+    (without("input_absmax"), ": got weight, weight_global_scale, weight_scale, expected weight, weight_scale"),
+    (without("weight_scale"), ": got input_absmax, weight, weight_global_scale, expected weight, weight_scale"),
+    (changed(alpha=torch.ones(())), ": got alpha, input_absmax, weight, .* expected weight, weight_scale"),
+    (changed(weight_scale_2=torch.ones(())), ": got .*, weight_scale_2, expected .*mixes layouts"),
+    (changed(comfy_quant=quant.write_marker({"format": "nvfp4"})), ": got comfy_quant, .*; .* mixes layouts"),
+    (lambda t: t | {"weight": t["weight"].to(torch.int8)}, r": got weight torch.int8 .*expected a 2-D"),
+    (lambda t: t | {"weight": t["weight"][0]}, r": got weight torch.uint8 \(16,\), .*expected a 2-D"),
+    (lambda t: t | {"weight": t["weight"][:16]}, r"\.weight: got \(16, 16\), expected \(32, 16\)"),
+    (lambda t: t | {"weight_scale": t["weight_scale"][:32]}, r"\.weight_scale: got \(32, 4\), expected \(128, 4"),
+    (changed(input_absmax=torch.ones(2)), r": got .*, input_absmax torch.float32 \(2,\), expected .* single num"),
+    *((changed(weight_global_scale=torch.tensor(bad)), ": got weight_global_scale .*, expected positive numbers")
+      for bad in (0.0, -1.0, math.nan, math.inf))])
+def test_damaged_or_mixed_lightx2v_layers_are_refused(change, message):
+    tensors = lightx2v(torch.randn(32, 32), PAIRS[0])[0]
+    with pytest.raises(ValueError, match=f"^blocks.3.ffn.0{message}"):
+        quant.QuantLinear.from_tensors("blocks.3.ffn.0", change(tensors), 32, 32)
 
 
 def test_marker_round_trip():
@@ -1459,6 +1526,49 @@ def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_pa
     quantized, plain = (wan_fp4.load_dit(tmp_path / f"{name}.safetensors") for name in ("quantized", "plain"))
     assert quantized.blocks[0].ffn[0].format == "nvfp4" and plain.blocks[0].ffn[0].format is None
     assert relative_error(quantized(**dit_inputs(1, 4, 4, 5)), plain(**dit_inputs(1, 4, 4, 5))) < 1e-5
+
+
+def marked_in_header(path, formats=(), tensors=(), prefix="", **metadata):
+    """Write the demo's DiT with the layers' markers in the header, changed by `formats` {layer: marker}, and
+    without comfy_quant tensors but for `tensors` {layer: marker}."""
+    demo = REPOSITORY / "demo" / "dit.safetensors"
+    weights = {name: tensor for name, tensor in load_file(demo).items() if not name.endswith(".comfy_quant")}
+    weights |= {f"{layer}.comfy_quant": quant.write_marker(marker) for layer, marker in dict(tensors).items()}
+    layers = {prefix + layer: marker for layer, marker in (read_layers(demo) | dict(formats)).items()}
+    metadata = {"head_dim": "32", "_quantization_metadata": json.dumps({"layers": layers})} | metadata
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_markers_in_the_header_alone_are_enough(prefix, tmp_path):
+    """A layer that the file does not have is ignored."""
+    path = marked_in_header(tmp_path / "x", {"blocks.99.ffn.0": {"format": "mxfp8"}}, prefix=prefix)
+    got = wan_fp4.load_dit(path)
+    expected = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors")
+    assert quant.describe(got) == quant.describe(expected) and "NVFP4" in quant.describe(got)
+
+
+NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
+
+
+@pytest.mark.parametrize("header, tensor, text", [
+    (MXFP8, NVFP4, "got nvfp4 in the tensor and mxfp8 in the header's _quantization_metadata, expected the same"),
+    (NVFP4 | {"full_precision_matrix_mult": True}, NVFP4, "got nvfp4 in the tensor and nvfp4 at full precision"),
+    ({"format": "int3"}, None, "in the header's _quantization_metadata: got .*int3"),
+    ([5], None, r"in the header's _quantization_metadata: got b'\[5\]', expected a format")])
+def test_headers_that_disagree_with_the_tensors_are_refused(header, tensor, text, tmp_path):
+    tensors = {"blocks.0.ffn.0": tensor} if tensor else {}
+    path = marked_in_header(tmp_path / "x", {"blocks.0.ffn.0": header}, tensors)
+    with pytest.raises(ValueError, match=f"x: blocks.0.ffn.0.comfy_quant.*{text}"):
+        wan_fp4.load_dit(path)
+
+
+@pytest.mark.parametrize("bad", ["{", "5", '{"layers": 5}', "[" * 10 ** 5])
+def test_a_damaged_quantization_metadata_is_refused(bad, tmp_path):
+    path = marked_in_header(tmp_path / "x", _quantization_metadata=bad)
+    with pytest.raises(ValueError, match="x: _quantization_metadata in its header: got '.*, expected JSON with"):
+        wan_fp4.load_dit(path)
 
 
 # Building
@@ -3712,6 +3822,203 @@ def test_its_own_output_is_refused_as_a_source(model, out):
     fails(convert.main, ["-i", out], "already quantized")
 
 
+# LoRAs merged and joined
+
+def two_loras(folder, naming="ComfyUI", dtype=torch.float32):
+    """Two LoRA files for checkpoint(), with factors, whole differences and a layer that is not there, their
+    strengths, and what they add to each tensor, in float64."""
+    prefix, query, up_name, down_name = NAMINGS[naming]
+    g, total, loras = torch.Generator().manual_seed(1), {}, []
+    def add(name, difference):
+        total[name] = total.get(name, 0) + difference
+    for file, strength, rank, alpha in (("a", 0.5, 4, 2.0), ("b", -2.0, 8, None)):
+        up, down = (torch.randn(s, generator=g).mul(0.1).to(dtype) for s in ((WIDTH, rank), (rank, WIDTH)))
+        tensors = {f"{prefix}blocks.1.{query}.{up_name}": up, f"{prefix}blocks.1.{query}.{down_name}": down}
+        if alpha:
+            tensors[f"{prefix}blocks.1.{query}.alpha"] = torch.tensor(alpha)
+        add("blocks.1.self_attn.q.weight", strength * (alpha or rank) / rank * up.double() @ down.double())
+        for layer, ending, part, shape in (("blocks.0.ffn.2", "diff", "weight", (WIDTH, HIDDEN)),
+                                           ("blocks.0.ffn.2", "diff_b", "bias", (WIDTH,)),
+                                           ("blocks.1.self_attn.norm_q", "diff", "weight", (WIDTH,)),
+                                           ("blocks.0", "diff_m", "modulation", (1, 6, WIDTH))):
+            tensors[f"{prefix}{layer}.{ending}"] = torch.randn(shape, generator=g).mul(0.1).to(dtype)
+            add(f"{layer}.{part}", strength * tensors[f"{prefix}{layer}.{ending}"].double())
+        tensors[f"{prefix}blocks.7.norm3.diff"] = torch.ones(WIDTH, dtype=dtype)
+        save_file(tensors, folder / f"{file}.safetensors")
+        loras.append((folder / f"{file}.safetensors", strength))
+    return loras, total
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_merged_loras_are_their_sum_in_float64(naming, tmp_path):
+    loras, total = two_loras(tmp_path, naming)
+    source = convert.Source(write_checkpoint(tmp_path / "m.safetensors", checkpoint(torch.float32)))
+    for lora in loras:
+        assert source.merge(*lora).endswith("into 5 tensors, skipped 1: blocks.7.norm3.weight (no such tensor)")
+    for name, tensor in checkpoint(torch.float32).items():
+        expected = (tensor.double() + total[name]).float() if name in total else tensor
+        torch.testing.assert_close(source.tensor(name), expected, rtol=1e-6, atol=1e-7 * (name in total))
+
+
+def test_loras_are_merged_before_the_model_is_analyzed_and_rounded(tmp_path, model, capsys):
+    """The file is that of the merged model, which is in bf16 too."""
+    loras, _ = two_loras(tmp_path, dtype=torch.bfloat16)
+    source = convert.Source(model)
+    for lora in loras:
+        source.merge(*lora)
+    write_checkpoint(tmp_path / "merged.safetensors", {name: source.tensor(name) for name in source.shapes})
+    flags = [part for path, strength in loras for part in ("--merge-lora", f"{path}:{strength}")]
+    convert.main(["-i", model, "-o", tmp_path / "x", *flags])
+    assert "b.safetensors at -2: merged into 5 tensors" in capsys.readouterr().out
+    convert.main(["-i", tmp_path / "merged.safetensors", "-o", tmp_path / "y"])
+    x, y = load_file(tmp_path / "x"), load_file(tmp_path / "y")
+    assert x.keys() == y.keys() and all(same_bits(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("lora, text", [
+    ({"blocks.9.ffn.0.diff_b": (HIDDEN,)}, "none of which fits, the first blocks.9.ffn.0.bias (no such"),
+    ({"patch_embedding.lora_A.weight": (2, 36, 1, 2, 2), "patch_embedding.lora_B.weight": (WIDTH, 2, 1, 1, 1)},
+     "none of which fits, the first patch_embedding.weight (not a Linear)"),
+    ({}, "none of which fits, the first none"),
+    ({"blocks.0.ffn.0.diff_b": (9,)}, "ffn.0.bias: got a difference of shape (9,), expected (200,); use"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, 9), "blocks.0.ffn.0.lora_B.weight": (9, 2)}, "of shape (9, 9), exp"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, WIDTH)}, "got down alone"),
+    ({"blocks.0.ffn.0.weight": (HIDDEN, WIDTH)}, "is no part of a LoRA")])
+def test_loras_that_cannot_be_merged(lora, text, model, lora_file):
+    path = lora_file({name: torch.zeros(shape) for name, shape in lora.items()})
+    before = set(model.parent.iterdir())
+    fails(convert.main, ["-i", model, "--merge-lora", path], text)
+    assert set(model.parent.iterdir()) == before
+
+
+def test_a_lora_that_overflows_leaves_nothing(model, lora_file):
+    path = lora_file({"blocks.0.ffn.0.diff_b": torch.full((HIDDEN,), 3e38)})
+    before = set(model.parent.iterdir())
+    fails(convert.main, ["-i", model, "--merge-lora", f"{path}:9"], "lora: blocks.0.ffn.0.bias: gives NaN or inf")
+    assert set(model.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_joined_loras_do_what_they_do_together(tmp_path, out, dtype, capsys):
+    loras, total = two_loras(tmp_path, "diffusers", dtype)
+    convert.main(["--concat-loras", *(f"{path}:{strength}" for path, strength in loras), "-o", out])
+    assert "2 LoRAs in one: 1 layers, 5 differences" in capsys.readouterr().out
+    joined, prefix = load_file(out), "diffusion_model."
+    up, down, alpha = (joined[name] for name in convert.lora_names("blocks.1.self_attn.q.weight"))
+    assert up.shape == (WIDTH, 12) and down.shape == (12, WIDTH) and alpha == 12
+    assert up.dtype == down.dtype == dtype
+    tolerance = {"rtol": 0, "atol": 0.01 if dtype == torch.bfloat16 else 1e-6}
+    torch.testing.assert_close(up.double() @ down.double(), total.pop("blocks.1.self_attn.q.weight"), **tolerance)
+    endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
+    for name, difference in total.items():
+        layer, _, part = name.rpartition(".")
+        torch.testing.assert_close(joined[f"{prefix}{layer}.{endings[part]}"].double(), difference, **tolerance)
+    assert len(joined) == 3 + len(total) + 1  # and the layer that checkpoint() does not have
+
+
+def test_joining_keeps_the_bits_at_strength_1_and_whose_part_it_is(tmp_path, out):
+    parts = torch.randn(40, 4).bfloat16(), torch.randn(4, 64).bfloat16(), torch.tensor(4.0)
+    for file, metadata in (("a", {"lora_id": "mine"}), ("b", None), ("c", {"lora_id": "other"})):
+        save_file(dict(zip(convert.lora_names("x.weight"), parts)), tmp_path / file, metadata)
+    convert.main(["--concat-loras", tmp_path / "a", tmp_path / "b", f"{tmp_path / 'c'}:0.5", "-o", out])
+    up, down, _ = (load_file(out)[name] for name in convert.lora_names("x.weight"))
+    assert same_bits(up[:, :8], torch.cat([parts[0]] * 2, 1)) and same_bits(down, torch.cat([parts[1]] * 3))
+    assert wan_fp4.read_header(out)[0]["lora_id"] == "mine"
+    flags = ["--concat-loras", tmp_path / "a", tmp_path / "c", "-o", tmp_path / "d"]
+    fails(convert.main, flags, "got mine and other")
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["a"], "--concat-loras: got no output file"), (["lost", "-o", "x"], "lost: no such file"),
+    (["a", "-o", "x", "--nvfp4"], "--nvfp4: has no effect with --concat-loras"), (["a", "-o", "a"], "overwrite"),
+    (["a", "b", "-o", "x"], "b: w.weight: got a difference of shape (3,), expected (2,), as in the files before"),
+    (["a:inf", "-o", "x"], "a:inf: expected a finite strength"), (["a:1e39", "-o", "x"], "w.diff: gives NaN or"),
+    (["a", "-i", "m.safetensors"], "argument -i/--input: not allowed with argument --concat-loras")])
+def test_loras_that_cannot_be_joined(tmp_path, monkeypatch, flags, text):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("a", 2), ("b", 3)):
+        save_file({"w.diff": torch.ones(size)}, name)
+    fails(convert.main, ["--concat-loras", *flags], text)
+    assert sorted(os.listdir()) == ["a", "b"]
+
+
+# Repacking LightX2V's NVFP4
+
+@pytest.fixture(scope="module")
+def lightx2v_dit(tmp_path_factory):
+    """Writes a small DiT with the blocks' weights in LightX2V's layout, and the same with dequantized weights."""
+    folder = tmp_path_factory.mktemp("lightx2v")
+    source = load_file(dit_file(diffusers_dit(), folder / "x"))
+
+    def write(pair=PAIRS[0], change=()):
+        packed, exact = {}, {}
+        for name, w in source.items():
+            if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
+                tensors, exact[name] = lightx2v(w, pair, input_absmax=6.0)
+                packed |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in tensors.items()}
+            else:
+                packed[name] = exact[name] = w
+        packed = {name: tensor for name, tensor in (packed | dict(change)).items() if tensor is not None}
+        save_file(packed, folder / "packed", {"head_dim": "32"})
+        save_file(exact, folder / "exact", {"head_dim": "32"})
+        return folder / "packed", folder / "exact"
+    return write
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@torch.no_grad()
+def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsys, pair):
+    packed, exact = lightx2v_dit(pair)
+    convert.main(["-i", packed, "-o", out, "--wan", "--comfy_quant"])
+    report, header = capsys.readouterr().out, read_layers(out)
+    assert "NVFP4 in LightX2V's layout; its 24 layers were repacked" in report and "without rounding" in report
+    before, after = load_file(packed), load_file(out)
+    for layer in header:
+        stored, source = layer_tensors(after, layer), layer_tensors(before, layer)
+        data, swapped = (x["weight"].tolist() for x in (source, stored))
+        assert swapped == [[byte % 16 * 16 + byte // 16 for byte in row] for row in data]
+        assert all(same_bits(stored[suffix], source[suffix]) for suffix in ("weight_scale", "bias"))
+        a, b = (source[name] for name in pair)
+        scales = (a * b, 1 / b) if pair[0] == "alpha" else (1 / a, b / 2688)
+        assert same_bits(stored["weight_scale_2"], scales[0]) and same_bits(stored["input_scale"], scales[1])
+        assert quant.read_marker(stored["comfy_quant"]) == header[layer] == {"format": "nvfp4"}
+        assert len(stored) == 6
+    assert len(header) == 24 and after.keys() == before.keys()
+    assert all(same_bits(after[name], before[name]) for name in after)
+    direct, repacked, plain = (wan_fp4.load_dit(path)(**dit_inputs(1, 4, 4, 5)) for path in (packed, out, exact))
+    assert torch.equal(direct, repacked) and relative_error(direct, plain) < 1e-5
+
+
+QUERY = "blocks.1.self_attn.q"
+
+
+@pytest.mark.parametrize("change, text", [
+    ({f"{QUERY}.input_absmax": None}, f"{QUERY}: got bias, weight, weight_global_scale, weight_scale, expected"),
+    ({f"{QUERY}.weight_scale": torch.ones(64, 4).to(torch.float8_e4m3fn)}, f"{QUERY}.weight_scale: got (64, 4)"),
+    ({f"{QUERY}.comfy_quant": quant.write_marker({"format": "nvfp4"})}, f"{QUERY}"),
+    ({f"{QUERY}.weight_global_scale": None, f"{QUERY}.input_absmax": None}, f"{QUERY}.weight: got torch.uint8, "),
+    ({f"{QUERY}.weight_global_scale": torch.tensor(0.0)}, f"{QUERY}: got weight_global_scale 0 and input_absmax"),
+    ({f"{QUERY}.weight_scale": torch.full((128, 4), math.nan).to(torch.float8_e4m3fn)}, "got NaN or infinite"),
+    ({f"{QUERY}{suffix}": tensor for suffix, tensor in {
+        ".weight_global_scale": None, ".input_absmax": None, ".weight_scale_2": torch.tensor(1.0),
+        ".comfy_quant": quant.write_marker({"format": "nvfp4"})}.items()}, f"{QUERY}."),  # a layer of ComfyUI's
+])
+def test_mixed_or_damaged_lightx2v_files_are_refused(lightx2v_dit, out, change, text):
+    packed, _ = lightx2v_dit(change=change)
+    fails(convert.main, ["-i", packed, "-o", out], text)
+    assert list(out.parent.iterdir()) == []
+    if "NaN" not in text:
+        with pytest.raises(ValueError, match=re.escape(QUERY)):
+            wan_fp4.load_dit(packed)
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--nvfp4"], "--nvfp4: "), (["--plan", "recipe"], "--plan: "), (["--extract-lora"], "--extract-lora: ")])
+def test_repacking_refuses_flags_without_effect(lightx2v_dit, out, flags, text):
+    packed, _ = lightx2v_dit()
+    fails(convert.main, ["-i", packed, "-o", out, *flags], f"{text}{packed} is NVFP4 already")
+
+
 PHOTO = REPOSITORY / "demo" / "photo.jpg"
 
 
@@ -3824,7 +4131,7 @@ def test_flags_with_underscores_are_the_same_flags():
 
 
 def test_the_input_is_required():
-    fails(convert.main, [], "convert.py: error: the following arguments are required: -i/--input")
+    fails(convert.main, [], "convert.py: error: one of the arguments -i/--input --concat-loras is required")
 
 
 # The plan
@@ -4216,7 +4523,9 @@ def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
     layers = ["blocks.0.ffn.0", "blocks.0.ffn.2"]  # of LINEARS, what --lora-target names by default
     suffixes = "lora_up.weight", "lora_down.weight", "alpha"
     assert set(lora) == {f"diffusion_model.{x}.{suffix}" for x in layers for suffix in suffixes}
-    assert "LoRA: layers  holds" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "LoRA: layers  holds" in report
+    assert 'load out_lora.safetensors with the node "Load LoRA (Bypass, Model Only)"' in report.splitlines()[-3]
     for layer in layers:
         w = checkpoint()[f"{layer}.weight"]
         stored = layer_tensors(base, layer) | {"bias": torch.zeros(len(w))}
@@ -4469,7 +4778,7 @@ def test_output_errors_have_both_sides_rounded():
     assert convert.output_errors(w, x, "dequantize")["nvfp4"] == pytest.approx(weight.item(), rel=1e-4)
 
 
-def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_path):
+def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_path, capsys):
     w, found = source.tensor("blocks.1.ffn.0.weight"), {}
     for mode in ("correct", "absorb"):
         convert.main(["-i", small_dit, "-o", tmp_path / f"{mode}.safetensors", "--nvfp4", "--extract-lora",
@@ -4480,6 +4789,7 @@ def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_p
         base = layer.dequantized(torch.float32)
         corrected = base + layer.lora_up_0.float() @ layer.lora_down_0.float()
         found[mode] = convert.snr(w, base), convert.snr(w, corrected)
+        assert ("useless without this LoRA" in capsys.readouterr().out) == (mode == "absorb")
     assert found["absorb"][1] > found["correct"][1] + 1 and found["absorb"][0] < 10
     with pytest.raises(ValueError, match="absorb_lora.safetensors"):
         wan_fp4.load_dit(tmp_path / "absorb.safetensors")
@@ -4513,7 +4823,7 @@ FLAGS = {
     | dict.fromkeys(("-o", "--dit", "--vae", "--lora", "--models", "--interpolate", "--decode"), PATHS)
     | {"--prompt": ["", "\n", "\ud83d", "\0", "a" * 10000], "--device": ["", "cuda:-1", "abc", "meta"]},
     convert.main: dict.fromkeys(("--size", "--num-iter", "--lora-rank", "--seed", "--calib-samples"), NUMBERS)
-    | dict.fromkeys(("-i", "-o", "--plot", "--calib", "--lora-output"), PATHS)
+    | dict.fromkeys(("-i", "-o", "--plot", "--calib", "--lora-output", "--merge-lora"), PATHS)
     | dict.fromkeys(("--custom-layers", "--exclude-layers"), ["", "(", "*", "nothing"])}
 CONVERT = ["-i", "dit.safetensors", "-o", "out.safetensors", "--nvfp4", "--simple", "--extract-lora",
            "--lora-rank", "4", "--lora-output", "out_lora.safetensors"]

@@ -17,7 +17,7 @@ Architecture: the Wan2.1 report (https://arxiv.org/abs/2503.20314) and https://g
 
 For callers: the five networks with their configs; load_dit, load_vae, load_umt5, load_clip, load_ifnet;
 read_header, read_tensors, tensor_names, shards; check_loras, attach_lora. convert.py also builds on
-dit_from_tensors, load_weights, Block, bare_name, official_dit_name and count.
+dit_from_tensors, load_weights, Block, bare_name, official_dit_name, count, parse_lora and lora_terms.
 
 Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
@@ -40,7 +40,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-from quant import QuantLinear, compiled_on_cuda, default_dtype, default_mode, project, read_marker
+from quant import QuantLinear, compiled_on_cuda, default_dtype, default_mode, project, read_marker, write_marker
 
 # ----------------------------------------------------------------------------------------------------
 # DiT: the diffusion transformer
@@ -1058,17 +1058,54 @@ def read_safetensors(path):
 
 def read_tensors(path):
     """A checkpoint's tensors by bare name, memory-mapped, and its metadata. path: a .safetensors, .pth or .pkl
-    file, an index .json, or a folder of shards."""
-    tensors, metadata = {}, {}
+    file, an index .json, or a folder of shards. Layers that only the metadata mark get a comfy_quant tensor."""
+    tensors, markers, metadata = {}, {}, {}
     for file in shards(path):
         stored, own = (read_pickle(file), {}) if file.suffix in PICKLES else read_safetensors(file)
         for name, tensor in stored.items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"{file}: {name[:200]}: got {tensor.dtype}, expected a dtype such as "
                                  f"torch.bfloat16; convert the file")
-        tensors |= stored
+        tensors |= {bare_name(name): tensor for name, tensor in stored.items()}
+        markers |= header_markers(own, file)
         metadata |= own
-    return {bare_name(name): tensor for name, tensor in tensors.items()}, metadata
+    add_markers(tensors, markers, path)
+    if is_lightx2v(tensors) and (marked := [name for name in tensors if name.endswith(".comfy_quant")]):
+        raise ValueError(f"{path}: got layers in LightX2V's NVFP4 layout and {min(marked)[:200]}, expected one "
+                         f"layout; the file mixes two: download it again")
+    return tensors, metadata
+
+
+def is_lightx2v(names):
+    """Whether a file with these tensors is in LightX2V's NVFP4 layout (quant.from_lightx2v)."""
+    return any(name.endswith((".input_absmax", ".input_global_scale")) for name in names)
+
+
+def header_markers(metadata, path):
+    """{marker's name: marker} of the layers that a file's header lists in _quantization_metadata."""
+    text = metadata.get("_quantization_metadata", "{}")
+    try:
+        layers = json.loads(text).get("layers", {})
+        return {f"{bare_name(layer)}.comfy_quant": write_marker(info) for layer, info in layers.items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f'{path}: _quantization_metadata in its header: got {text[:100]!r}, expected JSON with '
+                         f'"layers": {{NAME: {{"format": ...}}}}; download the file again') from None
+
+
+def add_markers(tensors, markers, path):
+    """Give layers without a comfy_quant tensor the header's marker. Raises ValueError where the two disagree,
+    because programs differ in which one they follow."""
+    def meaning(marker, where):
+        info = read_marker(marker, where)
+        return info["format"] + (" at full precision" if info.get("full_precision_matrix_mult") else "")
+
+    for name, marker in markers.items():
+        if name.removesuffix("comfy_quant") + "weight" in tensors:
+            header = meaning(marker, f"{path}: {name} in the header's _quantization_metadata")
+            stored = meaning(tensors.setdefault(name, marker), f"{path}: {name}")
+            if stored != header:
+                raise ValueError(f"{path}: {name}: got {stored} in the tensor and {header} in the header's "
+                                 f"_quantization_metadata, expected the same in both; convert the model again")
 
 
 def tensor_names(path):
@@ -1232,7 +1269,7 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
             compute = torch.float32 if name.startswith(tuple(float32)) else dtype
-            layer = QuantLinear.from_tensors(f"{path}: {name}", linears.get(name, {}), module.in_features,
+            layer = QuantLinear.from_tensors(f"{path}: {name}", linears.pop(name, {}), module.in_features,
                                              module.out_features, bias=module.bias is not None,
                                              compute_dtype=compute, mode=mode or default_mode(device))
             model.set_submodule(name, layer)
@@ -1430,9 +1467,22 @@ LORA_PARTS = {"lora_up": "up", "lora_B": "up", "lora_down": "down", "lora_A": "d
               "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}  # name's ending -> part
 
 
+def parse_lora(text):
+    """"a.safetensors:0.8" -> (path, strength). A file's name may have colons: only a number after the last colon
+    is a strength. Raises ValueError for one that is infinite."""
+    path, _, number = text.rpartition(":")
+    try:
+        strength = float(number) if path else math.nan
+    except ValueError:
+        strength = math.nan
+    if math.isinf(strength):
+        raise ValueError(f"{text}: expected a finite strength, such as 0.8")
+    return (Path(text), 1.0) if math.isnan(strength) else (Path(path), strength)
+
+
 def read_lora(path):
-    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. Raises ValueError for a
-    tensor that is none of these parts."""
+    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. With factors, "scale" is
+    alpha / r. Raises ValueError for a tensor that is none of these parts, and for factors that do not fit."""
     layers = {}
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
@@ -1441,7 +1491,40 @@ def read_lora(path):
             raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, "
                              f"expected a name that ends in one of {endings}; a whole model is not a LoRA")
         layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
+    for layer, parts in layers.items():
+        if parts.keys() & {"up", "down", "alpha"}:
+            parts["scale"] = lora_scale(parts, f"{path}: {layer}")
     return layers
+
+
+def lora_scale(parts, where):
+    """alpha / r of a layer's factors up (M, r) and down (r, K); those of a convolution have more dimensions."""
+    if not {"up", "down"} <= parts.keys():
+        got = " and ".join(part for part in ("up", "down", "alpha") if part in parts)
+        raise ValueError(f"{where}: got {got} alone, expected lora_up and lora_down, or lora_B and lora_A; "
+                         f"download the LoRA again")
+    up, down = parts["up"], parts["down"]
+    if up.dim() != down.dim() or up.dim() < 2 or up.shape[1] != down.shape[0] or 0 in up.shape + down.shape:
+        raise ValueError(f"{where}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected (M, r) and "
+                         f"(r, K); download the LoRA again")
+    rank = len(down)
+    alpha = parts.get("alpha", torch.tensor(float(rank))).double()
+    if alpha.numel() != 1 or not alpha.isfinite().all():
+        raise ValueError(f"{where}: got alpha {str(alpha.tolist())[:50]}, expected one finite number; "
+                         f"download the LoRA again")
+    return alpha.item() / rank
+
+
+def lora_terms(path, strength):
+    """Yields all that a LoRA file adds to parameters: (name, shape, scale, factors). The term is scale times the
+    only factor, or times up @ down; shape is its shape."""
+    for layer, parts in read_lora(path).items():
+        if "up" in parts:
+            up, down = parts["up"], parts["down"]  # (M, r), (r, K)
+            yield f"{layer}.weight", (len(up), *down.shape[1:]), strength * parts["scale"], (up, down)
+        for part in ("weight", "bias", "modulation"):
+            if part in parts:
+                yield f"{layer}.{part}", tuple(parts[part].shape), strength, (parts[part],)
 
 
 def check_loras(path, metadata, loras):
@@ -1468,14 +1551,10 @@ def attach_lora(model, path, strength: float = 1.0) -> str:
     branches, differences, skipped = [], [], []
     for name, parts in layers.items():
         where, module = f"{path}: {name}", modules.get(name)
-        factors = [part for part in ("up", "down", "alpha") if part in parts]
-        if factors and not {"up", "down"} <= parts.keys():
-            raise ValueError(f"{where}: got {' and '.join(factors)} alone, expected lora_up and lora_down, or "
-                             f"lora_B and lora_A; download the LoRA again")
         if module is None:
             skipped.append(f"{name} (no such layer)")
             continue
-        if factors:
+        if "up" in parts:
             reason = add_branch(module, parts, strength, where)
             (skipped if reason else branches).append(f"{name} ({reason})")
         for part in ("weight", "bias", "modulation"):
@@ -1497,16 +1576,11 @@ def add_branch(module, parts, strength, where):
     if not isinstance(module, QuantLinear):
         return "not a Linear"
     up, down = parts["up"].to(module.weight.device), parts["down"].to(module.weight.device)
-    rank = down.shape[0] if down.dim() == 2 else 0
-    if rank == 0 or (up.shape, down.shape) != ((module.out_features, rank), (rank, module.in_features)):
+    if (up.shape, down.shape) != ((module.out_features, len(down)), (len(down), module.in_features)):
         raise ValueError(f"{where}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected "
                          f"({module.out_features}, r) and (r, {module.in_features}); "
                          f"use a LoRA for a model of this size")
-    alpha = parts.get("alpha", torch.tensor(float(rank))).double()
-    if alpha.numel() != 1 or not alpha.isfinite().all():
-        raise ValueError(f"{where}: got alpha {str(alpha.tolist())[:50]}, expected one finite number; "
-                         f"download the LoRA again")
-    module.attach_lora(up, down, strength * alpha.item() / rank)
+    module.attach_lora(up, down, strength * parts["scale"])
     return ""
 
 
