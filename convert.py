@@ -299,14 +299,15 @@ def output_errors(w, x):
     return errors
 
 
-def measure_errors(source, names, calibration=None):
+def measure_errors(source, names, calibration=None, ranks=wan_fp4.Ranks()):
     """{name: {format: error}}: of the outputs for the inputs that calibration saw, or of the weights."""
     if calibration:
-        errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(inputs.rows)[:512]))
-                  for seen in calibration.stages() for name, inputs in seen.items())
+        errors = ((name, output_errors(source.tensor(name).to(calibration.device),
+                                       torch.cat(seen[name].rows)[:512]))
+                  for seen in calibration.stages() for name in share(seen, source, ranks))
     else:
-        errors = in_order(lambda name: weight_errors(source.tensor(name)), names)
-    return dict(tqdm(errors, total=len(names), desc="measuring", disable=None))
+        errors = in_order(lambda name: weight_errors(source.tensor(name)), share(names, source, ranks))
+    return merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
 
 
 def plan_by_error(errors, sizes, budget):
@@ -348,12 +349,12 @@ def rank_correlation(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, calibration, scores, limit, made):
+def plan_measured(source, calibration, scores, limit, made, ranks):
     """The plan of least error in a file of `limit` bytes, by default the size that the score's plan gives.
     Returns {name: format} and lines that compare it with the score."""
     names = [name for name, shape in source.shapes.items()
              if len(shape) == 2 and (name in scores or OPTIONAL.fullmatch(name))]
-    errors, by_score = measure_errors(source, names, calibration), plan_by_score(scores)
+    errors, by_score = measure_errors(source, names, calibration, ranks), plan_by_score(scores)
     sizes = {name: {fmt: stored_bytes(fmt, source.shapes[name], source.dtypes[name]) for fmt in PLAN_FORMATS}
              for name in names}
     smallest = file_size(source, dict.fromkeys(names, "nvfp4"), made)
@@ -373,7 +374,7 @@ def plan_measured(source, calibration, scores, limit, made):
                      f"by the score's plan: {summary(by_score)}"]
 
 
-def choose_plan(args, source, calibration, made):
+def choose_plan(args, source, calibration, made, ranks):
     """The plan that the command line asks for: {name: format}, and lines to print about it."""
     if args.base or args.custom_layers or args.exclude_layers:
         return plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
@@ -381,11 +382,12 @@ def choose_plan(args, source, calibration, made):
     if args.plan == "recipe":
         return plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT), []
     names = list(plan(source.shapes))
-    measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
-    scores = score(dict(tqdm(measures, total=len(names), desc="analyzing", disable=None)))
+    measures = in_order(lambda name: sensitivity(source.tensor(name)), share(names, source, ranks))
+    measures = tqdm(measures, total=len(names) // ranks.size, desc="analyzing", disable=None)
+    scores = score(merged(measures, names, ranks))
     if args.plan == "score" or not (args.size or calibration):
         return plan_by_score(scores), []
-    return plan_measured(source, calibration, scores, args.size, made)
+    return plan_measured(source, calibration, scores, args.size, made, ranks)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -683,6 +685,14 @@ class Inputs:
         self.moment, self.count = self.moment + x.T @ x, self.count + len(x)
         self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)].clone())  # a view would keep all of x
 
+    def merge(self, ranks):
+        """Add what the layer is fed in the other ranks."""
+        if ranks.size > 1:
+            parts = ranks.gather((self.amax, self.count, torch.cat(self.rows).cpu()))
+            amaxes, counts, rows = zip(*parts)
+            self.amax, self.count, self.moment = max(amaxes), sum(counts), ranks.sum(self.moment)
+            self.rows = [part.to(self.moment.device) for part in rows]
+
     def hessian(self):
         """The second moment, shrunk toward a multiple of the identity by oracle approximating shrinkage (Chen
         et al. 2010, https://arxiv.org/abs/0907.4698): a prompt has only a dozen tokens, and the weight must
@@ -701,8 +711,9 @@ class Inputs:
 class Calibration:
     """The DiT, one block at a time: velocity() records its inputs, stages() runs on all those recorded."""
 
-    def __init__(self, source, samples, steps, device="cpu"):
+    def __init__(self, source, samples, steps, device="cpu", ranks=wan_fp4.Ranks()):
         self.source, self.samples, self.steps, self.device = source, samples, steps, torch.device(device)
+        self.ranks = ranks  # each has the inputs of its own pictures
         first = {name: source.tensor(name) for name in source.shapes
                  if not name.startswith("blocks.") or name.startswith("blocks.0.")}
         self.dit = wan_fp4.dit_from_tensors(first, source.metadata, source.path, self.device)
@@ -748,6 +759,8 @@ class Calibration:
         self.module, self.prefix, self.replaced = module, prefix, False
         with self.observe(module, prefix) as seen:
             outputs = run()
+        for layer in dict.fromkeys(seen.values()):  # each once: q, k and v have theirs in common
+            layer.merge(self.ranks)
         yield seen
         return run() if self.replaced else outputs
 
@@ -755,6 +768,7 @@ class Calibration:
     def observe(self, module, prefix):
         """Gives {weight name: Inputs}, filled by every forward of the module's Linears."""
         seen, hooks, last = {}, [], (None, None)
+        forwards = sum(self.ranks.gather(len(self.inputs)))
 
         def record(name, layer, args):
             nonlocal last
@@ -763,7 +777,7 @@ class Calibration:
                 seen[name] = last[1]
                 return
             if name not in seen:
-                seen[name] = Inputs(self.samples, len(self.inputs), self.steps)
+                seen[name] = Inputs(self.samples, forwards, self.steps)
             seen[name].add(x.flatten(0, -2))
             last = x, seen[name]
 
@@ -816,7 +830,8 @@ def calibration_files(pictures, encoders):
     return [*files, *map(Path, pictures), *map(caption_file, pictures)]
 
 
-def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu") -> Calibration:
+def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu",
+              ranks=wan_fp4.Ranks()) -> Calibration:
     """Sample a video from each picture and record the DiT's inputs at every step.
 
     A picture's prompt is the text file beside it, or else the prompt in the source's header. encoders: as
@@ -825,6 +840,9 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
     """
     import sample
 
+    if len(pictures) < ranks.size:
+        raise ValueError(f"--calib: got fewer pictures ({len(pictures)}) than ranks ({ranks.size}), expected at "
+                         f"least one for each; give more, or lower torchrun's --nproc-per-node")
     files = encoders or find_encoders(source)
     frames, area = (sample.own_number(source.metadata, key, source.path) for key in ("frames", "area"))
     settings = sample.Settings(frames=frames, area=area, seed=seed, device=device)
@@ -834,9 +852,10 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
                for caption in captions]
     levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
 
-    calibration = Calibration(source, samples, settings.steps, device)
+    calibration = Calibration(source, samples, settings.steps, device, ranks)
     calibration.reads = calibration_files(pictures, files)
-    cfg, conditions = calibration.dit.cfg, sample.encode_conditions(images, prompts, files, settings)
+    conditions = ranks.once(lambda: sample.encode_conditions(images, prompts, files, settings))
+    cfg, conditions = calibration.dit.cfg, conditions[ranks.rank::ranks.size]
     widths = conditions[0].text.shape[2], conditions[0].image.shape[2]
     if widths != (cfg.text_dim, cfg.image_dim):
         raise ValueError(f"--calib: {files['text-encoder']} and {files['clip']}: got features of width "
@@ -1028,10 +1047,25 @@ class Journal:
         lines = self.read() if resume else []
         for output in self.outputs:
             output.begin(resume)
-        self.file = open(self.path, "ab" if lines else "wb", buffering=0)
+        self.file = open(self.path, "ab", buffering=0)  # appending: other ranks write lines too
+        if not lines:
+            self.file.truncate(0)
         self.file.write(b"\n" if lines else self.identity + b"\n")  # the last line may be incomplete
         for line in lines:
             self.restore(line)
+
+    def follow(self):
+        """Open the files that rank 0 has opened; each rank writes its own tensors and lines."""
+        for output in self.outputs:
+            output.file = open(output.part, "r+b", buffering=0)
+        self.file = open(self.path, "ab", buffering=0)
+
+    def merge(self, ranks):
+        """Take as done what other ranks have done."""
+        for done in ranks.gather(self.done):
+            self.done |= done
+        for output in self.outputs:
+            output.missing.intersection_update(*ranks.gather(output.missing))
 
     def read(self):
         """The lines after the first. Raises ValueError if they are of another run."""
@@ -1116,6 +1150,18 @@ def in_order(work, items, device="cpu"):
         torch.set_num_threads(threads)
 
 
+def share(names, source, ranks):
+    """The weights of this rank: of those of similar size, each rank gets one in turn."""
+    mine = set(sorted(names, key=lambda name: math.prod(source.shapes[name]))[ranks.rank::ranks.size])
+    return [name for name in names if name in mine]
+
+
+def merged(results, names, ranks):
+    """The (name, result) pairs of all ranks, as a dict in the order of names."""
+    parts = ranks.gather(dict(results))
+    return {name: part[name] for name in names for part in parts if name in part}
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How convert rounds, and the weights for which it makes a LoRA."""
@@ -1181,12 +1227,13 @@ def names_by_stage(names):
 
 
 def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None, calibration=None,
-            device="cpu", resume=False):
+            device="cpu", resume=False, ranks=wan_fp4.Ranks()):
     """Writes `source` to the file `out` in the planned formats, and the LoRA of rounding.targets to lora_file.
 
     made         header entries on how the file was made
     calibration  a Calibration: rounding then minimizes the error of the layers' outputs
     resume       continue an interrupted run; the files come out the same, byte for byte
+    ranks        those that share the weights, on one machine
 
     Returns {name: quality}: for each quantized weight its signal-to-noise ratios in dB and, with a LoRA, the
     share of the error's energy that the LoRA holds. The files get their final names only on success. After a
@@ -1197,26 +1244,32 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
     try:
-        journal.open(resume)
-        with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
+        ranks.once(lambda: journal.open(resume))
+        if ranks.rank > 0:
+            journal.follow()
+        journal.merge(ranks)
+        total = source.nbytes // ranks.size
+        with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
             for names, seen in zip(stages, calibration.stages() if calibration else [{}]):
                 def work(name):
                     if name not in journal.done:
                         fmt = formats.get(name, "bf16")
                         return round_tensor(source, name, fmt, rounding, seen.get(name), device)
 
-                for name, result in in_order(work, names, device):
+                for name, result in in_order(work, share(names, source, ranks), device):
                     if result:
                         journal.write(name, *result)
+                    progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
+                    progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
+                journal.merge(ranks)
+                for name in names:
                     if calibration and journal.done[name]:
                         suffixes = stored_layout(formats[name], source.shapes[name], source.dtypes[name])
                         layer, factors = name.removesuffix("weight"), lora_names(name)[:2]
                         calibration.replace(
                             name, {suffix: outputs[0].read(layer + suffix)[0] for suffix in suffixes},
                             [outputs[1].read(factor)[0] for factor in factors if name in beside])
-                    progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
-                    progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
-        journal.finish()
+        ranks.once(journal.finish)
     except DamagedError:
         journal.discard()
         raise
@@ -1352,13 +1405,17 @@ def named_encoders(args):
     return {flag: getattr(args, flag.replace("-", "_")) for flag in ENCODERS}
 
 
+def refuse(message):
+    raise ValueError(message)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
         description="Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4 and MXFP8.",
         epilog="Flags are named as in convert_to_quant. A REGEX is searched in the full name of a weight, such "
         "as blocks.0.ffn.2.weight.")
-    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
+    parser.error = refuse  # argparse's own prints the usage too
     add = parser.add_argument
     add("-i", "--input", required=True, type=Path, metavar="MODEL",
         help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names")
@@ -1506,8 +1563,12 @@ def write_text(path, text):
         part.unlink(missing_ok=True)
 
 
-def run(args, command):
+def run(args, command, ranks):
     begin = time.monotonic()
+    if ranks.size > int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)):
+        raise ValueError("got ranks on several machines, expected all on one, where they write the same file; "
+                         "start torchrun without --nnodes")
+    args.device = ranks.device(args.device)
     check_flags(args)
     source = Source(args.input)
     out, lora_file = output_files(args)
@@ -1516,23 +1577,25 @@ def run(args, command):
     check_files(out, lora_file, args.plot, [*source.reads, *reads])
     calibration = None
     if args.calib:
-        calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device)
+        calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device, ranks)
     made = {"quantization_command": command,
             "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
-    formats, notes = choose_plan(args, source, calibration, made)
+    formats, notes = choose_plan(args, source, calibration, made, ranks)
     targets = frozenset()
     if lora_file:
         rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
         targets = frozenset(matching(args.lora_target, rounded, "--lora-target"))
         size = header(lora_layout(source.shapes, targets, args.lora_rank), {})[2]
         notes = [*notes, f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {gib(size)}"]
-    print_plan(args, source, formats, notes, file_size(source, formats, made))
+    if ranks.rank == 0:
+        print_plan(args, source, formats, notes, file_size(source, formats, made))
     if args.dry_run:
         return
 
     rounding = Rounding("rtn" if args.simple else "search", args.num_iter, targets, args.lora_rank,
                         args.lora_mode, args.static_input_scale, args.seed)
-    quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume)
+    quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume,
+                      ranks)
     print("", *quality_report(quality, formats), sep="\n")
     if lora_file:
         print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
@@ -1547,7 +1610,7 @@ def main(argv=None):
     """
     argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
     parser = make_parser()
-    with errors_in_one_line(parser):
+    with errors_in_one_line(parser), wan_fp4.join_ranks() as ranks:
         if __name__ == "__main__":
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if any("\0" in arg for arg in argv):
@@ -1556,24 +1619,27 @@ def main(argv=None):
         for name, value in vars(args).items():
             if value == []:  # argparse drops a value of "--"
                 raise ValueError(f"--{name.replace('_', '-')}: got no value, expected one")
-        run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))
+        run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]), ranks)
 
 
 @contextmanager
 def errors_in_one_line(parser):
     """The one place that turns exceptions, those of libraries too, into messages and exit codes."""
+    def fail(message):
+        parser.exit(2, f"convert.py: error: {message}\n")
+
     try:
         yield
     except KeyboardInterrupt:
         parser.exit(130, "\nconvert.py: interrupted; to continue, run the same command with --resume\n")
     except torch.OutOfMemoryError as error:
-        parser.error(f"{str(error).splitlines()[0]} Free memory on the GPU, or give --device cpu")
+        fail(f"{str(error).splitlines()[0]} Free memory on the GPU, or give --device cpu")
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ValueError as error:
-        parser.error(str(error))
+        fail(str(error))
     except (RuntimeError, safetensors.SafetensorError) as error:  # of operations on damaged data
-        parser.error((str(error) or type(error).__name__).splitlines()[0])
+        fail((str(error) or type(error).__name__).splitlines()[0])
 
 
 if __name__ == "__main__":

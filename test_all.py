@@ -4229,6 +4229,50 @@ def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, out, monkeypatch)
     assert out.read_bytes() == complete
 
 
+def test_ranks_write_the_bytes_of_a_single_process(small_dit, tmp_path, monkeypatch):
+    """Also when they continue what a single process began. Calibrated on two pictures, sums differ by rounding,
+    and so may a few codes. No weight is rounded twice."""
+    Image.open(PHOTO).transpose(Image.Transpose.ROTATE_180).save(tmp_path / "two.jpg")
+    (tmp_path / "two.txt").write_text("pan left")
+    plain = ["-i", small_dit, "-o", tmp_path / "plain", "--extract-lora", "--lora-rank", "4"]
+    calibrated = ["-i", small_dit, "-o", tmp_path / "calibrated", "--calib", PHOTO, tmp_path / "two.jpg"]
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        interrupt(patch, KeyboardInterrupt(), 17)
+        convert.main(plain)
+    codes, errors = run_ranks(2, f"""
+import contextlib, convert, wan_fp4
+quantize, rounded = convert.quantize_weight, []
+convert.quantize_weight = lambda *args, **kwargs: rounded.append(args) or quantize(*args, **kwargs)
+with wan_fp4.join_ranks() as ranks:
+    wan_fp4.join_ranks = lambda: contextlib.nullcontext(ranks)
+    convert.main({[*map(str, plain), "--resume"]})
+    resumed = len(rounded)
+    convert.main({[*map(str, calibrated)]})
+    print(resumed, len(rounded) - resumed, file=open({str(tmp_path)!r} + f"/rounded{{ranks.rank}}", "w"))
+""")
+    assert codes == [0, 0], errors
+    resumed, rounded = torch.tensor([[*map(int, (tmp_path / f"rounded{rank}").read_text().split())]
+                                     for rank in (0, 1)]).T.tolist()
+    theirs = [(tmp_path / name).read_bytes() for name in ("plain", "plain_lora.safetensors", "calibrated")]
+    once = interrupt(monkeypatch, None, after=math.inf)
+    convert.main(plain)
+    assert 4 < sum(resumed) <= len(once) - 15 and min(resumed) > 0
+    once.clear()
+    convert.main(calibrated)
+    assert sum(rounded) == len(once) and max(rounded) < 0.6 * len(once)
+    ours = [(tmp_path / name).read_bytes() for name in ("plain", "plain_lora.safetensors", "calibrated")]
+    assert ours[:2] == theirs[:2] and len(ours[2]) == len(theirs[2])
+    assert sum(a != b for a, b in zip(ours[2], theirs[2])) < 0.002 * len(ours[2])
+
+
+@pytest.mark.parametrize("local, text", [
+    (1, "got ranks on several machines"), (2, "--calib: got fewer pictures (1) than ranks (2)")])
+def test_ranks_that_convert_does_not_take(small_dit, out, monkeypatch, local, text):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(wan_fp4, "join_ranks", lambda: contextlib.nullcontext(wan_fp4.Ranks(0, 2)))
+    fails(convert.main, ["-i", small_dit, "-o", out, "--calib", PHOTO], text)
+
+
 def test_plan_measured_beats_the_score_at_its_size(small_dit, tmp_path, out, capsys):
     convert.main(["-i", small_dit, "-o", out, "--calib", PHOTO])
     text = capsys.readouterr().out
