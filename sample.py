@@ -20,6 +20,8 @@ distilled model's recipe is scheduler "normal", sampler "lcm", shift 5, 4 steps 
 base model needs 40 steps, cfg 5 and a negative prompt. All noise comes from one generator on the CPU, so a
 seed gives the same noise on every device.
 
+Started by torchrun, one process per GPU shares the work; everything about that is in one section.
+
 For callers: generate() with Settings is the whole pipeline, encode_conditions() its first half. Its parts are
 sigmas, sample_latents, read_image, fit_size, resize, clip_pixels, first_frame_video, image_condition,
 load_tokenizer, tokenize, open_video, StreamedBlocks and find_files.
@@ -527,6 +529,7 @@ def write_folder(path):
 
 # Peaks, as bench/fullsize.py measures them for 81 frames of 480 x 832, rounded up
 WORKING = 25  # of a DiT forward, with or without a LoRA: bytes per token and channel
+PATCHES = 12  # the same, before the tokens are split over ranks; by arithmetic
 DECODING = 64 * 50  # of a VAE decode: values per latent and channel of the last level (64 pixels, each of 50)
 MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspaces and fragmentation
 
@@ -867,8 +870,9 @@ def load_dit(path, conditions, settings, team):
     dit = wan_fp4.load_dit(path, device, loras=settings.loras, stream=True)
     print(f"{Path(path).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
     split, parts = split_tokens(dit, team, settings.cfg)
-    tokens = max(c.y[0, 0].numel() // 4 for c in conditions) // parts
-    settle(dit, MARGIN + WORKING * tokens * dit.cfg.dim, device, settings.offload)
+    tokens = max(c.y[0, 0].numel() // 4 for c in conditions)
+    working = max(WORKING / parts, PATCHES) * tokens * dit.cfg.dim
+    settle(dit, MARGIN + int(working), device, settings.offload)
     return split
 
 
@@ -907,6 +911,7 @@ def decode_videos(path, latents, settings, timings, team=wan_fp4.Ranks()):
 def decode_video(vae, latents, team):
     """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU. Tiles are shared out among the team."""
     free = min(team.gather(free_memory(latents.device)))
+    free = free / team.size if latents.is_cpu else free  # processes of one machine have its memory in common
     frames, tile = [], decode_tile(vae, *latents.shape[3:], free)
     if tile is None and team.rank > 0:
         return None
@@ -965,8 +970,8 @@ def read_latents(path):
 # ----------------------------------------------------------------------------------------------------
 #
 # Rank 0 reads the pictures and encodes everything. With at least as many videos as ranks, each rank then makes
-# its own ones. With fewer, all ranks are a team that makes one video after another: they hold the same latents
-# and draw the same noise; the DiT's tokens and the tiles of the VAE are shared out (wan_fp4.py).
+# its own. With fewer, all ranks are a team that makes one video after another: they hold the same latents and
+# draw the same noise, but each computes only its share of the DiT's tokens and of the VAE's tiles (wan_fp4.py).
 
 def deal(ranks, videos):
     """The team that this rank belongs to, and the numbers of the videos that the team makes."""

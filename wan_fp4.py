@@ -16,8 +16,9 @@ stores it (NVFP4, MXFP8, FP8 or plain: quant.QuantLinear), and LoRAs run as side
 Architecture: the Wan2.1 report (https://arxiv.org/abs/2503.20314) and https://github.com/Wan-Video/Wan2.1.
 
 For callers: the five networks with their configs; load_dit, load_vae, load_umt5, load_clip, load_ifnet;
-read_header, read_tensors, tensor_names, shards; check_loras, attach_lora. convert.py also builds on
-dit_from_tensors, load_weights, Block, bare_name, official_dit_name and count.
+read_header, read_tensors, tensor_names, shards; check_loras, attach_lora; for several GPUs, join_ranks, Ranks
+and SplitDiT. convert.py also builds on dit_from_tensors, load_weights, Block, bare_name, official_dit_name and
+count.
 
 Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
@@ -277,13 +278,14 @@ class WanDiT(nn.Module):
 # Several GPUs: one process for each, started by torchrun
 # ----------------------------------------------------------------------------------------------------
 #
-# torchrun starts the same program R times; each process is a rank, with a GPU of its own. Without torchrun there
-# is one rank, and nothing here does anything.
+# With one GPU, skip this section. torchrun starts the same program R times; each process is a rank, with a GPU of
+# its own. Without torchrun there is one rank, which has nothing to share.
 #
-# The tokens of a video are split over ranks by Ulysses (https://arxiv.org/abs/2309.14509): each rank holds
-# n = ceil(N / R) of them and does everything that treats tokens separately. Only self-attention needs all tokens,
-# but treats heads separately: an all-to-all before it gives each rank all tokens of its heads / R heads, another
-# one after it leads back.
+# Ulysses (https://arxiv.org/abs/2309.14509) splits the tokens of a video: each rank has n = ceil(N / R) of them.
+# Only self-attention mixes tokens, and it treats heads separately. So an all-to-all before it gives each rank all
+# tokens of heads / R heads, and another one after it gives back n tokens of all heads. The result is that of one
+# rank, up to the order of sums; on tensor cores also up to the scale of quantized activations, which each rank
+# takes from its own tokens.
 
 
 @dataclass(frozen=True)
@@ -398,7 +400,7 @@ class TokenSplit:
         """This rank's tokens: (..., N, C) -> (..., n, C). Zeros follow the last token if R does not divide N."""
         self.tokens = x.shape[-2]
         x = F.pad(x, (0, 0, 0, -self.tokens % self.size))  # (..., R * n, C)
-        return x.chunk(self.size, dim=-2)[dist.get_rank(self.group)]  # (..., n, C)
+        return x.chunk(self.size, dim=-2)[dist.get_rank(self.group)].clone()  # (..., n, C); frees the others
 
     def gather(self, x):
         """The inverse of share, for (B, n, C): every rank gets (B, N, C)."""
