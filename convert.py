@@ -23,8 +23,8 @@ the marker L.comfy_quant, which ComfyUI reads. Older tools read the same informa
 _quantization_metadata; both are always written. The header also keeps the source's own entries (head_dim and
 so on) and records the command.
 
-Started by torchrun, several processes of one machine (wan_fp4.Ranks) share the weights, and with --calib the
-pictures. They write into the same file.
+Under torchrun, the processes on one machine (wan_fp4.Ranks) share the weights and the pictures of --calib, and
+write into the same file.
 
 For callers: main(argv); quantize_weight, dequantize_weight and snr for a single weight; plan, layout and
 marker for the contents of a file without its data. To vendor this file, copy quant.py and wan_fp4.py with it;

@@ -20,7 +20,7 @@ distilled model's recipe is scheduler "normal", sampler "lcm", shift 5, 4 steps 
 base model needs 40 steps, cfg 5 and a negative prompt. All noise comes from one generator on the CPU, so a
 seed gives the same noise on every device.
 
-Started by torchrun, one process per GPU shares the work; everything about that is in one section.
+Under torchrun, one process per GPU shares the work, as the section on several GPUs says.
 
 For callers: generate() with Settings is the whole pipeline, encode_conditions() its first half. Its parts are
 sigmas, sample_latents, read_image, fit_size, resize, clip_pixels, first_frame_video, image_condition,
