@@ -26,6 +26,9 @@ the marker L.comfy_quant, which ComfyUI reads. Older tools read the same informa
 _quantization_metadata; both are always written. The header also keeps the source's own entries (head_dim and
 so on) and records the command.
 
+Under torchrun, the processes on one machine (wan_fp4.Ranks) share the weights and the pictures of --calib, and
+write into the same file.
+
 For callers: main(argv); quantize_weight, dequantize_weight and snr for a single weight; plan, layout and
 marker for the contents of a file without its data. To vendor this file, copy quant.py and wan_fp4.py with it;
 sample.py is needed only by --calib.
@@ -433,15 +436,16 @@ def output_errors(w, x, mode="emulate"):
     return errors
 
 
-def measure_errors(source, names, calibration=None, marked=()):
+def measure_errors(source, names, calibration=None, marked=(), ranks=wan_fp4.Ranks()):
     """{name: {format: error}}: of the outputs for the inputs that calibration saw, or of the weights."""
     if calibration:
-        errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(inputs.rows)[:512],
+        errors = ((name, output_errors(source.tensor(name).to(calibration.device),
+                                       torch.cat(seen[name].rows)[:512],
                                        "dequantize" if name in marked else "emulate"))
-                  for seen in calibration.stages() for name, inputs in seen.items())
+                  for seen in calibration.stages() for name in share(seen, source, ranks))
     else:
-        errors = in_order(lambda name: weight_errors(source.tensor(name)), names)
-    return dict(tqdm(errors, total=len(names), desc="measuring", disable=None))
+        errors = in_order(lambda name: weight_errors(source.tensor(name)), share(names, source, ranks))
+    return merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
 
 
 def plan_by_error(errors, sizes, budget):
@@ -483,11 +487,11 @@ def rank_correlation(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, calibration, scores, by_score, limit, made, marked=()):
+def plan_measured(source, calibration, scores, by_score, limit, made, ranks, marked=()):
     """The plan of least error in a file of `limit` bytes, by default the size of by_score, the score's plan.
     marked: weights of --fpmm-layers. Returns {name: format} and lines that compare it with the score."""
     names = quantizable(source.shapes)
-    errors = measure_errors(source, names, calibration, marked)
+    errors = measure_errors(source, names, calibration, marked, ranks)
 
     def size(plan):
         return file_size(source, mark(plan, marked), made)
@@ -511,7 +515,7 @@ def plan_measured(source, calibration, scores, by_score, limit, made, marked=())
                      f"by the score's plan: {summary(by_score)}"]
 
 
-def choose_plan(args, source, calibration, made):
+def choose_plan(args, source, calibration, made, ranks):
     """The plan that the command line asks for: {name: format}, and lines to print about it."""
     marked, notes = set(), []
     if args.fpmm_layers:
@@ -523,13 +527,14 @@ def choose_plan(args, source, calibration, made):
         formats = plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT)
     else:
         names = list(plan(source.shapes))
-        measures = in_order(lambda name: sensitivity(source.tensor(name)), names)
-        measures = dict(tqdm(measures, total=len(names), desc="analyzing", disable=None))
+        measures = in_order(lambda name: sensitivity(source.tensor(name)), share(names, source, ranks))
+        measures = tqdm(measures, total=len(names) // ranks.size, desc="analyzing", disable=None)
+        measures = merged(measures, names, ranks)
         scores = score(measures)
         formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
         notes = list(reason_report(reasons))
         if args.plan != "score" and (args.size or calibration):
-            formats, notes = plan_measured(source, calibration, scores, formats, args.size, made, marked)
+            formats, notes = plan_measured(source, calibration, scores, formats, args.size, made, ranks, marked)
     if kept := [name for name in marked if formats.get(name, "bf16") == "bf16"]:
         notes.append(f"--fpmm-layers: {len(kept)} of the {len(marked)} layers are kept, so they are not marked")
     return mark(formats, marked), notes
@@ -836,6 +841,14 @@ class Inputs:
         self.moment, self.count = self.moment + x.T @ x, self.count + len(x)
         self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)].clone())  # a view would keep all of x
 
+    def merge(self, ranks):
+        """Add what the layer is fed in the other ranks."""
+        if ranks.size > 1:
+            parts = ranks.gather((self.amax, self.count, torch.cat(self.rows).cpu()))
+            amaxes, counts, rows = zip(*parts)
+            self.amax, self.count, self.moment = max(amaxes), sum(counts), ranks.sum(self.moment)
+            self.rows = [part.to(self.moment.device) for part in rows]
+
     def hessian(self):
         """The second moment, shrunk toward a multiple of the identity by oracle approximating shrinkage (Chen
         et al. 2010, https://arxiv.org/abs/0907.4698): a prompt has only a dozen tokens, and the weight must
@@ -854,8 +867,9 @@ class Inputs:
 class Calibration:
     """The DiT, one block at a time: velocity() records its inputs, stages() runs on all those recorded."""
 
-    def __init__(self, source, samples, steps, device="cpu"):
+    def __init__(self, source, samples, steps, device="cpu", ranks=wan_fp4.Ranks()):
         self.source, self.samples, self.steps, self.device = source, samples, steps, torch.device(device)
+        self.ranks = ranks  # each has the inputs of its own pictures
         first = {name: source.tensor(name) for name in source.shapes
                  if not name.startswith("blocks.") or name.startswith("blocks.0.")}
         self.dit = wan_fp4.dit_from_tensors(first, source.metadata, source.path, self.device)
@@ -920,6 +934,8 @@ class Calibration:
         self.module, self.prefix, self.replaced = module, prefix, False
         with self.observe(module, prefix) as seen:
             outputs = run()
+        for layer in dict.fromkeys(seen.values()):  # each once: q, k and v have theirs in common
+            layer.merge(self.ranks)
         yield seen
         return run() if self.replaced else outputs
 
@@ -927,6 +943,7 @@ class Calibration:
     def observe(self, module, prefix):
         """Gives {weight name: Inputs}, filled by every forward of the module's Linears."""
         seen, hooks, last = {}, [], (None, None)
+        forwards = sum(self.ranks.gather(len(self.inputs)))
 
         def record(name, layer, args):
             nonlocal last
@@ -935,7 +952,7 @@ class Calibration:
                 seen[name] = last[1]
                 return
             if name not in seen:
-                seen[name] = Inputs(self.samples, len(self.inputs), self.steps)
+                seen[name] = Inputs(self.samples, forwards, self.steps)
             seen[name].add(x.flatten(0, -2))
             last = x, seen[name]
 
@@ -988,7 +1005,8 @@ def calibration_files(pictures, encoders):
     return [*files, *map(Path, pictures), *map(caption_file, pictures)]
 
 
-def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu") -> Calibration:
+def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu",
+              ranks=wan_fp4.Ranks()) -> Calibration:
     """Sample a video from each picture and record the DiT's inputs at every step.
 
     A picture's prompt is the text file beside it, or else the prompt in the source's header. encoders: as
@@ -997,6 +1015,9 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
     """
     import sample
 
+    if len(pictures) < ranks.size:
+        raise ValueError(f"--calib: got fewer pictures ({len(pictures)}) than ranks ({ranks.size}), expected at "
+                         f"least one for each; give more, or lower torchrun's --nproc-per-node")
     files = encoders or find_encoders(source)
     frames, area = (sample.own_number(source.metadata, key, source.path) for key in ("frames", "area"))
     settings = sample.Settings(frames=frames, area=area, seed=seed, device=device)
@@ -1006,9 +1027,10 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
                for caption in captions]
     levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
 
-    calibration = Calibration(source, samples, settings.steps, device)
+    calibration = Calibration(source, samples, settings.steps, device, ranks)
     calibration.reads = calibration_files(pictures, files)
-    cfg, conditions = calibration.dit.cfg, sample.encode_conditions(images, prompts, files, settings)
+    conditions = ranks.once(lambda: sample.encode_conditions(images, prompts, files, settings))
+    cfg, conditions = calibration.dit.cfg, conditions[ranks.rank::ranks.size]
     widths = conditions[0].text.shape[2], conditions[0].image.shape[2]
     if widths != (cfg.text_dim, cfg.image_dim):
         raise ValueError(f"--calib: {files['text-encoder']} and {files['clip']}: got features of width "
@@ -1021,6 +1043,7 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
             noise = torch.randn((1, 16, *c.y.shape[2:]), generator=generator).to(device)
             sample.sample_latents(lambda x, sigma: calibration.velocity(x, sigma, c, progress.update), noise,
                                   levels, settings.sampler, generator)
+    calibration.attention_losses = ranks.sum(calibration.attention_losses) / (len(pictures) * settings.steps)
     return calibration
 
 
@@ -1189,13 +1212,16 @@ class Journal:
         self.identity = hashlib.sha256(b"".join(output.start for output in outputs) + state).hexdigest().encode()
 
     @contextmanager
-    def running(self, resume=False):
+    def running(self, resume=False, ranks=wan_fp4.Ranks()):
         """A context for writing; when it ends, the files get their final names. After a failure the unfinished
         files stay, for `resume`, unless the source is damaged and no run could succeed."""
         try:
-            self.open(resume)
+            ranks.once(lambda: self.open(resume))
+            if ranks.rank > 0:
+                self.follow()
+            self.merge(ranks)
             yield
-            self.finish()
+            ranks.once(self.finish)
         except DamagedError:
             self.discard()
             raise
@@ -1218,10 +1244,25 @@ class Journal:
         lines = self.read() if resume else []
         for output in self.outputs:
             output.begin(resume)
-        self.file = open(self.path, "ab" if lines else "wb", buffering=0)
+        self.file = open(self.path, "ab", buffering=0)  # appending: other ranks write lines too
+        if not lines:
+            self.file.truncate(0)
         self.file.write(b"\n" if lines else self.identity + b"\n")  # the last line may be incomplete
         for line in lines:
             self.restore(line)
+
+    def follow(self):
+        """Open the files that rank 0 has opened; each rank writes its own tensors and lines."""
+        for output in self.outputs:
+            output.file = open(output.part, "r+b", buffering=0)
+        self.file = open(self.path, "ab", buffering=0)
+
+    def merge(self, ranks):
+        """Take as done what other ranks have done."""
+        for done in ranks.gather(self.done):
+            self.done |= done
+        for output in self.outputs:
+            output.missing.intersection_update(*ranks.gather(output.missing))
 
     def read(self):
         """The lines after the first. Raises ValueError if they are of another run."""
@@ -1306,6 +1347,18 @@ def in_order(work, items, device="cpu"):
         torch.set_num_threads(threads)
 
 
+def share(names, source, ranks):
+    """The weights of this rank: of those of similar size, each rank gets one in turn."""
+    mine = set(sorted(names, key=lambda name: math.prod(source.shapes[name]))[ranks.rank::ranks.size])
+    return [name for name in names if name in mine]
+
+
+def merged(results, names, ranks):
+    """The (name, result) pairs of all ranks, as a dict in the order of names."""
+    parts = ranks.gather(dict(results))
+    return {name: part[name] for name in names for part in parts if name in part}
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How convert rounds, and the weights for which it makes a LoRA."""
@@ -1371,12 +1424,13 @@ def names_by_stage(names):
 
 
 def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None, calibration=None,
-            device="cpu", resume=False):
+            device="cpu", resume=False, ranks=wan_fp4.Ranks()):
     """Writes `source` to the file `out` in the planned formats, and the LoRA of rounding.targets to lora_file.
 
     made         header entries on how the file was made
     calibration  a Calibration: rounding then minimizes the error of the layers' outputs
     resume       continue an interrupted run; the files come out the same, byte for byte
+    ranks        those that share the weights, on one machine
 
     Returns {name: quality}: for each quantized weight its signal-to-noise ratios in dB and, with a LoRA, the
     share of the error's energy that the LoRA holds. The files get their final names only on success. After a
@@ -1386,25 +1440,28 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
-    with journal.running(resume):
-        with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
+    with journal.running(resume, ranks):
+        total = source.nbytes // ranks.size
+        with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
             for names, seen in zip(stages, calibration.stages() if calibration else [{}]):
                 def work(name):
                     if name not in journal.done:
                         fmt = formats.get(name, "bf16")
                         return round_tensor(source, name, fmt, rounding, seen.get(name), device)
 
-                for name, result in in_order(work, names, device):
+                for name, result in in_order(work, share(names, source, ranks), device):
                     if result:
                         journal.write(name, *result)
+                    progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
+                    progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
+                journal.merge(ranks)
+                for name in names:
                     if calibration and journal.done[name]:
                         suffixes = stored_layout(formats[name], source.shapes[name], source.dtypes[name])
                         layer, factors = name.removesuffix("weight"), lora_names(name)[:2]
                         calibration.replace(
                             name, {suffix: outputs[0].read(layer + suffix)[0] for suffix in suffixes},
                             [outputs[1].read(factor)[0] for factor in factors if name in beside])
-                    progress.set_postfix_str(f"{len(journal.done)}/{len(source.shapes)} tensors", refresh=False)
-                    progress.update(math.prod(source.shapes[name]) * source.dtypes[name].itemsize)
     return {name: quality for name, quality in journal.done.items() if quality}
 
 
@@ -1625,13 +1682,17 @@ def named_encoders(args):
     return {flag: getattr(args, flag.replace("-", "_")) for flag in ENCODERS}
 
 
+def refuse(message):
+    raise ValueError(message)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
         description="Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4 and MXFP8.",
         epilog="Flags that convert_to_quant has too are spelled as there, with dashes or underscores. A REGEX is "
         "searched in the full name of a weight, such as blocks.0.ffn.2.weight.")
-    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")  # without the usage
+    parser.error = refuse  # argparse's own prints the usage too
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-i", "--input", type=Path, metavar="MODEL",
@@ -1806,8 +1867,12 @@ def check_only(args, allowed, reason):
             raise ValueError(f"--{flag}: {reason}; leave it out")
 
 
-def run(args, command):
+def run(args, command, ranks):
     begin = time.monotonic()
+    if ranks.size > int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)):
+        raise ValueError("got ranks on several machines, expected all on one, where they write the same file; "
+                         "start torchrun without --nnodes")
+    args.device = ranks.device(args.device)
     made = {"quantization_command": command,
             "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
     if args.concat_loras:
@@ -1816,8 +1881,9 @@ def run(args, command):
             raise ValueError("--concat-loras: got no output file, expected one; name it with -o")
         loras = [wan_fp4.parse_lora(text) for text in args.concat_loras]
         check_files(args.output, None, None, [file for path, _ in loras for file in model_files(path)])
-        print(concat_loras(loras, args.output, made))
-        print(f"{gib(args.output.stat().st_size)}: {args.output}")
+        if ranks.rank == 0:
+            print(concat_loras(loras, args.output, made))
+            print(f"{gib(args.output.stat().st_size)}: {args.output}")
         return
     check_flags(args)
     source = Source(args.input)
@@ -1825,6 +1891,8 @@ def run(args, command):
     if source.packed:
         check_only(args, ("input", "output", "resume"), f"{args.input} is NVFP4 already, so it is only repacked")
         check_files(out, None, None, source.reads)
+        if ranks.rank > 0:
+            return  # there is nothing to share
         print(f"{args.input}: NVFP4 in LightX2V's layout; its {repack(source, out, made, args.resume)} "
               f"layers were repacked (nibbles swapped, scales renamed and inverted), without rounding anything")
         print(f"{gib(source.nbytes)} -> {gib(out.stat().st_size)} in {time.monotonic() - begin:.1f} s: {out}")
@@ -1836,13 +1904,13 @@ def run(args, command):
     check_files(out, lora_file, args.plot, [*source.reads, *reads])
     calibration = None
     if args.calib:
-        calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device)
+        calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device, ranks)
     kept = calibration.sensitive_attention() if calibration else []
     if kept:
         made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
-    formats, notes = choose_plan(args, source, calibration, made)
+    formats, notes = choose_plan(args, source, calibration, made, ranks)
     if calibration:
-        e4m3, nvfp4 = (-10 * (calibration.attention_losses.mean(0) / len(calibration.inputs)).log10()).tolist()
+        e4m3, nvfp4 = (-10 * calibration.attention_losses.mean(0).log10()).tolist()
         notes = [*notes, f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; "
                          f"blocks that --attention fp8 keeps in bf16: {', '.join(map(str, kept)) or 'none'}"]
     targets = frozenset()
@@ -1851,13 +1919,15 @@ def run(args, command):
         targets = frozenset(matching(args.lora_target, rounded, "--lora-target"))
         size = header(lora_layout(source.shapes, targets, args.lora_rank), {})[2]
         notes = [*notes, f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {gib(size)}"]
-    print_plan(args, source, formats, notes, file_size(source, formats, made))
+    if ranks.rank == 0:
+        print_plan(args, source, formats, notes, file_size(source, formats, made))
     if args.dry_run:
         return
 
     rounding = Rounding("rtn" if args.simple else "search", args.num_iter, targets, args.lora_rank,
                         args.lora_mode, args.static_input_scale, args.seed)
-    quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume)
+    quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume,
+                      ranks)
     print("", *quality_report(quality, formats), sep="\n")
     if lora_file:
         print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
@@ -1900,7 +1970,7 @@ def main(argv=None):
     """
     argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
     parser = make_parser()
-    with errors_in_one_line(parser):
+    with errors_in_one_line(parser), wan_fp4.join_ranks() as ranks:
         if __name__ == "__main__":
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if any("\0" in arg for arg in argv):
@@ -1909,24 +1979,27 @@ def main(argv=None):
         for name, value in vars(args).items():
             if value == []:  # argparse drops a value of "--"
                 raise ValueError(f"--{name.replace('_', '-')}: got no value, expected one")
-        run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]))
+        run(args, shlex.join(["convert.py", *(arg for arg in argv if arg != "--resume")]), ranks)
 
 
 @contextmanager
 def errors_in_one_line(parser):
     """The one place that turns exceptions, those of libraries too, into messages and exit codes."""
+    def fail(message):
+        parser.exit(2, f"convert.py: error: {message}\n")
+
     try:
         yield
     except KeyboardInterrupt:
         parser.exit(130, "\nconvert.py: interrupted; to continue, run the same command with --resume\n")
     except torch.OutOfMemoryError as error:
-        parser.error(f"{str(error).splitlines()[0]} Free memory on the GPU, or give --device cpu")
+        fail(f"{str(error).splitlines()[0]} Free memory on the GPU, or give --device cpu")
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ValueError as error:
-        parser.error(str(error))
+        fail(str(error))
     except (RuntimeError, safetensors.SafetensorError) as error:  # of operations on damaged data
-        parser.error((str(error) or type(error).__name__).splitlines()[0])
+        fail((str(error) or type(error).__name__).splitlines()[0])
 
 
 if __name__ == "__main__":

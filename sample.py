@@ -20,6 +20,8 @@ distilled model's recipe is scheduler "normal", sampler "lcm", shift 5, 4 steps 
 base model needs 40 steps, cfg 5 and a negative prompt. All noise comes from one generator on the CPU, so a
 seed gives the same noise on every device.
 
+Under torchrun, one process per GPU shares the work, as the section on several GPUs says.
+
 For callers: generate() with Settings is the whole pipeline, encode_conditions() its first half. Its parts are
 sigmas, sample_latents, read_image, fit_size, resize, clip_pixels, first_frame_video, image_condition,
 load_tokenizer, tokenize, open_video, StreamedBlocks and find_files.
@@ -528,6 +530,7 @@ def write_folder(path):
 
 # Peaks, as bench/fullsize.py measures them for 81 frames of 480 x 832, rounded up
 WORKING = 25  # of a DiT forward, with or without a LoRA: bytes per token and channel
+PATCHES = 12  # the same, before the tokens are split over ranks; by arithmetic
 DECODING = 64 * 50  # of a VAE decode: values per latent and channel of the last level (64 pixels, each of 50)
 MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspaces and fragmentation
 
@@ -719,30 +722,34 @@ class Conditions:
 
 
 @torch.inference_mode()
-def generate(images, prompts, files, settings=Settings(), on_latents=None, timings=None):
+def generate(images, prompts, files, settings=Settings(), on_latents=None, timings=None,
+             ranks=wan_fp4.Ranks()):
     """Make a video from each picture and its prompt; iterate to get them, one after another: (F, h, w, 3) uint8
     on the CPU. Each network is loaded once, for all of them.
 
     images: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS, as find_files gives them.
     on_latents(i, latents): called before video i is decoded. timings: a dict that receives the seconds of each
-    stage. Raises what the loaders of wan_fp4 raise, and ValueError for NaN in the velocity or the latents.
+    stage. ranks: gives only the videos that this rank writes. Raises what the loaders of wan_fp4 raise, and
+    ValueError for NaN in the velocity or the latents.
     """
     device, timings = torch.device(settings.device), {} if timings is None else timings
     levels = sigmas(settings.scheduler, settings.steps, settings.shift).tolist()
     precise = (levels[0], levels[-2]) if settings.precise_steps else ()
-    conditions = encode_conditions(images, prompts, files, settings, timings)
+    conditions = ranks.once(lambda: encode_conditions(images, prompts, files, settings, timings))
+    team, mine = deal(ranks, len(conditions))
     latents = []
     with stage("sample", timings, device, files["dit"]), attention_kernel(settings.attention):
-        dit = load_dit(files["dit"], conditions, settings)
-        for i, c in enumerate(conditions):
+        dit = load_dit(files["dit"], conditions, settings, team)
+        for i in mine:
+            c = conditions[i]
+
             def velocity(x, sigma):
                 t = torch.full((1,), 1000 * sigma, device=device)
                 with unquantized_activations(dit, sigma in precise):
-                    v = dit(x, t, c.text, c.image, c.y)
-                    if settings.cfg != 1:  # classifier-free guidance, arXiv 2207.12598
-                        v_negative = dit(x, t, c.negative, c.image, c.y)
-                        v = v_negative + settings.cfg * (v - v_negative)
-                return v
+                    if settings.cfg == 1:
+                        return dit(x, t, c.text, c.image, c.y)
+                    v, v_negative = both_velocities(dit, x, t, c, team)
+                return v_negative + settings.cfg * (v - v_negative)  # classifier-free guidance, arXiv 2207.12598
 
             generator = torch.Generator().manual_seed(settings.seed)
             x = torch.randn((1, 16, *c.y.shape[2:]), generator=generator).to(device)  # (1, 16, T, H, W)
@@ -751,10 +758,10 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
                 if sigma == levels[0] or sigma_next == levels[-1]:
                     check_finite(x, f"the step from sigma {sigma:.3g}")
             latents.append(x.cpu())
-            if on_latents:
-                on_latents(i, latents[i])
+            if on_latents and team.rank == 0:
+                on_latents(i, latents[-1])
         dit = None  # frees it before the VAE is loaded
-    yield from decode_videos(files["vae"], latents, settings, timings)
+    yield from decode_videos(files["vae"], latents, settings, timings, team)
 
 
 def check_finite(tensor, where):
@@ -865,7 +872,7 @@ def encode_first_frames(path, images, frames, device):
     return [image_condition(vae.encode(video)) for video in videos]
 
 
-def load_dit(path, conditions, settings):
+def load_dit(path, conditions, settings, team):
     """The DiT with its LoRAs, on the GPU or streamed to it. Prints what it is made of."""
     device = torch.device(settings.device)
     mode = "emulate" if settings.emulate else None
@@ -874,9 +881,11 @@ def load_dit(path, conditions, settings):
     if settings.attention.startswith("fp8"):
         kept = wan_fp4.use_fp8_attention(dit, settings.attention == "fp8-all")
         print(f"self-attention in E4M3{''.join(f', not in block {i}' for i in kept)}")
+    split, parts = split_tokens(dit, team, settings.cfg)
     tokens = max(c.y[0, 0].numel() // 4 for c in conditions)
-    settle(dit, MARGIN + WORKING * tokens * dit.cfg.dim, device, settings.offload)
-    return dit
+    working = max(WORKING / parts, PATCHES) * tokens * dit.cfg.dim
+    settle(dit, MARGIN + int(working), device, settings.offload)
+    return split
 
 
 @contextmanager
@@ -925,25 +934,32 @@ def unquantized_activations(dit, active):
 
 
 @torch.inference_mode()
-def decode_videos(path, latents, settings, timings):
-    """The video of each latents (1, 16, T, H, W), one after another, as generate gives them."""
+def decode_videos(path, latents, settings, timings, team=wan_fp4.Ranks()):
+    """The video of each latents (1, 16, T, H, W), one after another, as generate gives them; in a team, only in
+    rank 0."""
     device = torch.device(settings.device)
     with stage("decode", timings, device, path):
         vae = wan_fp4.load_vae(path, device)
     ifnet = wan_fp4.load_ifnet(settings.interpolate, device) if settings.interpolate else None
     for z in latents:
         with stage("decode", timings, device, path):
-            video = decode_video(vae, z.to(device))  # (F, h, w, 3)
+            video = decode_video(vae, z.to(device), team)  # (F, h, w, 3)
+        if team.rank > 0:
+            continue
         if ifnet is not None:
             with stage("interpolate", timings, device, settings.interpolate):
                 video = double_frames(ifnet, video, device)  # (2F - 1, h, w, 3)
         yield video
 
 
-def decode_video(vae, latents):
-    """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU."""
-    frames, tile = [], decode_tile(vae, *latents.shape[3:], free_memory(latents.device))
-    for piece in tqdm(vae.decode_chunks(latents, tile), desc="decode", total=latents.shape[2]):
+def decode_video(vae, latents, team):
+    """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU. Tiles are shared out among the team."""
+    free = min(team.gather(free_memory(latents.device)))
+    free = free / team.size if latents.is_cpu else free  # processes of one machine have its memory in common
+    frames, tile = [], decode_tile(vae, *latents.shape[3:], free)
+    if tile is None and team.rank > 0:
+        return None
+    for piece in tqdm(vae.decode_chunks(latents, tile, team), desc="decode", total=latents.shape[2]):
         pixels = ((piece[0] + 1) * 127.5).round().to("cpu", torch.uint8)  # (3, 4, h, w)
         frames.append(pixels.permute(1, 2, 3, 0))  # (4, h, w, 3)
     return torch.cat(frames)  # (F, h, w, 3)
@@ -991,6 +1007,40 @@ def read_latents(path):
     latents = read_tensor(path, "latents")
     check_finite(latents, f"--decode {path}: latents")
     return latents, metadata
+
+
+# ----------------------------------------------------------------------------------------------------
+# Several GPUs: torchrun --nproc-per-node 4 sample.py photo.jpg
+# ----------------------------------------------------------------------------------------------------
+#
+# Rank 0 reads the pictures and encodes everything. With at least as many videos as ranks, each rank then makes
+# its own. With fewer, all ranks are a team that makes one video after another: they hold the same latents and
+# draw the same noise, but each computes only its share of the DiT's tokens and of the VAE's tiles (wan_fp4.py).
+
+def deal(ranks, videos):
+    """The team that this rank belongs to, and the numbers of the videos that the team makes."""
+    if videos < ranks.size:
+        return ranks, range(videos)
+    return wan_fp4.Ranks(), range(ranks.rank, videos, ranks.size)
+
+
+def split_tokens(dit, team, cfg):
+    """The DiT as it runs in this rank, and the number of ranks that share a video's tokens: the team or, with
+    guidance, half of it."""
+    parts = team.size // 2 if cfg != 1 and team.size % 2 == 0 else team.size
+    return (dit if parts == 1 else wan_fp4.SplitDiT(dit, team.group(parts))), parts
+
+
+def both_velocities(dit, x, t, c, team):
+    """The velocities for the prompt and for the negative prompt. Each half of an even team computes one."""
+    if team.size % 2:
+        return dit(x, t, c.text, c.image, c.y), dit(x, t, c.negative, c.image, c.y)
+    half, place = divmod(team.rank, team.size // 2)
+    v = dit(x, t, (c.text, c.negative)[half], c.image, c.y)
+    both = v.new_zeros(2, *v.shape)
+    if place == 0:
+        both[half] = v
+    return team.sum(both)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1161,9 +1211,8 @@ def find_rife(name, models=None):
 # ----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse's own prints the usage too; ours is one line
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+    def error(self, message):  # argparse's own prints the usage too; errors_in_one_line prints one line
+        raise ValueError(message)
 
 
 def make_parser():
@@ -1256,17 +1305,18 @@ class Job:
 
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
-    with errors_in_one_line():
+    with errors_in_one_line(), wan_fp4.join_ranks() as ranks:
         parser = make_parser()
         args = parser.parse_args(argv)
         for name, value in vars(args).items():
             if value == [] and name not in ("image", "lora"):  # argparse makes this of --steps=--
                 parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
+        args.device = ranks.device(args.device)
         device = check_device(args.device)
         if args.check:
             raise SystemExit(0 if check(device) else 1)
         if args.decode:
-            return decode_kept(args)
+            return decode_kept(args, ranks)
         if not args.image:
             parser.error("the following arguments are required: image")
 
@@ -1276,20 +1326,22 @@ def main(argv=None):
         own = own_settings(files["dit"], args.lora)
         settings = make_settings(args, own, files["dit"], demo)
         check_attention(settings)
-        jobs = make_jobs(args, own, files, settings)
+        jobs = ranks.once(lambda: make_jobs(args, own, files, settings))
         announce(jobs, settings, demo)
 
         def keep(i, latents):
             jobs[i] = keep_latents(jobs[i], latents, settings.seed, [job.output for job in jobs])
 
-        start, timings = time.perf_counter(), {}
+        start, timings, written = time.perf_counter(), {}, []
         images, prompts = [job.image for job in jobs], [job.prompt for job in jobs]
-        videos = enumerate(generate(images, prompts, files, settings, keep, timings))
-        for i, video in videos:
+        videos = generate(images, prompts, files, settings, keep, timings, ranks)
+        for video, i in zip(videos, deal(ranks, len(jobs))[1]):
             with stage("write", timings, device):
                 write_video(jobs[i].output, video, jobs[i].metadata)
             jobs[i].release()
-        report(jobs, settings, timings, time.perf_counter() - start)
+            written.append((jobs[i].output, jobs[i].size))
+        written = itertools.chain(*ranks.gather(written))
+        report(written, settings, timings, time.perf_counter() - start)
 
 
 # What the libraries raise for damaged files, full disks and memory that does not suffice, besides ValueError and
@@ -1541,16 +1593,16 @@ def write_video(path, video, metadata):
             write(frame)
 
 
-def report(jobs, settings, timings, seconds):
+def report(written, settings, timings, seconds):
     """Print what was made, how long it took and how much memory."""
     stages = ", ".join(f"{name} {s:.1f}" for name, s in timings.items())
     print(f"seconds: {stages}; in all {seconds:.1f}\npeak memory: {peak_memory(torch.device(settings.device))}")
     frames = 2 * settings.frames - 1 if settings.interpolate else settings.frames
-    for job in jobs:
-        print(f"{job.output}: {job.size[0]}x{job.size[1]}, {frames} frames, seed {settings.seed}")
+    for output, (width, height) in written:
+        print(f"{output}: {width}x{height}, {frames} frames, seed {settings.seed}")
 
 
-def decode_kept(args):
+def decode_kept(args, ranks):
     """--decode: finish a video from the latents that an interrupted run has left."""
     path = args.decode
     files, _ = find_files({"vae": args.vae}, args.models)
@@ -1562,9 +1614,9 @@ def decode_kept(args):
     check_video(output)
     check_overwriting(output, [path, files["vae"], rife])
     settings = Settings(interpolate=rife, device=args.device)
-    video, = decode_videos(files["vae"], [latents], settings, timings={})
-    write_video(output, video, metadata)
-    print(f"{output}: {video.shape[2]}x{video.shape[1]}, {len(video)} frames")
+    for video in decode_videos(files["vae"], [latents], settings, {}, deal(ranks, videos=1)[0]):
+        write_video(output, video, metadata)
+        print(f"{output}: {video.shape[2]}x{video.shape[1]}, {len(video)} frames")
 
 
 def check(device):

@@ -6,6 +6,7 @@ safetensors) or mathematics. Nothing here needs a GPU.
 import contextlib
 import ctypes
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -69,6 +70,25 @@ def run_python(code, *argv, cwd=REPOSITORY):
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_ranks(size, code, *argv):
+    """Run the program in processes that find each other as torchrun's do. Returns their exit codes and what each
+    wrote to stderr. Port 0: the system chooses a free one."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+              "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=REPOSITORY, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)})
+             for i in range(size)]
+    try:
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks], errors
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1057,6 +1077,24 @@ def test_dit_refuses_odd_sizes_and_long_prompts(dit):
         dit(**dit_inputs(1, 3, 4, 5))
     with pytest.raises(ValueError, match="513 tokens, expected at most 512"):
         dit(**dit_inputs(1, 4, 4, 513))
+
+
+# Several GPUs: what needs no second process. The rest is tested with sample.py and convert.py
+
+@pytest.mark.parametrize("name, gpus", [("cuda", 2), ("cuda:1", 4)])
+def test_more_ranks_than_gpus_are_refused(monkeypatch, name, gpus):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=f"--device {name}: got 3 ranks on a machine with {gpus} GPUs"):
+        wan_fp4.Ranks(1, 3).device(name)
+    assert wan_fp4.Ranks().device(name) == name
+
+
+def test_a_rank_with_another_torch_is_refused():
+    store = torch.distributed.HashStore()
+    store.set("torch", "1.0")
+    with pytest.raises(ValueError, match="expected 1.0 as in rank 0"):
+        wan_fp4.meet(store, 1, 2)
 
 
 # VAE
@@ -2596,7 +2634,7 @@ class Fakes:
         small = torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8))  # (1, 3, T, H, W)
         return torch.cat([small] + [small[:, :1]] * 13, dim=1)
 
-    def decode_chunks(self, latents, tile=None):
+    def decode_chunks(self, latents, tile=None, ranks=None):
         for i in range(latents.shape[2]):
             piece = latents[:, :3, i:i + 1].repeat(1, 1, 4 if i else 1, 1, 1).clamp(-1, 1)
             yield piece.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
@@ -3400,6 +3438,117 @@ def test_two_demo_runs_with_one_seed_give_the_same_bytes(tmp_path):
         sample.main([str(a) for a in (*arguments, tmp_path / f"{name}.mp4", "--seed", seed)])
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b and a != c
+
+
+# Several GPUs: the same videos by two and three processes
+
+def random_dit(path, **sizes):
+    """Write a random DiT of 2 blocks, for 5 frames of about 48 x 32 from the demo's conditions."""
+    demo, g = REPOSITORY / "demo", torch.Generator().manual_seed(0)
+    text = wan_fp4.load_umt5(demo / "umt5.safetensors").cfg.dim
+    image = wan_fp4.load_clip(demo / "clip.safetensors").cfg.dim
+    cfg = wan_fp4.DiTConfig(ffn_dim=96, num_blocks=2, text_dim=text, image_dim=image, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tensors = wan_fp4.WanDiT(cfg).state_dict()
+    tensors = {name: (tensor + 0.1 * torch.randn(tensor.shape, generator=g)).bfloat16()
+               for name, tensor in tensors.items()}
+    return write_checkpoint(path, tensors, head_dim=str(cfg.head_dim), frames="5", area="1536", prompt="zoom in")
+
+
+EVEN, ODD = dict(frames=5, size=(48, 32)), dict(frames=1, size=(80, 80))  # 12 and 25 tokens
+CASES = {  # the settings, and how many videos
+    "even": (EVEN, 1), "odd": (ODD, 1), "guided": (ODD | dict(cfg=3.0, negative="pan left"), 1),
+    "lora": (ODD | dict(loras=[("lora.safetensors", 0.7)]), 1), "nvfp4": (ODD, 1), "several": (EVEN, 3),
+    "tiles": (dict(frames=5, size=(144, 96)), 1)}  # 18 x 12 latents in two tiles of 16
+
+
+def made(folder, cases, ranks):
+    """{case: the latents and frames that this rank makes}."""
+    import torch  # also runs in processes that know nothing but this function
+
+    import sample
+    import wan_fp4
+    files, _ = sample.find_files(dict.fromkeys(sample.NETWORKS))
+    image, results = torch.linspace(0, 1, 3 * 48 * 48).view(3, 48, 48), {}
+    decode_tile = sample.decode_tile
+    for case, (settings, videos) in cases.items():
+        files["dit"] = f"{folder}/{'nvfp4' if case == 'nvfp4' else 'plain'}.safetensors"
+        settings = settings | {"loras": [(f"{folder}/{file}", s) for file, s in settings.get("loras", ())]}
+        sample.decode_tile = decode_tile if case != "tiles" else lambda *args: 2 * wan_fp4.TILE_OVERLAP
+        prompts, latents = ["zoom in", "pan right", "pan left"][:videos], []
+        frames = list(sample.generate([image] * videos, prompts, files, sample.Settings(**settings),
+                                      lambda i, z, latents=latents: latents.append((i, z)), ranks=ranks))
+        results[case] = latents, frames
+    sample.decode_tile = decode_tile
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder of models, and what a single process makes of them."""
+    folder, g = tmp_path_factory.mktemp("ranks"), torch.Generator().manual_seed(1)
+    plain = random_dit(folder / "plain.safetensors", dim=96, head_dim=16)  # six heads
+    convert.main(["-i", plain, "-o", folder / "nvfp4.safetensors", "--nvfp4"])
+    save_file({"blocks.1.self_attn.q.lora_down.weight": torch.randn(4, 96, generator=g),
+               "blocks.1.self_attn.q.lora_up.weight": torch.randn(96, 4, generator=g)},
+              folder / "lora.safetensors")
+    return folder, made(folder, CASES, wan_fp4.Ranks())
+
+
+@pytest.mark.parametrize("size, cases", [(2, [*CASES]), (3, ["even", "odd", "guided", "several"])])
+def test_ranks_make_the_videos_of_a_single_process(alone, size, cases):
+    """Up to rounding. Each rank makes its own of three videos; one video is made by all and given by rank 0."""
+    (folder, expected), wanted = alone, {case: CASES[case] for case in cases}
+    codes, errors = run_ranks(size, f"""
+import sys, torch, wan_fp4
+{inspect.getsource(made)}
+with wan_fp4.join_ranks() as ranks:
+    torch.save(made(sys.argv[1], {wanted!r}, ranks), f"{{sys.argv[1]}}/{{ranks.rank}}.pt")
+""", folder)
+    assert codes == [0] * size, errors
+    parts = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    for case in cases:
+        latents, frames = expected[case]
+        turns = size if case == "several" else 1  # video i is made by rank i % turns
+        numbers = [[i for i in range(len(frames)) if i % turns == rank] for rank in range(size)]
+        assert [len(part[case][1]) for part in parts] == [len(own) for own in numbers], case
+        by_number = dict(pair for part in parts for pair in part[case][0])
+        assert by_number.keys() == dict(latents).keys()
+        for i, z in latents:
+            assert (by_number[i] - z).abs().max() < 1e-5 * z.abs().max(), case
+            video = parts[i % turns][case][1][i // turns]
+            assert (video.int() - frames[i].int()).abs().max() <= 1, case
+
+
+@pytest.mark.parametrize("failure, culprit, text", [
+    ("raise ValueError('cosmic ray')", 1, "sample.py: error: "), ("os._exit(9)", 0, "lost the connection")])
+def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, failure, culprit, text):
+    """Rank 1 fails at the first step while rank 0 waits for it; or it vanishes, which rank 0 reports."""
+    start = time.monotonic()
+    codes, errors = run_ranks(2, f"""
+import os, sys, sample
+def step(*args):
+    {failure}
+if os.environ["RANK"] == "1":
+    sample.sampling_step = step
+sample.main(sys.argv[1:])
+""", REPOSITORY / "demo" / "photo.jpg", "-o", tmp_path / "out.mp4", "--cfg", "2")
+    assert 0 not in codes and time.monotonic() - start < 30
+    lines = [line for line in "".join(errors).splitlines() if "error: " in line]
+    assert len(lines) == 1 and "rank " in lines[0] and text in lines[0] and not list(tmp_path.iterdir())
+    assert failure.startswith("os") or lines[0].startswith(f"rank {culprit} (") and "cosmic ray" in lines[0]
+
+
+def test_torchrun_refuses_heads_that_do_not_divide(tmp_path):
+    """The demo has three."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [REPOSITORY / "sample.py", REPOSITORY / "demo" / "photo.jpg", "-o", tmp_path / "out.mp4"]
+    done = subprocess.run(torchrun + program, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    lines = [line for line in done.stderr.splitlines() if "sample.py: error: " in line]
+    assert done.returncode == 1 and len(lines) == 1 and not list(tmp_path.iterdir())
+    assert re.match(r"rank [01] \(.*the model's 3 heads: got 2 ranks that share them, expected 1, 3;", lines[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4541,17 +4690,7 @@ def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
 @pytest.fixture(scope="module")
 def small_dit(tmp_path_factory):
     """The file of a random DiT of 2 blocks, for 5 frames of about 48 x 32 from the demo's conditions."""
-    demo, g = REPOSITORY / "demo", torch.Generator().manual_seed(0)
-    text = wan_fp4.load_umt5(demo / "umt5.safetensors").cfg.dim
-    image = wan_fp4.load_clip(demo / "clip.safetensors").cfg.dim
-    cfg = wan_fp4.DiTConfig(dim=64, ffn_dim=96, num_blocks=2, head_dim=32, text_dim=text, image_dim=image)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tensors = wan_fp4.WanDiT(cfg).state_dict()
-    tensors = {name: (tensor + 0.1 * torch.randn(tensor.shape, generator=g)).bfloat16()
-               for name, tensor in tensors.items()}
-    return write_checkpoint(tmp_path_factory.mktemp("dit") / "m.safetensors", tensors, head_dim="32",
-                            frames="5", area="1536", prompt="zoom in")
+    return random_dit(tmp_path_factory.mktemp("dit") / "m.safetensors", dim=64, head_dim=32)
 
 
 @pytest.fixture(scope="module")
@@ -4748,6 +4887,50 @@ def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, out, monkeypatch)
     assert out.with_name("out.safetensors.journal").exists()
     convert.main([*argv, "--resume"])
     assert out.read_bytes() == complete
+
+
+def test_ranks_write_the_bytes_of_a_single_process(small_dit, tmp_path, monkeypatch):
+    """Also when they continue what a single process began. Calibrated on two pictures, sums differ by rounding,
+    and so may a few codes. No weight is rounded twice."""
+    Image.open(PHOTO).transpose(Image.Transpose.ROTATE_180).save(tmp_path / "two.jpg")
+    (tmp_path / "two.txt").write_text("pan left")
+    plain = ["-i", small_dit, "-o", tmp_path / "plain", "--extract-lora", "--lora-rank", "4"]
+    calibrated = ["-i", small_dit, "-o", tmp_path / "calibrated", "--calib", PHOTO, tmp_path / "two.jpg"]
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        interrupt(patch, KeyboardInterrupt(), 17)
+        convert.main(plain)
+    codes, errors = run_ranks(2, f"""
+import contextlib, convert, wan_fp4
+quantize, rounded = convert.quantize_weight, []
+convert.quantize_weight = lambda *args, **kwargs: rounded.append(args) or quantize(*args, **kwargs)
+with wan_fp4.join_ranks() as ranks:
+    wan_fp4.join_ranks = lambda: contextlib.nullcontext(ranks)
+    convert.main({[*map(str, plain), "--resume"]})
+    resumed = len(rounded)
+    convert.main({[*map(str, calibrated)]})
+    print(resumed, len(rounded) - resumed, file=open({str(tmp_path)!r} + f"/rounded{{ranks.rank}}", "w"))
+""")
+    assert codes == [0, 0], errors
+    resumed, rounded = torch.tensor([[*map(int, (tmp_path / f"rounded{rank}").read_text().split())]
+                                     for rank in (0, 1)]).T.tolist()
+    theirs = [(tmp_path / name).read_bytes() for name in ("plain", "plain_lora.safetensors", "calibrated")]
+    once = interrupt(monkeypatch, None, after=math.inf)
+    convert.main(plain)
+    assert 4 < sum(resumed) <= len(once) - 15 and min(resumed) > 0
+    once.clear()
+    convert.main(calibrated)
+    assert sum(rounded) == len(once) and max(rounded) < 0.6 * len(once)
+    ours = [(tmp_path / name).read_bytes() for name in ("plain", "plain_lora.safetensors", "calibrated")]
+    assert ours[:2] == theirs[:2] and len(ours[2]) == len(theirs[2])
+    assert sum(a != b for a, b in zip(ours[2], theirs[2])) < 0.002 * len(ours[2])
+
+
+@pytest.mark.parametrize("local, text", [
+    (1, "got ranks on several machines"), (2, "--calib: got fewer pictures (1) than ranks (2)")])
+def test_ranks_that_convert_does_not_take(small_dit, out, monkeypatch, local, text):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(wan_fp4, "join_ranks", lambda: contextlib.nullcontext(wan_fp4.Ranks(0, 2)))
+    fails(convert.main, ["-i", small_dit, "-o", out, "--calib", PHOTO], text)
 
 
 def test_plan_measured_beats_the_score_at_its_size(small_dit, tmp_path, out, capsys):

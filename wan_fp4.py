@@ -16,25 +16,35 @@ stores it (NVFP4, MXFP8, FP8 or plain: quant.QuantLinear), and LoRAs run as side
 Architecture: the Wan2.1 report (https://arxiv.org/abs/2503.20314) and https://github.com/Wan-Video/Wan2.1.
 
 For callers: the five networks with their configs; load_dit, load_vae, load_umt5, load_clip, load_ifnet;
-read_header, read_tensors, tensor_names, shards; check_loras, attach_lora. convert.py also builds on
-dit_from_tensors, load_weights, Block, bare_name, official_dit_name, count, parse_lora and lora_terms.
+read_header, read_tensors, tensor_names, shards; check_loras, attach_lora; use_fp8_attention; for several GPUs,
+join_ranks, Ranks and SplitDiT. convert.py also builds on dit_from_tensors, load_weights, Block, bare_name,
+official_dit_name, count, parse_lora and lora_terms.
 
 Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
     N = T * H/2 * W/2 video tokens   L text tokens   I image tokens (257)   D width   d head width   C channels
 """
+import contextlib
 import functools
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import stat
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
@@ -159,7 +169,7 @@ class SelfAttention(nn.Module):
         self.head_dim = head_dim
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)  # over D, before the heads are split
-        self.attention = F.scaled_dot_product_attention  # or fp8_attention
+        self.attention = F.scaled_dot_product_attention  # or fp8_attention; SplitDiT wraps it
 
     def forward(self, x, rope):
         q, k, v = project(x, self.q, self.k, self.v)  # (B, N, D) each
@@ -381,6 +391,190 @@ def use_fp8_attention(dit, everywhere=False):
     for i, block in enumerate(dit.blocks):
         block.self_attn.attention = F.scaled_dot_product_attention if i in kept else fp8_attention
     return kept
+
+
+# ----------------------------------------------------------------------------------------------------
+# Several GPUs: one process for each, started by torchrun
+# ----------------------------------------------------------------------------------------------------
+#
+# With one GPU, skip this section. torchrun starts the same program R times; each process is a rank, with a GPU of
+# its own. Without torchrun there is one rank, which has nothing to share.
+#
+# Ulysses (https://arxiv.org/abs/2309.14509) splits the tokens of a video: each rank has n = ceil(N / R) of them.
+# Only self-attention mixes tokens, and it treats heads separately. So an all-to-all before it gives each rank all
+# tokens of heads / R heads, and another one after it gives back n tokens of all heads. The result is that of one
+# rank, up to the order of sums; on tensor cores also up to the scale of quantized activations, which each rank
+# takes from its own tokens.
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that work together, and the number of this one."""
+    rank: int = 0
+    size: int = 1
+
+    def once(self, work):
+        """What work() returns, called by rank 0 only. Tensors on its GPU arrive on that of each rank."""
+        if self.size == 1:
+            return work()
+        result, message = None, [None]
+        if self.rank == 0:
+            result, buffer = work(), BytesIO()
+            torch.save(result, buffer)
+            message = [buffer.getvalue()]
+        dist.broadcast_object_list(message)
+        if self.rank == 0:
+            return result
+        own = {"cuda:0": f"cuda:{os.environ['LOCAL_RANK']}"}
+        return torch.load(BytesIO(message[0]), map_location=own, weights_only=False)
+
+    def gather(self, value):
+        """[the value of rank 0, of rank 1, ...], for every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, x):
+        """The tensor x, to which those of the other ranks are added."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def group(self, size):
+        """The process group of `size` consecutive ranks to which this one belongs. Every rank must call it."""
+        groups = [dist.new_group(range(i, i + size)) for i in range(0, self.size, size)]
+        return groups[self.rank // size]
+
+    def device(self, name):
+        """The device of this rank: as named, or one of the machine's GPUs for each. Raises ValueError if there
+        are too few."""
+        if self.size == 1 or not name.startswith("cuda"):
+            return name
+        ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if name != "cuda" or ranks > gpus:
+            raise ValueError(f"--device {name}: got {ranks} ranks on a machine with {gpus} GPUs, expected "
+                             f"--device cuda and a GPU for each; lower torchrun's --nproc-per-node")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+@contextmanager
+def join_ranks():
+    """A context that gives the Ranks of torchrun. Only rank 0 prints in it.
+
+    The first exception in any rank is raised there, after "rank 1 (HOST): " on stderr; it ends all other ranks
+    within seconds, even in the middle of a transfer, with exit code 2. Raises ValueError if ranks have different
+    versions of torch, and ConnectionError if another rank has disappeared.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks()
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    threading.Thread(target=end_after_failure, args=[store.clone()], daemon=True).start()
+    out, err = (sys.stdout, sys.stderr) if rank == 0 else [open(os.devnull, "w")] * 2
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            ranks = meet(store, rank, size)
+            yield ranks
+            ranks.gather("finished")  # nobody leaves while others need it
+            dist.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        if store.add("failures", 1) > 1:
+            time.sleep(60)  # another rank failed first and says why; end_after_failure ends this one
+        print(f"rank {rank} ({platform.node()}): ", end="", file=sys.stderr, flush=True)
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ConnectionError("lost the connection to another rank; see torchrun's report on it") from None
+        raise
+
+
+def meet(store, rank, size):
+    """Connect this rank to all others. Raises ValueError for another version of torch than rank 0's."""
+    if rank == 0:
+        store.set("torch", torch.__version__)
+    version = store.get("torch").decode()
+    if version != torch.__version__:
+        raise ValueError(f"got torch {torch.__version__}, expected {version} as in rank 0; install that version")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
+    return Ranks(rank, size)
+
+
+def end_after_failure(store):
+    """End this process 2 seconds after a rank has failed; that rank needs them for its message."""
+    with contextlib.suppress(dist.DistError):  # the machine that keeps the store is lost
+        while store.add("failures", 0) == 0:
+            time.sleep(0.5)
+    time.sleep(2)
+    os._exit(2)
+
+
+class TokenSplit:
+    """One video's N tokens, split over the R ranks of a process group."""
+
+    def __init__(self, group):
+        self.group, self.size, self.tokens = group, dist.get_world_size(group), 0
+
+    def share(self, x):
+        """This rank's tokens: (..., N, C) -> (..., n, C). Zeros follow the last token if R does not divide N."""
+        self.tokens = x.shape[-2]
+        x = F.pad(x, (0, 0, 0, -self.tokens % self.size))  # (..., R * n, C)
+        return x.chunk(self.size, dim=-2)[dist.get_rank(self.group)].clone()  # (..., n, C); frees the others
+
+    def gather(self, x):
+        """The inverse of share, for (B, n, C): every rank gets (B, N, C)."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)[:, :self.tokens]  # (B, N, C)
+
+    def exchange(self, x):
+        """(R, ...): part i goes to rank i; part i of the result comes from rank i."""
+        result = torch.empty_like(x)
+        dist.all_to_all_single(result, x, group=self.group)
+        return result
+
+    def all_tokens(self, x):
+        """(B, heads, n, d) of this rank's tokens -> (B, heads/R, N, d) of its heads."""
+        x = rearrange(x, "b (r heads) n d -> r b heads n d", r=self.size).contiguous()
+        x = rearrange(self.exchange(x), "r b heads n d -> b heads (r n) d")  # (B, heads/R, R * n, d)
+        return x[:, :, :self.tokens]  # padding must not be attended to
+
+    def all_heads(self, x):
+        """The inverse: (B, heads/R, N, d) -> (B, heads, n, d)."""
+        x = F.pad(x, (0, 0, 0, -self.tokens % self.size))  # (B, heads/R, R * n, d)
+        x = rearrange(x, "b heads (r n) d -> r b heads n d", r=self.size).contiguous()
+        return rearrange(self.exchange(x), "r b heads n d -> b (r heads) n d")  # (B, heads, n, d)
+
+    def attention(self, whole, q, k, v):
+        """Self-attention by the function `whole` over all tokens: (B, heads, n, d) each -> (B, heads, n, d)."""
+        return self.all_heads(whole(*map(self.all_tokens, (q, k, v))))
+
+
+class SplitDiT(nn.Module):
+    """A WanDiT that computes each velocity together with the other ranks of a process group. All of them must
+    call it with the same arguments, and get the same velocity. Raises ValueError if R does not divide the heads.
+    """
+
+    def __init__(self, dit, group):
+        super().__init__()
+        self.dit, self.split, heads = dit, TokenSplit(group), dit.cfg.dim // dit.cfg.head_dim
+        if heads % self.split.size:
+            counts = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(f"the model's {heads} heads: got {self.split.size} ranks that share them, expected "
+                             f"{counts}; start torchrun with as many, with twice as many for --cfg, or make at "
+                             f"least one video per rank")
+        for module in dit.modules():
+            if isinstance(module, SelfAttention):
+                module.attention = partial(self.split.attention, module.attention)
+
+    def forward(self, x, t, text, image, y):
+        grid = x.shape[2:]
+        x, e, (e0, rope, *context) = self.dit.prepare(x, t, text, image, y)  # (B, N, D)
+        x, rope = self.split.share(x), self.split.share(rope)  # (B, n, D), (2, n, d/2)
+        for block in self.dit.blocks:
+            x = block(x, e0, rope, *context)  # (B, n, D)
+        x = self.split.gather(self.dit.head(x, e))  # (B, N, 64)
+        return self.dit.unpatchify(x, grid)  # (B, 16, T, H, W)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -634,12 +828,13 @@ class WanVAE(nn.Module):
         mean, std = latent_statistics(video.device, self.cfg.z_dim)
         return (z - mean) / std
 
-    def decode_chunks(self, latents, tile=None):
+    def decode_chunks(self, latents, tile=None, ranks=Ranks()):
         """Yields the decoded video in chunks: (B, 3, 1, h, w) for the first latent frame, then (B, 3, 4, h, w).
 
         tile: None, or a number of latents, at least 2 * TILE_OVERLAP. Squares of that side are decoded one
         after another and assembled on the CPU, so device memory is that of one tile. Neighboring tiles overlap
         and are blended. Attention still sees whole frames, so pixels far from any overlap do not change.
+        ranks: those that decode the tiles together.
         """
         mean, std = latent_statistics(latents.device, self.cfg.z_dim)
         z, cache = (latents * std + mean).to(self.dtype), {}
@@ -648,22 +843,22 @@ class WanVAE(nn.Module):
             for x in small:
                 yield self.decoder.upsample(x, cache).float().clamp(-1, 1)
         else:
-            yield from chunks(self.decode_tiles(list(small), tile).clamp(-1, 1), 4)
+            yield from chunks(self.decode_tiles(list(small), tile, ranks).clamp(-1, 1), 4)
 
-    def decode_tiles(self, small, tile):
+    def decode_tiles(self, small, tile, ranks):
         """What Decoder.begin gave for each latent frame -> the video (B, 3, F, h, w) on the CPU."""
         b, _, _, height, width = small[0].shape
         video = torch.zeros(b, 3, 4 * len(small) - 3, 8 * height, 8 * width)
-        for top, bottom, rows in tiles(height, tile):
-            for left, right, columns in tiles(width, tile):
-                weight, cache, start = rows[:, None] * columns, {}, 0
-                for x in small:
-                    x = self.decoder.upsample(x[..., top:bottom, left:right], cache).float().cpu()
-                    stop = start + x.shape[2]
-                    place = video[:, :, start:stop, 8 * top:8 * bottom, 8 * left:8 * right]
-                    place += weight * x  # (B, 3, 1 or 4, 8 * tile, 8 * tile)
-                    start = stop
-        return video
+        places = list(itertools.product(tiles(height, tile), tiles(width, tile)))
+        for (top, bottom, rows), (left, right, columns) in places[ranks.rank::ranks.size]:
+            weight, cache, start = rows[:, None] * columns, {}, 0
+            for x in small:
+                x = self.decoder.upsample(x[..., top:bottom, left:right], cache).float().cpu()
+                stop = start + x.shape[2]
+                place = video[:, :, start:stop, 8 * top:8 * bottom, 8 * left:8 * right]
+                place += weight * x  # (B, 3, 1 or 4, 8 * tile, 8 * tile)
+                start = stop
+        return ranks.sum(video)
 
     def decode(self, latents):
         """Normalized latents (B, 16, T, H, W) -> video (B, 3, F, h, w) in [-1, 1], float32."""

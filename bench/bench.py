@@ -3,6 +3,8 @@
     python bench/bench.py [--only TEXT] [--rounds 5]    ours against each peer, one row per task
     python bench/bench.py --floors                      the least time that this machine needs for the same work
     python bench/bench.py --conversion [--blocks 2]     convert.py at the 14B model's shapes
+    python bench/bench.py --ranks                       two processes of one thread against one of two
+    python bench/bench.py --scaling                     the 14B model on 2, 4 and 8 GPUs, by arithmetic
 
 Peers. Every row runs in a process of its own. Ours and the peer take turns at the same work; the first turn is
 a warm-up (whole programs need none), and the table shows the medians. Speed-up over the peer is the peer's time
@@ -12,6 +14,9 @@ otherwise, on as many threads as torch chooses. If a peer is not installed, its 
 
 Floors. The floating-point operations of each network, counted on the meta device, divided by the rate of one
 large matrix product or convolution. For the formats: the seconds to fill an output of 5120 x 5120.
+
+Scaling. What the all-to-alls of a forward send at the nominal rate of a link, added to the published time of one
+GPU divided by their number. Nothing else is counted, so efficiencies are upper bounds.
 
 Peers come with requirements-test.txt, except convert_to_quant:
     pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
@@ -24,6 +29,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -439,18 +445,82 @@ def conversion_speed(blocks):
                   f"{PARAMETERS / (count / seconds) / 60:19.1f}", flush=True)
 
 
+# ----------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def forward_seconds():
+    """In one of the processes that torchrun starts, or alone: print the median time of a forward."""
+    with wan_fp4.join_ranks() as ranks:
+        dit = wan_fp4.WanDiT(DIT)
+        for tensor in (*dit.parameters(), *dit.buffers()):
+            ranks.sum(tensor.data)  # the same weights everywhere
+        dit = dit if ranks.size == 1 else wan_fp4.SplitDiT(dit, ranks.group(ranks.size))
+        arguments = dit_inputs()
+        print(*median_seconds(lambda: dit(*arguments)))
+
+
+def processes():
+    """The DiT of the table above in two processes of one thread, against one process of two threads."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    seconds = []
+    for command, threads in (([sys.executable], 2), (torchrun, 1)):
+        done = subprocess.run([*command, __file__, "--forward"], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        seconds.append(float(done.stdout.split()[-1]))
+    print_machine()
+    print(f"a forward: {seconds[0]:.3f} s in one process of two threads, {seconds[1]:.3f} s in two of one: "
+          f"ratio {seconds[1] / seconds[0]:.2f}")
+
+
+LINKS = {"NVLink 4": 450, "PCIe 5 x16": 64, "PCIe 4 x16": 32}  # nominal GB/s in each direction
+PUBLISHED = 5.18 / 2  # LightX2V's seconds a forward of the 14B on one H100: 81 frames of 480 x 832, bf16
+
+
+def scaling():
+    """A forward of the 14B model in bf16. q, k, v and the output of attention pass through an all-to-all in every
+    block; a rank keeps its own part and sends the others."""
+    cfg = wan_fp4.DiTConfig()
+    tokens = 21 * 30 * 52
+    links = "".join(f"{f'{link}, {rate} GB/s':>28}" for link, rate in LINKS.items())
+    print(f"{'GPUs':>4}{'sent by each':>14}   {links}")
+    for gpus in (2, 4, 8):
+        sent = 4 * cfg.num_blocks * 2 * cfg.dim * math.ceil(tokens / gpus) * (gpus - 1) / gpus  # bytes
+        line = f"{gpus:4}{sent / 1e9:11.2f} GB   "
+        for rate in LINKS.values():
+            seconds = sent / (1e9 * rate)
+            whole = PUBLISHED / gpus + seconds
+            line += f"{f'{1e3 * seconds:.0f} ms of {whole:.2f} s, {PUBLISHED / gpus / whole:.0%}':>28}"
+        print(line)
+    print(f"LightX2V, published: {PUBLISHED:.2f} s on one H100; on eight 0.39 s, {PUBLISHED / 8 / 0.39:.0%}, and "
+          f"0.35 s with fp8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose names contain this")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
     parser.add_argument("--floors", action="store_true", help="the machine's floors instead of the table")
     parser.add_argument("--conversion", action="store_true", help="conversion speed instead of the table")
+    parser.add_argument("--ranks", action="store_true", help="several processes instead of the table")
+    parser.add_argument("--scaling", action="store_true", help="several GPUs, by arithmetic")
     parser.add_argument("--blocks", type=int, default=2, help="blocks to convert, of 40 (default: 2)")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)  # for a process that measures one row
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--forward", action="store_true", help=argparse.SUPPRESS)  # for one of several processes
     args = parser.parse_args()
     if args.row is not None:
         print(json.dumps(measure(ROWS[args.row], args.rounds, args.side)))
+    elif args.forward:
+        forward_seconds()
+    elif args.ranks:
+        processes()
+    elif args.scaling:
+        scaling()
     elif args.floors:
         floors()
     elif args.conversion:
