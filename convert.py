@@ -52,10 +52,10 @@ import shutil
 import time
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 try:
@@ -425,27 +425,31 @@ def weight_errors(w):
     return errors
 
 
-def output_errors(w, x, mode="emulate"):
-    """{format: relative squared error of the layer's outputs} for inputs x (R, K); both sides are quantized, or
-    with mode "dequantize" only the weight."""
+def output_errors(w, x):
+    """{format: relative squared error of the layer's outputs} for inputs x (R, K). Both sides are quantized, but
+    in the formats of --fpmm-layers only the weight."""
     y, errors = x @ w.float().T, {"bf16": 0.0}  # (R, M)
-    for fmt in ("mxfp8", "nvfp4"):
-        layer = quant.QuantLinear.from_tensors("weight", quantize_weight(w, fmt), w.shape[1], w.shape[0],
-                                               mode=mode)
-        errors[fmt] = 10 ** (-snr(y, layer(x)) / 10)
+    for stored in ("mxfp8", "nvfp4"):
+        tensors = quantize_weight(w, stored)
+        for fmt, mode in ((stored, "emulate"), (f"{stored}_fpmm", "dequantize")):
+            layer = quant.QuantLinear.from_tensors("weight", tensors, *w.shape[::-1], mode=mode)
+            errors[fmt] = 10 ** (-snr(y, layer(x)) / 10)
     return errors
 
 
-def measure_errors(source, names, calibration=None, marked=(), ranks=wan_fp4.Ranks()):
-    """{name: {format: error}}: of the outputs for the inputs that calibration saw, or of the weights."""
-    if calibration:
-        errors = ((name, output_errors(source.tensor(name).to(calibration.device),
-                                       torch.cat(seen[name].rows)[:512],
-                                       "dequantize" if name in marked else "emulate"))
-                  for seen in calibration.stages() for name in share(seen, source, ranks))
-    else:
+def measure_errors(source, names, calibration=None, ranks=wan_fp4.Ranks()):
+    """{name: {format: error}}. Without calibration, the relative squared error of the weight. With it, the
+    squared error that the layer's rounding to NVFP4 causes in the latents, and for other formats as much less as
+    the error of the layer's outputs is less."""
+    if not calibration:
         errors = in_order(lambda name: weight_errors(source.tensor(name)), share(names, source, ranks))
-    return merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+        return merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+    errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(seen[name].rows)[:512]))
+              for seen in calibration.stages() for name in share(seen, source, ranks))
+    errors = merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+    scores = calibration.gradient_scores()
+    return {name: {fmt: scores.get(name, 0.0) * error / max(own["nvfp4"], 1e-30) for fmt, error in own.items()}
+            for name, own in errors.items()}
 
 
 def plan_by_error(errors, sizes, budget):
@@ -481,17 +485,55 @@ def plan_by_error(errors, sizes, budget):
     return formats
 
 
+FEW_TOKENS = re.compile(r"blocks\.[0-9]+\.cross_attn\.[kv](_img)?\.weight|" + OPTIONAL.pattern)  # prompt, picture
+
+
+def choose_w4a16(errors, flops, share, formats):
+    """The weights whose inputs are best not quantized: those of the prompt and the picture, which have few
+    tokens; of the others, those that save most error per FLOP, up to `share` of all FLOPs.
+
+    errors: {name: {format: error}}, flops: {name: FLOPs of a forward}, formats: the plan so far
+    """
+    saved = {name: errors[name][fmt] - errors[name][f"{fmt}_fpmm"] for name, fmt in formats.items()
+             if fmt != "bf16" and name in flops}
+    chosen, left = {name for name in saved if FEW_TOKENS.fullmatch(name)}, share * sum(flops.values())
+    for name in sorted(saved.keys() - chosen, key=lambda name: -saved[name] / flops[name]):
+        if 0 < saved[name] and flops[name] <= left:
+            chosen.add(name)
+            left -= flops[name]
+    return chosen
+
+
+def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
+    """{name: rank} of the absorbing LoRAs of `targets`, `rank` on average by bytes: most where they save most. A
+    LoRA saves the share of its layer's error that it holds of what rounding the layer's inputs costs."""
+    sizes, left = {}, {}  # {name: {rank: bytes, and the error that is left}}
+    for seen in calibration.stages():
+        for name in share(targets & seen.keys(), source, calibration.ranks):
+            (m, k), error = source.shapes[name], errors[name][formats[name]]
+            w = source.tensor(name).to(calibration.device)
+            shares = [0.0, *low_rank(w, 4 * rank, seen[name].lost(formats[name]), seed)[2].tolist()]
+            steps = {r for i in range(17) if (r := round(rank * i / 4)) < len(shares)}
+            left[name] = {r: error * (1 - shares[r]) for r in steps}
+            sizes[name] = {r: r * (m + k) for r in steps}
+    sizes, left = (merged(x.items(), targets, calibration.ranks) for x in (sizes, left))
+    budget = rank * sum(sum(source.shapes[name]) for name in targets)
+    return {name: r for name, r in plan_by_error(left, sizes, budget).items() if r}
+
+
 def rank_correlation(a, b):
     """Spearman's rank correlation of two sequences of numbers."""
     ranks = [torch.tensor(list(values)).argsort().argsort().double() for values in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, calibration, scores, by_score, limit, made, ranks, marked=()):
+def plan_measured(source, errors, scores, by_score, limit, made, marked=()):
     """The plan of least error in a file of `limit` bytes, by default the size of by_score, the score's plan.
-    marked: weights of --fpmm-layers. Returns {name: format} and lines that compare it with the score."""
-    names = quantizable(source.shapes)
-    errors = measure_errors(source, names, calibration, marked, ranks)
+    marked: weights whose inputs are not quantized. Returns {name: format} and lines that compare it with the
+    score's plan."""
+    names = list(errors)
+    errors = {name: {fmt: error[fmt + "_fpmm"] if name in marked and fmt + "_fpmm" in error else error[fmt]
+                     for fmt in PLAN_FORMATS} for name, error in errors.items()}
 
     def size(plan):
         return file_size(source, mark(plan, marked), made)
@@ -507,36 +549,54 @@ def plan_measured(source, calibration, scores, by_score, limit, made, ranks, mar
 
     def summary(plan):
         total = sum(errors[name][plan.get(name, "bf16")] for name in names)
-        return f"{total:.4f} in {gib(size(plan))}"
-    what = "outputs" if calibration else "weights"
+        return f"{total:.4g} in {gib(size(plan))}"
     correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
-    return formats, [f"rank correlation of the score with NVFP4's error in the {what}: {correlation:.2f}",
-                     f"sum of the relative errors of the {what}: {summary(formats)}; "
-                     f"by the score's plan: {summary(by_score)}"]
+    return formats, [f"rank correlation of the score with NVFP4's error: {correlation:.2f}",
+                     f"sum of the errors: {summary(formats)}; by the score's plan: {summary(by_score)}"]
+
+
+def error_report(errors, count=10):
+    """Lines: the layers whose rounding moves the velocity most."""
+    total = sum(error["nvfp4"] for error in errors.values())
+    first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:count]
+    yield "share of the video's error, by layer: " + ", ".join(
+        f"{name.removesuffix('.weight')} {errors[name]['nvfp4'] / total:.0%}" for name in first)
 
 
 def choose_plan(args, source, calibration, made, ranks):
     """The plan that the command line asks for: {name: format}, and lines to print about it."""
-    marked, notes = set(), []
+    names, named, notes, by_score = quantizable(source.shapes), set(), [], None
     if args.fpmm_layers:
-        marked = matching(args.fpmm_layers, quantizable(source.shapes), "--fpmm-layers")
+        named = set(matching(args.fpmm_layers, names, "--fpmm-layers"))
     if args.base or args.custom_layers or args.exclude_layers:
         formats = plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
                        args.exclude_layers)
     elif args.plan == "recipe":
         formats = plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT)
     else:
-        names = list(plan(source.shapes))
-        measures = in_order(lambda name: sensitivity(source.tensor(name)), share(names, source, ranks))
-        measures = tqdm(measures, total=len(names) // ranks.size, desc="analyzing", disable=None)
-        measures = merged(measures, names, ranks)
+        blocks = list(plan(source.shapes))
+        measures = in_order(lambda name: sensitivity(source.tensor(name)), share(blocks, source, ranks))
+        measures = tqdm(measures, total=len(blocks) // ranks.size, desc="analyzing", disable=None)
+        measures = merged(measures, blocks, ranks)
         scores = score(measures)
-        formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
-        notes = list(reason_report(reasons))
-        if args.plan != "score" and (args.size or calibration):
-            formats, notes = plan_measured(source, calibration, scores, formats, args.size, made, ranks, marked)
-    if kept := [name for name in marked if formats.get(name, "bf16") == "bf16"]:
-        notes.append(f"--fpmm-layers: {len(kept)} of the {len(marked)} layers are kept, so they are not marked")
+        by_score, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
+        formats, notes = by_score, list(reason_report(reasons))
+    measured = by_score and args.plan != "score" and (args.size or calibration)
+    absorb = calibration and args.lora_mode == "absorb"
+    if measured or absorb or args.w4a16 is not None:
+        errors = measure_errors(source, names, calibration, ranks)
+    if absorb:
+        calibration.errors = errors  # for lora_ranks
+    marked = named
+    if args.w4a16 is not None or calibration and measured:
+        marked = named | choose_w4a16(errors, calibration.flops, args.w4a16 or 0.0,
+                                      dict.fromkeys(names, "nvfp4") if measured else formats)
+    if measured:
+        formats, notes = plan_measured(source, errors, scores, by_score, args.size, made, marked)
+    if calibration and (measured or absorb or args.w4a16 is not None):
+        notes = [*notes, *error_report(errors)]
+    if kept := [name for name in named if formats.get(name, "bf16") == "bf16"]:
+        notes.append(f"--fpmm-layers: {len(kept)} of the {len(named)} layers are kept, so they are not marked")
     return mark(formats, marked), notes
 
 
@@ -766,7 +826,8 @@ RECIPE_TARGET = r"ffn\.(0|2)\.weight|self_attn\.(v|o)\.weight"
 
 @torch.no_grad()
 def low_rank(error, rank, hessian=None, seed=0):
-    """error = W - Q (M, K) -> up (M, r), down (r, K), and the share of the energy of `error` in up @ down.
+    """error = W - Q (M, K) -> up (M, r), down (r, K), and the shares (r,) of the energy of `error` in the first
+    1, 2, ..., r of their columns and rows.
 
     r = min(rank, M, K). With a Hessian H = C C^T of the inputs, the energy is |error C|^2 = tr(E H E^T), and
     the best factors are those of the SVD of error C, with down multiplied by C^-1. The SVD is exact for small
@@ -787,11 +848,11 @@ def low_rank(error, rank, hessian=None, seed=0):
         u = basis @ u
     u, s, down = u[:, :rank], s[:rank], v[:rank]  # (M, r), (r,), (r, K)
     total = torch.linalg.vector_norm(scaled, dim=1).double().square().sum().clamp(min=1e-300)
-    share = (s.double().square().sum() / total).item()
+    shares = s.double().square().cumsum(0) / total
     if root is not None:
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
     balance = s.sqrt()  # both factors of the same magnitude, within the range of their dtype
-    return u * balance, down * balance[:, None], share
+    return u * balance, down * balance[:, None], shares
 
 
 DIFFERENCES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}  # parameter -> ending in a LoRA file
@@ -803,10 +864,10 @@ def lora_names(name):
     return f"{prefix}.lora_up.weight", f"{prefix}.lora_down.weight", f"{prefix}.alpha"
 
 
-def lora_layout(shapes, names, rank):
-    """The tensors of a LoRA file for these weights: {name: (dtype, shape)}."""
+def lora_layout(shapes, targets):
+    """The tensors of a LoRA file for targets {weight: rank}: {name: (dtype, shape)}."""
     tensors = {}
-    for name in names:
+    for name, rank in targets.items():
         m, k = shapes[name]
         r = min(rank, m, k)
         up, down, alpha = lora_names(name)
@@ -828,17 +889,19 @@ HEADROOM = 2  # of a fixed activation scale over the largest input seen: a power
 
 
 class Inputs:
-    """What one layer is fed: second moment (K, K), largest magnitude, and a sample of the rows (R, K)."""
+    """What one layer is fed: second moment (K, K), largest magnitude, a sample of the rows (R, K), and what each
+    channel loses when it is rounded to NVFP4 (K,)."""
 
     def __init__(self, samples, forwards, steps):
         self.share, self.forwards, self.steps = math.ceil(samples / forwards), forwards, steps
-        self.moment, self.amax, self.count, self.rows = 0, 0.0, 0, []
+        self.moment, self.noise, self.amax, self.count, self.rows = 0, 0, 0.0, 0, []
 
     def add(self, x):
         """Record the rows of x (R, K), at most `share` of them, evenly spaced."""
         self.amax = max(self.amax, x.abs().amax().item())
         x = x[::math.ceil(len(x) / self.share)].float()
         self.moment, self.count = self.moment + x.T @ x, self.count + len(x)
+        self.noise = self.noise + (as_nvfp4(x) - x).square().sum(0)
         self.rows.append(x[::math.ceil(len(x) * self.forwards / 512)].clone())  # a view would keep all of x
 
     def merge(self, ranks):
@@ -846,7 +909,8 @@ class Inputs:
         if ranks.size > 1:
             parts = ranks.gather((self.amax, self.count, torch.cat(self.rows).cpu()))
             amaxes, counts, rows = zip(*parts)
-            self.amax, self.count, self.moment = max(amaxes), sum(counts), ranks.sum(self.moment)
+            self.amax, self.count = max(amaxes), sum(counts)
+            self.moment, self.noise = ranks.sum(self.moment), ranks.sum(self.noise)
             self.rows = [part.to(self.moment.device) for part in rows]
 
     def hessian(self):
@@ -862,6 +926,24 @@ class Inputs:
         h = h * (1 - rho)
         h.diagonal().add_(rho * trace / k)
         return h
+
+
+    def lost(self, fmt):
+        """The second moment (K, K) of what the rounded inputs Q(x) do not tell of x: of x - A Q(x), with A the
+        regression of x on Q(x). What is lost in a layer's outputs is lost in this metric. Rounding errors of
+        different channels are uncorrelated, with one another and with x; let E be their diagonal second moment.
+        Then it is H - H (H + E)^-1 H. Where inputs are not quantized, only the weight's rounding counts, by H."""
+        h = self.hessian()
+        if fmt != "nvfp4":
+            return h
+        noise = torch.diag(self.noise / self.count)
+        lost = h @ torch.linalg.solve(h + noise, noise)
+        return (lost + lost.T) / 2
+
+
+def as_nvfp4(x):
+    """x (R, K) as activations in NVFP4 are rounded."""
+    return quant.dequantize_nvfp4(*quant.quantize_nvfp4(x, method="rtn"), shape=tuple(x.shape))
 
 
 class Calibration:
@@ -905,8 +987,7 @@ class Calibration:
         few = slice(None, None, math.ceil(q.shape[2] / 64))
         exact = y[:, :, few].float()  # (B, heads, 64, d)
         rows = wan_fp4.join_heads(exact).flatten(0, 1)  # (B * 64, D)
-        rounded = quant.dequantize_nvfp4(*quant.quantize_nvfp4(rows, method="rtn"), shape=tuple(rows.shape))
-        losses = wan_fp4.fp8_attention(q[:, :, few], k, v) - exact, rounded - rows
+        losses = wan_fp4.fp8_attention(q[:, :, few], k, v) - exact, as_nvfp4(rows) - rows
         self.attention_losses[i] += torch.stack([x.square().sum() / rows.square().sum() for x in losses]).cpu()
         return y
 
@@ -914,6 +995,84 @@ class Calibration:
         """The blocks whose self-attention loses more in E4M3 than the next layer's rounding to NVFP4 does."""
         e4m3, nvfp4 = self.attention_losses.T
         return (e4m3 > nvfp4).nonzero().flatten().tolist()
+
+    def gradient_scores(self, draws=2):
+        """{weight name: how far the layer's own rounding, of weight and inputs to NVFP4, moves the latents}.
+
+        If a layer's outputs are off by delta, the velocity is off by J delta, J its Jacobian with regard to these
+        outputs. For random signs v, the mean of (v^T J delta)^2 is |J delta|^2 (Hutchinson 1990), and v^T J is
+        what backpropagation of v gives. sigma times the velocity is the noise that a step removes. Each block is
+        computed again on the way back, so memory holds the activations of one block, and the tokens between
+        blocks in CPU memory.
+        """
+        scores, self.flops = Counter(), Counter()
+        for i, inputs in enumerate(self.inputs):
+            picture = self.ranks.rank + i // self.steps * self.ranks.size
+            generator = torch.Generator().manual_seed(picture * self.steps + i % self.steps)
+            inputs = moved(inputs, self.device)
+            (x, t, *_), states = inputs, []
+            with torch.no_grad():
+                tokens, e, (e0, rope, text, text_bias, image) = self.dit.prepare(*inputs)
+                for i in range(self.num_blocks):
+                    states.append(tokens.to("cpu", torch.bfloat16))
+                    tokens = self.block(i)(tokens, e0, rope, text, text_bias, image)
+
+            def last(tokens):
+                return self.dit.unpatchify(self.dit.head(tokens, e), x.shape[2:]),
+
+            signs = [torch.randn(x.shape, generator=generator).sign().to(x) for _ in range(draws)]
+            signs = self.backward(last, [tokens], [(v * t / 1000,) for v in signs])
+            to_context = [(0, 0)] * draws  # the gradients of text and image
+            for i in reversed(range(self.num_blocks)):
+                block = self.block(i)
+
+                def forward(tokens, text, image):
+                    return block(tokens, e0, rope, text, text_bias, image),
+
+                leaves = [states.pop().to(self.device, torch.float32), text, image]
+                signs = self.backward(forward, leaves, [s[:1] for s in signs], block, f"blocks.{i}.", scores)
+                to_context = [(a + s[1], b + s[2]) for (a, b), s in zip(to_context, signs)]
+
+            def embed():
+                _, _, (_, _, text, _, image) = self.dit.prepare(*inputs)
+                return text, image
+
+            self.backward(embed, [], to_context, self.dit, "", scores)
+        forwards = sum(self.ranks.gather(len(self.inputs)))
+        scores, self.flops = (sum(self.ranks.gather(counts), Counter()) for counts in (scores, self.flops))
+        return {name: score / (draws * forwards) for name, score in scores.items()}
+
+    def backward(self, forward, leaves, gradients, module=None, prefix="", scores=None):
+        """Backpropagate through forward(*leaves), a tuple. gradients: one tuple for each draw, as is the result.
+        Adds the score of each of the module's Linears, as gradient_scores defines it."""
+        outputs, errors, hooks = {}, {}, []
+
+        def record(name, layer, args, y):
+            outputs[name] = y if y.requires_grad else y.requires_grad_()
+            bias = {} if layer.bias is None else {"bias": layer.bias}
+            with torch.no_grad():
+                tensors = quantize_weight(layer.weight, "nvfp4", method="rtn") | bias
+                rounded = quant.QuantLinear.from_tensors(name, tensors, layer.in_features, layer.out_features,
+                                                         mode="emulate")
+                errors[name] = rounded(args[0]) - y
+            self.flops[name] += 2 * y.numel() * layer.in_features
+
+        for name, layer in module.named_modules() if module else ():
+            weight = f"{prefix}{name}.weight"
+            if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
+                hooks.append(layer.register_forward_hook(functools.partial(record, weight)))
+        with torch.enable_grad():
+            leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+            results = forward(*leaves)
+        for hook in hooks:
+            hook.remove()
+        passed = []
+        for gradient in gradients:
+            found = torch.autograd.grad(results, [*leaves, *outputs.values()], gradient, retain_graph=True)
+            passed.append(found[:len(leaves)])
+            for name, g in zip(outputs, found[len(leaves):]):
+                scores[name] += (g.float() * errors[name]).sum().item() ** 2
+        return passed
 
     @torch.no_grad()
     def stages(self):
@@ -1364,8 +1523,7 @@ class Rounding:
     """How convert rounds, and the weights for which it makes a LoRA."""
     method: str = "search"  # or "rtn"
     num_iter: int = NUM_ITER
-    targets: frozenset = frozenset()
-    rank: int = 64
+    targets: dict = field(default_factory=dict)  # {weight: rank of its LoRA}
     lora_mode: str = "correct"  # or "absorb"
     static: bool = False  # write input_scale
     seed: int = 0
@@ -1377,11 +1535,11 @@ def round_tensor(source, name, fmt, rounding, seen, device):
     tensor, layer = source.tensor(name), name.removesuffix(".weight")
     if fmt == "bf16":
         return {}, {name: tensor}, {}
-    w, lora, rank = tensor.to(device), {}, rounding.rank if name in rounding.targets else 0
+    w, lora, rank = tensor.to(device), {}, rounding.targets.get(name, 0)
     hessian = None if seen is None else seen.hessian().to(device)
     base = w
     if rank and rounding.lora_mode == "absorb":
-        up, down, _ = low_rank(w, rank, hessian, rounding.seed)
+        up, down, _ = low_rank(w, rank, None if seen is None else seen.lost(fmt).to(device), rounding.seed)
         base = torch.addmm(w.float(), up, down, alpha=-1)
     stored = quantize_weight(base, unmarked(fmt), None if rounding.method == "rtn" else hessian,
                              rounding.method, rounding.num_iter)
@@ -1391,8 +1549,8 @@ def round_tensor(source, name, fmt, rounding, seen, device):
     quality = {key: snr(w, approximation, h) for key, h in measures.items()}
     if rank:
         error = approximation.neg_().add_(w)  # in place: a weight of the 14B takes 280 MB in float32
-        up, down, quality["share"] = low_rank(error, rank, hessian, rounding.seed)
-        up, down = up.bfloat16(), down.bfloat16()
+        up, down, shares = low_rank(error, rank, hessian, rounding.seed)
+        up, down, quality["share"] = up.bfloat16(), down.bfloat16(), shares[-1].item()
         lora = dict(zip(lora_names(name), (up, down, torch.tensor(float(len(down))))))
         approximation = error.addmm_(up.float(), down.float(), alpha=-1).neg_().add_(w)
         quality |= {f"{key} with LoRA": snr(w, approximation, h) for key, h in measures.items()}
@@ -1410,7 +1568,7 @@ def make_outputs(source, formats, out, rounding, made, lora_file):
     static = [name for name, fmt in formats.items() if rounding.static and fmt == "nvfp4"]
     outputs = [Output(out, layout(source, formats, static), metadata(source, formats, made))]
     if lora_file:
-        outputs.append(Output(lora_file, lora_layout(source.shapes, rounding.targets, rounding.rank), about))
+        outputs.append(Output(lora_file, lora_layout(source.shapes, rounding.targets), about))
     return outputs
 
 
@@ -1675,6 +1833,13 @@ def parse_size(text):
     return int(size)
 
 
+def parse_share(text):
+    value = float(text) if re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", text) else -1
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r}: expected a number from 0 to 1, such as 0.1")
+    return value
+
+
 ENCODERS = "text-encoder", "clip", "vae"  # the networks that --calib runs besides the model
 
 
@@ -1736,6 +1901,9 @@ def add_plan_flags(group):
         "the outputs with --calib, otherwise of the weights. --plan measured defaults to the score plan's size")
     add("--fpmm-layers", metavar="REGEX", help="quantized layers that multiply in full precision, W4A16 (MXFP8: "
         "W8A16): their inputs are not quantized. More accurate, slower on tensor cores, the same file size")
+    add("--w4a16", type=parse_share, metavar="SHARE", help="mark layers as --fpmm-layers does: those where it "
+        "saves most of the video's error, up to this share of the products' FLOPs, such as 0.1. Requires "
+        "--calib. Layers that only see the prompt or the picture come on top, as they have few tokens")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
     add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
     add("--dry-run", action="store_true", help="stop after the plan")
@@ -1780,8 +1948,9 @@ def check_flags(args):
         raise ValueError(f"--size: --plan {args.plan} has a fixed size; leave one of the two out, or give "
                          f"--plan measured")
     others = args.models, *named_encoders(args).values()
-    if not args.calib and (args.plan == "measured" or args.static_input_scale or any(others)):
-        raise ValueError("--plan measured, --static-input-scale, --models and networks: require --calib IMAGE...")
+    if not args.calib and (args.plan == "measured" or args.static_input_scale or args.w4a16 is not None
+                           or any(others)):
+        raise ValueError("--plan measured, --static-input-scale, --w4a16, --models and networks: require --calib")
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET
                                   or args.lora_mode != "correct"):
         raise ValueError("--lora-target, --lora-mode and --lora-output: require --extract-lora")
@@ -1913,19 +2082,23 @@ def run(args, command, ranks):
         e4m3, nvfp4 = (-10 * calibration.attention_losses.mean(0).log10()).tolist()
         notes = [*notes, f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; "
                          f"blocks that --attention fp8 keeps in bf16: {', '.join(map(str, kept)) or 'none'}"]
-    targets = frozenset()
+    targets = {}
     if lora_file:
         rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
-        targets = frozenset(matching(args.lora_target, rounded, "--lora-target"))
-        size = header(lora_layout(source.shapes, targets, args.lora_rank), {})[2]
-        notes = [*notes, f"LoRA of rank {args.lora_rank} for {len(targets)} layers: {gib(size)}"]
+        targets = dict.fromkeys(matching(args.lora_target, rounded, "--lora-target"), args.lora_rank)
+        if calibration and args.lora_mode == "absorb":
+            targets = lora_ranks(source, calibration, calibration.errors, formats, targets.keys(), args.lora_rank,
+                                 args.seed)
+        size = header(lora_layout(source.shapes, targets), {})[2]
+        rank = f"rank {min(targets.values(), default=0)} to {max(targets.values(), default=0)}"
+        notes = [*notes, f"LoRA of {rank} for {len(targets)} layers: {gib(size)}"]
     if ranks.rank == 0:
         print_plan(args, source, formats, notes, file_size(source, formats, made))
     if args.dry_run:
         return
 
-    rounding = Rounding("rtn" if args.simple else "search", args.num_iter, targets, args.lora_rank,
-                        args.lora_mode, args.static_input_scale, args.seed)
+    rounding = Rounding("rtn" if args.simple else "search", args.num_iter, targets, args.lora_mode,
+                        args.static_input_scale, args.seed)
     quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume,
                       ranks)
     print("", *quality_report(quality, formats), sep="\n")
