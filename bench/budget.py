@@ -64,6 +64,17 @@ def fp8_attention(gpu):
     return moved / gpu["bandwidth"] - self_attention / gpu["attention"] / 2
 
 
+def choices(flops, moved, gpu):
+    """What choices of convert.py and sample.py add, in seconds."""
+    nvfp4, quantizer = flops["nvfp4"], moved["quantizing activations"] / gpu["bandwidth"]
+    linears = CFG.num_blocks * 2 * (2 * CFG.dim + CFG.dim + CFG.ffn_dim)  # in + out of self_attn v, o and ffn 0, 2
+    lora = 2 * TOKENS * 64 * linears / gpu["bf16"]
+    again = CFG.num_blocks * TOKENS * 2 * 2 * (2 * CFG.dim + CFG.ffn_dim + CFG.dim)  # reads x, adds to y, in bf16
+    return {"--w4a16 0.12": 0.12 * nvfp4 * (1 / gpu["bf16"] - 1 / gpu["nvfp4"]) - 0.12 * quantizer,
+            "LoRA of rank 64": lora + again / gpu["bandwidth"],
+            "--activations two-pass": nvfp4 / gpu["nvfp4"] + 2 * quantizer}
+
+
 def main():
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in wan_fp4.WanDiT().named_parameters()}
@@ -78,6 +89,8 @@ def main():
     fp8 = [a + fp8_attention(gpu) for a, gpu in zip(one_call, GPUS.values())]
     table += [("sum", "", total), ("with quant.multiply_in_one_call", "", one_call),
               ("and --attention fp8", "", fp8), ("4 steps of that", "", [4 * s for s in fp8])]
+    added = [choices(flops, moved, gpu) for gpu in GPUS.values()]
+    table += [(f"+ {choice}", "", [a[choice] for a in added]) for choice in added[0]]
     for kind, amount, seconds in table:
         print(f"{kind:32}{amount:>12}" + "".join(f"{s:12.2f}" for s in seconds))
 
