@@ -67,7 +67,7 @@ def fp8_attention(gpu):
 def choices(flops, moved, gpu):
     """What choices of convert.py and sample.py add, in seconds."""
     nvfp4, quantizer = flops["nvfp4"], moved["quantizing activations"] / gpu["bandwidth"]
-    linears = CFG.num_blocks * 2 * (2 * CFG.dim + CFG.dim + CFG.ffn_dim)  # in + out of self_attn v, o and ffn 0, 2
+    linears = CFG.num_blocks * 2 * (3 * CFG.dim + CFG.ffn_dim)  # inputs and outputs of self_attn v, o, ffn 0, 2
     lora = 2 * TOKENS * 64 * linears / gpu["bf16"]
     again = CFG.num_blocks * TOKENS * 2 * 2 * (2 * CFG.dim + CFG.ffn_dim + CFG.dim)  # reads x, adds to y, in bf16
     return {"--w4a16 0.12": 0.12 * nvfp4 * (1 / gpu["bf16"] - 1 / gpu["nvfp4"]) - 0.12 * quantizer,
