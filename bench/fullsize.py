@@ -17,6 +17,7 @@ scale depends on all of x, and the codes are written. It is 1.5 for MXFP8, which
 test_all.py imports GRID, dit_working and vae_working.
 """
 import argparse
+import itertools
 import json
 import math
 import re
@@ -237,30 +238,32 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def step_by_step(fmt):
+def step_by_step(fmt, activations):
     """Bytes moved without the compiler, divided by the bytes of the activation."""
     x = torch.empty(32768, 5120, dtype=torch.bfloat16, device="meta")
+    tensor_scale = None if activations == "nearest" else torch.empty((), device="meta")
     with Traffic() as traffic:
-        quant.quantize_rows(x, fmt, None)
+        quant.quantize_rows(x, fmt, tensor_scale, activations)
     return traffic.bytes / x.nbytes
 
 
-def compiled(fmt):
+def compiled(fmt, activations):
     """The dtype and shape of every buffer of the compiled program, for x of 4096 x 5120 on the CPU."""
     from torch._inductor.utils import run_and_get_code
     x = torch.randn(4096, 5120).bfloat16()
     quantize = torch.compile(quant.quantize_rows.__wrapped__, options=quant.COMPILER_OPTIONS)
-    _, programs = run_and_get_code(quantize, x, fmt, None)
+    tensor_scale = None if activations == "nearest" else torch.tensor(0.003)
+    _, programs = run_and_get_code(quantize, x, fmt, tensor_scale, activations)
     buffers = re.findall(r"buf\d+ = empty_strided_cpu\((\(.*?\)), \(.*?\), torch\.(\w+)\)", programs[0])
     return [f"{dtype} {shape}" for shape, dtype in buffers]
 
 
 @torch.no_grad()
 def activation():
-    for fmt in ("nvfp4", "mxfp8"):
-        name = quant.FORMAT_NAMES[fmt]
-        print(f"{name}: step by step {step_by_step(fmt):.1f} times the activation's bytes")
-        print(f"{name}: compiled, 4096 x 5120 makes {', '.join(compiled(fmt))}", flush=True)
+    for fmt, activations in ("mxfp8", "nearest"), *itertools.product(["nvfp4"], quant.ACTIVATIONS):
+        name = f"{quant.FORMAT_NAMES[fmt]}, {activations}"
+        print(f"{name}: step by step {step_by_step(fmt, activations):.1f} times the activation's bytes")
+        print(f"{name}: compiled, 4096 x 5120 makes {', '.join(compiled(fmt, activations))}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -24,10 +24,11 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
           flags say otherwise. Each result makes the videos of two photos that the model was never trained on,
           nine moves each, from the same noise as the bf16 model. The figure is the PSNR against the bf16 model's
-          videos, in three modes. W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to
+          videos, in five modes. W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to
           4 bits too, as tensor cores compute, here emulated. Precise: W4A4, but the first and last of the four
-          steps are W4A16, as with sample.py --precise-steps. Calibration sees two training photos, four moves
-          each.
+          steps are W4A16, as with sample.py --precise-steps. Four-over-six and two-pass: W4A4 with sample.py's
+          --activations. Layers that the file marks as W4A16 are that in every mode. Calibration sees two training
+          photos, four moves each.
 
 A part that lacks a package or a file is skipped, and says what is missing.
 """
@@ -329,7 +330,9 @@ CONVERSIONS = {
     "calibrated, absorb": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb"],
     "calibrated, static": ["--nvfp4", "--calib", "--static-input-scale"],
     "plan score": [], "plan measured, same size": ["--calib"]}
-MODES = {"W4A16": ("dequantize", False), "W4A4": ("emulate", False), "precise": ("emulate", True)}
+# How activations are quantized, and the steps in which they are not
+MODES = {"W4A16": (None, range(4)), "W4A4": (None, ()), "precise": (None, (0, 3)),
+         "four-over-six": ("four-over-six", ()), "two-pass": ("two-pass", ())}
 
 
 def held_out_conditions(metadata):
@@ -344,17 +347,14 @@ def held_out_conditions(metadata):
     return sample.encode_conditions(images, train.MOVES * len(PHOTOS), ENCODERS, settings)
 
 
-def videos(dit, conditions, vae, mode="dequantize", precise=False):
-    """The recipe's four steps, the quantized layers in this mode; precise: dequantize in the first and last step.
-    Move i has seed i. -> (conditions, 3, F, h, w)"""
-    layers = [layer for layer in dit.modules() if isinstance(layer, quant.QuantLinear) and layer.format]
+def videos(dit, conditions, vae, precise=()):
+    """The recipe's four steps, of which `precise` do not quantize activations. Move i has seed i.
+    -> (conditions, 3, F, h, w)"""
     levels, made = sample.sigmas("normal", 4, 5.0), []
-    ends = (float(levels[0]), float(levels[-2])) if precise else ()
     for i, c in enumerate(conditions):
         def denoise(x, sigma):
-            for layer in layers:
-                layer.mode = "dequantize" if sigma in ends else mode
-            return dit(x, torch.full((1,), 1000 * sigma), c.text, c.image, c.y)
+            with sample.unquantized_activations(dit, sigma in [float(levels[step]) for step in precise]):
+                return dit(x, torch.full((1,), 1000 * sigma), c.text, c.image, c.y)
 
         generator = torch.Generator().manual_seed(i % (len(conditions) // len(PHOTOS)))
         noise = torch.randn((1, 16, *c.y.shape[2:]), generator=generator)
@@ -387,7 +387,7 @@ def demo_part(args):
     vae = wan_fp4.load_vae(ENCODERS["vae"])
     truth = videos(wan_fp4.load_dit(args.dit), conditions, vae)
     print(f"{len(conditions)} videos; PSNR in dB against the bf16 model's\n"
-          f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}" + "".join(f"{mode:>9}" for mode in MODES))
+          f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}" + "".join(f"{mode:>15}" for mode in MODES))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         pictures, out = list(write_calibration(folder)), folder / "out.safetensors"
@@ -400,9 +400,10 @@ def demo_part(args):
                 seconds, _ = bench.timed(lambda: convert.main(["-i", args.dit, "-o", out, *flags]))
             sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
             line = f"{name:26}{sizes[0]:6.2f}{sizes[1]:6.2f}{seconds:9.1f}"
-            dit = wan_fp4.load_dit(out, loras=[(lora, 1.0)] if lora.exists() else [])
-            for mode, precise in MODES.values():
-                line += f"{train.psnr(videos(dit, conditions, vae, mode, precise), truth):9.2f}"
+            for activations, precise in MODES.values():
+                dit = wan_fp4.load_dit(out, loras=[(lora, 1.0)] if lora.exists() else [], mode="emulate",
+                                       activations=activations)
+                line += f"{train.psnr(videos(dit, conditions, vae, precise), truth):15.2f}"
             print(line, flush=True)
             lora.unlink(missing_ok=True)
 
