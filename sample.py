@@ -529,7 +529,7 @@ def write_folder(path):
 # ----------------------------------------------------------------------------------------------------
 
 # Peaks, as bench/fullsize.py measures them for 81 frames of 480 x 832, rounded up
-WORKING = 25  # of a DiT forward, with or without a LoRA: bytes per token and channel
+WORKING = 26  # of a DiT forward, with or without a LoRA and two passes: bytes per token and channel
 PATCHES = 12  # the same, before the tokens are split over ranks; by arithmetic
 DECODING = 64 * 50  # of a VAE decode: values per latent and channel of the last level (64 pixels, each of 50)
 MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspaces and fragmentation
@@ -1252,7 +1252,7 @@ def make_parser():
         "memory (default: only if they do not fit the GPU)")
     add("--precise-steps", action="store_true", help="do not quantize activations in the first and the last "
         "step: closer to the bf16 model, but slower, where tensor cores multiply in NVFP4 or MXFP8")
-    add("--activations", choices=quant.ACTIVATIONS, help="how tensor cores get the activations of NVFP4 layers: "
+    add("--activations", choices=quant.ACTIVATIONS, help="how NVFP4 layers on tensor cores quantize activations: "
         "nearest: fastest; four-over-six: with the better of two scales for every 16 values; two-pass: with a "
         "second product, of what the first one's rounding lost, which doubles the time of the products. Layers "
         "that the file marks take two passes, unless nearest is given (default: nearest for all others)")

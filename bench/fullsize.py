@@ -141,7 +141,7 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def dit_working(mode, grid, rank=0):
+def dit_working(mode, grid, rank=0, activations=None):
     """Peak bytes of a forward besides the weights, with all blocks' Linears in NVFP4, bf16 activations and a
     LoRA of this rank."""
     with torch.device("meta"):
@@ -150,7 +150,7 @@ def dit_working(mode, grid, rank=0):
     stored, tensors = layout(shapes, convert.plan(shapes))
     tensors |= {name: torch.empty(shape, dtype=dtype, device="meta")
                 for name, (dtype, shape) in stored.items() if name not in tensors}
-    dit = wan_fp4.dit_from_tensors(tensors, {}, "arithmetic", "meta", torch.bfloat16)
+    dit = wan_fp4.dit_from_tensors(tensors, {}, "arithmetic", "meta", torch.bfloat16, activations=activations)
     for layer in dit.modules():
         if isinstance(layer, quant.QuantLinear) and layer.format:
             layer.mode = mode
@@ -203,10 +203,12 @@ def arithmetic():
     tokens = math.prod(GRID) // 4
     print(f"14B in the recipe's mix: {(rest + sum(blocks)) / GIB:.2f} GiB, largest block "
           f"{max(blocks) / GIB:.2f} GiB; 81 frames of 480 x 832 are {tokens} tokens")
-    for mode, rank in (("dequantize", 0), ("tensor_cores", 0), ("tensor_cores", 64)):
-        working = dit_working(mode, GRID, rank)
+    for mode, rank, activations in (("dequantize", 0, None), ("tensor_cores", 0, None),
+                                    ("tensor_cores", 64, None), ("tensor_cores", 64, "two-pass")):
+        working = dit_working(mode, GRID, rank, activations)
         lora = f" with a LoRA of rank {rank}" if rank else ""
-        print(f"{mode}{lora}: a forward needs {working / GIB:.2f} GiB besides the weights, "
+        way = f", {activations}" if activations else ""
+        print(f"{mode}{lora}{way}: a forward needs {working / GIB:.2f} GiB besides the weights, "
               f"{working / tokens / 5120:.1f} bytes per token and channel; in total, loaded "
               f"{(working + rest + sum(blocks)) / GIB:.2f} GiB, streamed "
               f"{(working + rest + 2 * max(blocks)) / GIB:.2f} GiB")

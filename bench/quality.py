@@ -1,8 +1,9 @@
 """How well rounded weights keep a model's behavior: trained weights, another converter, and the demo's videos.
 
-    python bench/quality.py                   all three parts
+    python bench/quality.py                   all four parts
     python bench/quality.py --only weights    36 trained matrices: error of the outputs and of the weights
     python bench/quality.py --only peers      84 trained matrices, against convert_to_quant
+    python bench/quality.py --only activations    what sample.py --activations loses of an activation
     python bench/quality.py --only demo       the demo's videos, for each way of converting its bf16 model
 
 Trained matrices are the Linears of at least 256 x 256 in the encoders of MiniLM and AntiBERTy (without embedding
@@ -20,6 +21,9 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
           defaults except --iterations: 500 here, 2,000 in its class, 4,000 on its command line. Times are CPU
           seconds, on the same threads for both. Needs, besides requirements-test.txt:
               pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
+
+activations   Random activations, and what the 36 Linears of MiniLM are fed on English text, are quantized to
+          NVFP4 in each of quant.ACTIVATIONS and dequantized. The figure is the SNR of what comes back.
 
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
           flags say otherwise. Each result makes the videos of two photos that the model was never trained on,
@@ -43,6 +47,7 @@ import re
 import sys
 import tempfile
 import time
+import types
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -315,6 +320,31 @@ def peers_table(rows):
 
 
 # ----------------------------------------------------------------------------------------------------
+# activations: ways to quantize them
+# ----------------------------------------------------------------------------------------------------
+
+
+def activations_snr(x, way):
+    """SNR in dB of an activation (R, K), quantized to NVFP4 and back."""
+    layer = types.SimpleNamespace(format="nvfp4", input_scale=None, activations=way)
+    return convert.snr(x, quant.dequantize_activation(quant.quantize_activation(x, layer), x.shape))
+
+
+def activations_part(args):
+    torch.manual_seed(0)
+    inputs = {"normal": [torch.randn(2048, 5120)],
+              "Student's t, 3 degrees of freedom": [torch.distributions.StudentT(3.0).sample((2048, 5120))]}
+    try:
+        inputs["MiniLM, mean of its layers"] = list(next(minilm_inputs(trained_matrices("MiniLM"))).values())
+    except ImportError as error:
+        print(f"MiniLM: skipped: {error}")
+    print(f"{'dB':34}" + "".join(f"{way:>15}" for way in quant.ACTIVATIONS))
+    for name, some in inputs.items():
+        figures = (mean([activations_snr(x.bfloat16().float(), way) for x in some]) for way in quant.ACTIVATIONS)
+        print(f"{name:34}" + "".join(f"{figure:15.2f}" for figure in figures), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
 # demo: what each way of converting costs the video
 # ----------------------------------------------------------------------------------------------------
 
@@ -408,7 +438,7 @@ def demo_part(args):
             lora.unlink(missing_ok=True)
 
 
-PARTS = {"weights": weights_part, "peers": peers_part, "demo": demo_part}
+PARTS = {"weights": weights_part, "peers": peers_part, "activations": activations_part, "demo": demo_part}
 
 
 def main():
