@@ -78,14 +78,14 @@ For y = x @ w.T on Blackwell, the activation x (R, K) is quantized too, each tim
 with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. The product is rounded to
 bfloat16 before the tensor scales multiply it. On other devices, w is dequantized for each call.
 
-Rounding x costs more accuracy than rounding w, as nothing can prepare x beforehand. Where Q(x) is x quantized
-and dequantized, a layer of NVFP4 has three ways to quantize it, the names of ACTIVATIONS:
+The rounding of x usually costs more accuracy than that of w, which a converter can optimize. An NVFP4 layer has
+three ways to quantize x (ACTIVATIONS). Q(x) is x quantized and dequantized:
 
   nearest        as above
-  four-over-six  the largest value of a block becomes about 6 or about 4, whichever gives the block the smaller
-                 squared error: block_scale is amax(block) / 6 or amax(block) / 4 (arXiv 2512.02010)
-  two-pass       y = Q(x) @ w.T + Q(x - Q(x)) @ w.T, both by four-over-six: a second product, of what the first
-                 one's rounding lost. It takes twice the time of the products, and no memory for weights
+  four-over-six  block_scale is amax(block) / 6 or amax(block) / 4, whichever gives the block the smaller squared
+                 error (arXiv 2512.02010)
+  two-pass       y = Q(x) @ w.T + Q(x - Q(x)) @ w.T, both by four-over-six. The second product, with the same
+                 weights, is of what the rounding of the first one lost. The products take twice the time
 
 What is stored
 --------------
@@ -475,9 +475,9 @@ def four_over_six(x, amax, tensor_scale, six):
 def plain_two_pass(x, tensor_scale):
     """x (R, Kp) -> data and block_scale of Q(x), data and block_scale of Q(x - Q(x)), both by four-over-six.
 
-    The tensor scale of the second pass is tensor_scale / 6: rounding loses at most the block scale, half the step
-    from 4 to 6, which is a sixth of the largest value. So the block scales keep their range, and no pass over
-    x has to find the largest loss.
+    The tensor scale of the second pass is tensor_scale / 6: where nothing is clipped, rounding loses at most half
+    the step from 4 to 6, a sixth of the largest value. So the block scales keep their range, and no pass over x
+    has to find the largest loss.
     """
     data, block_scale = plain_nvfp4(x, tensor_scale, "four-over-six")[:2]  # (R, Kp/2), (R, N)
     blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))  # (R, N, 16)
@@ -684,7 +684,7 @@ class QuantLinear(nn.Module):
         layer.mode = "dequantize" if only_dequantize else mode or default_mode(device)
         if info.get("two_pass", False) and activations != "nearest":
             activations = "two-pass"
-        layer.activations = activations or "nearest" if fmt == "nvfp4" else "nearest"
+        layer.activations = (activations or "nearest") if fmt == "nvfp4" else "nearest"
         if fmt == "nvfp4":
             tensors["weight_scale"] = tensors["weight_scale"].view(torch.float8_e4m3fn)
         layer.weight = nn.Parameter(tensors["weight"], requires_grad=False)
@@ -775,8 +775,10 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 def describe(model: nn.Module) -> str:
-    """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers". It also
-    counts apart the layers that quantize activations in another way than "nearest"."""
+    """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers".
+
+    Layers that quantize activations in different ways are counted separately.
+    """
     counts = {}
     for layer in model.modules():
         if isinstance(layer, QuantLinear):

@@ -963,6 +963,7 @@ def without(*names):
     ("nvfp4", changed(comfy_quant=torch.tensor([1, 2], dtype=torch.uint8)), {},
      r"\.comfy_quant: got bytes that are not JSON .*; the file is damaged"),
     ("nvfp4", changed(), {"mode": "fast"}, r": got mode 'fast', expected one of tensor_cores, dequantize, emul"),
+    ("nvfp4", changed(), {"activations": "best"}, r": got activations 'best', expected one of nearest, four"),
 ])
 def test_linear_errors_name_the_tensor_and_what_was_expected(fmt, change, kwargs, message):
     with pytest.raises(ValueError, match=r"^blocks\.3\.ffn\.0" + message):
@@ -2096,6 +2097,7 @@ def test_simple_sigmas_are_diffusers_flow_match():
 @pytest.mark.parametrize("setting, error", [
     ({"scheduler": "cosine"}, "scheduler 'cosine': expected one of normal, simple, linear_quadratic"),
     ({"sampler": "dpm"}, "sampler 'dpm': expected one of lcm, euler, heun"), ({"shift": 0}, "shift 0: expected"),
+    ({"activations": "best"}, "activations 'best': expected one of nearest, four-over-six, two-pass"),
     ({"shift": math.nan}, "shift nan: expected a positive number"), ({"frames": 0}, "nearest are 1 and 5")])
 def test_settings_that_are_refused(setting, error):
     with pytest.raises(ValueError, match=error):
