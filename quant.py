@@ -78,6 +78,15 @@ For y = x @ w.T on Blackwell, the activation x (R, K) is quantized too, each tim
 with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. The product is rounded to
 bfloat16 before the tensor scales multiply it. On other devices, w is dequantized for each call.
 
+The rounding of x usually costs more accuracy than that of w, which a converter can optimize. An NVFP4 layer has
+three ways to quantize x (ACTIVATIONS). Q(x) is x quantized and dequantized:
+
+  nearest        as above
+  four-over-six  block_scale is amax(block) / 6 or amax(block) / 4, whichever gives the block the smaller squared
+                 error (arXiv 2512.02010)
+  two-pass       y = Q(x) @ w.T + Q(x - Q(x)) @ w.T, both by four-over-six. The second product, with the same
+                 weights, is of what the rounding of the first one lost. The products take twice the time
+
 What is stored
 --------------
 Names and layout are those of ComfyUI's checkpoints. A weight is (M, K) = (out_features, in_features), padded
@@ -92,7 +101,7 @@ A row has N = Kp / B blocks of B = 16 or 32. M128 is M rounded up to a multiple 
 
 Optional: L.bias (M,); for NVFP4 L.pre_quant_scale (K,), which multiplies x, and L.input_scale (), the tensor
 scale of x (other formats ignore it). "full_precision_matrix_mult": true in the marker's JSON says that x must not
-be quantized.
+be quantized, and "two_pass": true that it needs two passes. Other programs ignore the latter.
 
 Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales is
 padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512 consecutive bytes, and the tiles follow one
@@ -112,7 +121,8 @@ Map
                  QuantLinear, write_marker, read_marker, stored_tensors, from_lightx2v, describe, default_mode,
                  default_dtype
   for converters encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1, encode_nvfp4, encode_mxfp8, round_e2m1
-  to read first  plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch
+  to read first  plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch.
+                 Of activations: four_over_six and plain_two_pass
 
 The stored layout is comfy-kitchen's (https://github.com/Comfy-Org/comfy-kitchen), and method="rtn" (round to
 nearest) is bit-identical to its eager backend, version 0.2.40. comfy-kitchen and torchao both wrap a weight in
@@ -134,6 +144,7 @@ BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MXFP8_BLOCK}
 FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # as stored: as printed
 MXFP8_SMALLEST = E4M3_MAX * 2.0 ** -127  # the largest amax whose MXFP8 scale is byte 0, which reads as 0
 MODES = ("tensor_cores", "dequantize", "emulate")
+ACTIVATIONS = ("nearest", "four-over-six", "two-pass")  # ways to quantize an activation to NVFP4
 
 
 def round_up(n, multiple):
@@ -235,6 +246,8 @@ def plain_nvfp4(w, tensor_scale=None, method="rtn"):
     blocks = w.float().unflatten(1, (-1, NVFP4_BLOCK))  # (Mp, N, 16)
     if method == "search":
         block_scale = search_nvfp4(blocks, amax, tensor_scale, block_scale)
+    if method == "four-over-six":  # for activations
+        block_scale = four_over_six(blocks, amax, tensor_scale, block_scale)
     codes = encode_nvfp4(blocks, tensor_scale * block_scale.float())  # (Mp, N, 16)
     return pack_e2m1(codes).flatten(1), block_scale, tensor_scale
 
@@ -404,12 +417,17 @@ def search_nvfp4(x, amax, tensor_scale, rtn):
     x = x.abs()
 
     def reconstruct(byte):
-        scale = (tensor_scale * byte.view(torch.float8_e4m3fn).float())[..., None]
-        return round_e2m1(x / scale.clamp(min=2.0 ** -149)).mul_(scale)  # a scale of 0 gives 0, not 0 / 0
+        return round_nvfp4(x, tensor_scale * byte.view(torch.float8_e4m3fn).float())
 
     first = (amax / 8 / tensor_scale).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     candidates = [rtn.view(torch.uint8)] + [(first + i).clamp_(1, 126) for i in range(16)]  # byte 126 is 448
     return lowest_error(x, candidates, reconstruct).view(torch.float8_e4m3fn)
+
+
+def round_nvfp4(x, scale):
+    """decode_nvfp4 of encode_nvfp4: blocks x (Mp, N, 16) float32 >= 0, scale (Mp, N) -> (Mp, N, 16)."""
+    scale = scale[..., None]
+    return round_e2m1(x / scale.clamp(min=2.0 ** -149)).mul_(scale)  # a scale of 0 gives 0, not 0 / 0
 
 
 def search_mxfp8(x, amax, rtn):
@@ -423,6 +441,48 @@ def search_mxfp8(x, amax, rtn):
         return encode_mxfp8(x, scale).float() * scale[..., None]
 
     return lowest_error(x, [rtn.clamp(min=1), rtn.clamp(min=2) - 1], reconstruct) * (amax != 0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Activations: more accurate ways to quantize them to NVFP4
+# ----------------------------------------------------------------------------------------------------
+
+# Nearest's tensor scale maps the largest block scale to 448, E4M3's largest value, and amax / 4 would need 672.
+# Mapped to 256 it needs 384, and 256 is the largest E4M3 value whose 1.5-fold is an E4M3 value too: either way
+# the block that holds the largest value of x gets its scale without rounding.
+ROOM_FOR_FOUR = E4M3_MAX / 256  # the tensor scale, as a multiple of nearest's
+
+
+def four_over_six(x, amax, tensor_scale, six):
+    """The better of the block scales `six`, which is amax / 6, and amax / 4: blocks x (R, N, 16), amax and six
+    (R, N) -> (R, N). In a tie, six wins.
+
+    E2M1 has no value between 4 and 6. Where amax becomes 6, values around 5/6 of it are rounded badly; where it
+    becomes 4, all steps are of at most amax / 4, but the small values have coarser ones.
+    """
+    x = x.abs()
+    four = (amax / 4 / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (R, N)
+
+    def squared_errors(block_scale):
+        # Relative to amax they are at most 1. As whole numbers they have the same sum in any order.
+        error = (x - round_nvfp4(x, tensor_scale * block_scale.float())) / amax.clamp(min=2.0 ** -126)[..., None]
+        return (error.square() * 2.0 ** 26).int()  # (R, N, 16)
+
+    four_is_better = (squared_errors(four) - squared_errors(six)).sum(-1, dtype=torch.int32) < 0  # (R, N)
+    return torch.where(four_is_better, four.float(), six.float()).to(torch.float8_e4m3fn)
+
+
+def plain_two_pass(x, tensor_scale):
+    """x (R, Kp) -> data and block_scale of Q(x), data and block_scale of Q(x - Q(x)), both by four-over-six.
+
+    The tensor scale of the second pass is tensor_scale / 6: where nothing is clipped, rounding loses at most half
+    the step from 4 to 6, a sixth of the largest value. So the block scales keep their range, and no pass over x
+    has to find the largest loss.
+    """
+    data, block_scale = plain_nvfp4(x, tensor_scale, "four-over-six")[:2]  # (R, Kp/2), (R, N)
+    blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))  # (R, N, 16)
+    rest = blocks - round_nvfp4(blocks.abs(), tensor_scale * block_scale.float()).copysign(blocks)
+    return data, block_scale, *plain_nvfp4(rest.flatten(1), tensor_scale / E2M1_MAX, "four-over-six")[:2]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -576,6 +636,7 @@ class QuantLinear(nn.Module):
                     device: quantize and dequantize x, dequantize W, multiply in float32
     FP8 layers, plain layers and those whose marker says "full_precision_matrix_mult" always use "dequantize";
     an input_scale is used by NVFP4 and ignored by the others. A dequantized copy of W is freed after each call.
+    The attribute `activations`, one of ACTIVATIONS, says how x is quantized; for MXFP8, it is always "nearest".
 
     x has any float dtype and any leading dimensions; y has x's dtype. Use from_tensors to make a layer.
     """
@@ -583,7 +644,7 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_tensors(cls, name: str, tensors: dict[str, Tensor], in_features: int, out_features: int,
                      bias: bool | None = None, compute_dtype: torch.dtype | None = None,
-                     mode: str | None = None) -> "QuantLinear":
+                     mode: str | None = None, activations: str | None = None) -> "QuantLinear":
         """Make a layer from its stored tensors. They are not copied (see below), and may be memory-mapped.
 
         name      the layer's name, for messages: "blocks.3.ffn.0"
@@ -592,8 +653,11 @@ class QuantLinear(nn.Module):
                   layout is read too, with its nibbles swapped into a copy of the weight.
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
+        activations  one of ACTIVATIONS, by default "nearest". A layer whose marker says "two_pass" takes two
+                  passes, unless "nearest" is given.
 
-        Raises ValueError for missing, unexpected or unfitting tensors, and an unknown format or mode.
+        Raises ValueError for missing, unexpected or unfitting tensors, and an unknown format, mode or way to
+        quantize activations.
         """
         older = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
         tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
@@ -609,6 +673,8 @@ class QuantLinear(nn.Module):
             raise ValueError(f"{name}.bias: got {got}, expected {expected}; check the file's model")
         if mode not in (None, *MODES):
             raise ValueError(f"{name}: got mode {mode!r}, expected one of {', '.join(MODES)}")
+        if activations not in (None, *ACTIVATIONS):
+            raise ValueError(f"{name}: got activations {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
 
         layer = cls()
         layer.in_features, layer.out_features, layer.format = in_features, out_features, fmt
@@ -616,6 +682,9 @@ class QuantLinear(nn.Module):
         layer.compute_dtype = compute_dtype or default_dtype(device)
         only_dequantize = fmt not in BLOCK or info.get("full_precision_matrix_mult", False)
         layer.mode = "dequantize" if only_dequantize else mode or default_mode(device)
+        if info.get("two_pass", False) and activations != "nearest":
+            activations = "two-pass"
+        layer.activations = (activations or "nearest") if fmt == "nvfp4" else "nearest"
         if fmt == "nvfp4":
             tensors["weight_scale"] = tensors["weight_scale"].view(torch.float8_e4m3fn)
         layer.weight = nn.Parameter(tensors["weight"], requires_grad=False)
@@ -658,15 +727,13 @@ class QuantLinear(nn.Module):
         scaled = flat if self.pre_quant_scale is None else flat * self.pre_quant_scale  # (R, K)
         dtype = torch.float32 if self.mode == "emulate" else self.compute_dtype
         if self.mode == "tensor_cores":
-            *operands, tensor_scale = scaled_mm_operands(self.quantize_input(scaled, quantized), self)
-            if x.is_cuda and dtype == torch.bfloat16 and one_call_works(x.device, self.format):  # after a trial
-                y = multiply_in_one_call(*operands, tensor_scale, self.bias)[:, :self.out_features]  # (R, M)
-            else:
-                y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)[:, :self.out_features]  # (R, M)
-                y = scale_and_add(y.to(dtype), tensor_scale, self.bias)  # (R, M)
+            first, *second = self.quantize_input(scaled, quantized)
+            y = multiply(first, self, self.bias, dtype)  # (R, M)
+            for rest in second:  # if two-pass
+                y += multiply(rest, self, None, dtype)  # (R, M)
         else:
             if self.mode == "emulate":
-                scaled = dequantize_activation(*self.quantize_input(scaled, quantized), scaled.shape)  # (R, K)
+                scaled = dequantize_activation(self.quantize_input(scaled, quantized), scaled.shape)  # (R, K)
             bias = None if self.bias is None else self.bias.to(dtype)
             y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, M)
         for i, scale in enumerate(self.lora_scales):
@@ -678,9 +745,10 @@ class QuantLinear(nn.Module):
         """quantize_activation of x (R, K), or what `quantized` has of it from another layer."""
         if quantized is None or self.input_scale is not None or self.pre_quant_scale is not None:
             return quantize_activation(x, self)
-        if self.format not in quantized:
-            quantized[self.format] = quantize_activation(x, self)
-        return quantized[self.format]
+        kind = self.format, self.activations
+        if kind not in quantized:
+            quantized[kind] = quantize_activation(x, self)
+        return quantized[kind]
 
     def _apply(self, fn, recurse=True):
         # .to(device) moves the layer, but .to(dtype), .half() and so on must not cast what is stored: float8
@@ -700,17 +768,22 @@ class QuantLinear(nn.Module):
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """[layer(x) for layer in layers], such as q, k and v. x is quantized once for each format among them."""
+    """[layer(x) for layer in layers], such as q, k and v. x is quantized once for each format, and each way to
+    quantize it, among them."""
     quantized = {}
     return [layer(x, quantized) if isinstance(layer, QuantLinear) else layer(x) for layer in layers]
 
 
 def describe(model: nn.Module) -> str:
-    """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers"."""
+    """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers".
+
+    Layers that quantize activations in different ways are counted separately.
+    """
     counts = {}
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
-            key = layer.kind(), f" ({layer.mode.replace('_', ' ')})" if layer.format else ""
+            way = "" if layer.activations == "nearest" or layer.mode == "dequantize" else f", {layer.activations}"
+            key = layer.kind(), f" ({layer.mode.replace('_', ' ')}{way})" if layer.format else ""
             counts[key] = counts.get(key, 0) + 1
     most_first = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {n} layers{mode}" for (kind, mode), n in most_first)
@@ -734,46 +807,70 @@ def compiled_on_cuda(function):
 
 
 @torch.no_grad()
-def quantize_activation(x: Tensor, layer: QuantLinear):
-    """Activation (R, K) -> data, block_scale (swizzled), tensor_scale (None for MXFP8), in the layer's format.
+def quantize_activation(x: Tensor, layer: QuantLinear) -> list[tuple]:
+    """Activation (R, K) -> [(data, block_scale (swizzled), tensor_scale (None for MXFP8))], in the layer's format
+    and as its `activations` says. For two-pass the list has a second tuple, of what the first one lost.
 
-    It rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that of x.
-    A check would wait for the GPU: NaN in x makes its row of y NaN, for NVFP4 without input_scale all of y.
+    "nearest" rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that
+    of x; the other two ways take ROOM_FOR_FOUR times that. A check would wait for the GPU: NaN in x makes its row
+    of y NaN, for NVFP4 without input_scale all of y.
     """
     x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
-    data, block_scale, tensor_scale = quantize_rows(x, layer.format, layer.input_scale)
-    return data, swizzle(block_scale), tensor_scale
+    tensor_scale = layer.input_scale
+    if layer.activations != "nearest":
+        tensor_scale = nvfp4_tensor_scale(matrix_amax(x)) if tensor_scale is None else tensor_scale
+        tensor_scale = tensor_scale * ROOM_FOR_FOUR
+    passes = quantize_rows(x, layer.format, tensor_scale, layer.activations)
+    return [(data, swizzle(block_scale), tensor_scale) for data, block_scale, tensor_scale in passes]
 
 
 @compiled_on_cuda
-def quantize_rows(x, fmt, input_scale):
-    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet.
+def quantize_rows(x, fmt, tensor_scale, activations):
+    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet. For "nearest",
+    tensor_scale may be None.
 
     Compiled, it and the swizzle move 2.7 times x's bytes for NVFP4, which reads x twice, and 1.6 times for MXFP8;
-    step by step 78 and 21 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache.
+    step by step 78 and 21 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache. With its
+    tensor scale, four-over-six moves 3.5 times x's bytes and two-pass 4.0 times: both read x three times.
     """
     if fmt == "mxfp8":
-        return *by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None
-    tensor_scale = None if input_scale is None else input_scale.reshape(())
+        return [(*by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None)]
+    tensor_scale = None if tensor_scale is None else tensor_scale.reshape(())
+    if activations == "two-pass":
+        data, block_scale, rest, rest_scale = by_rows(plain_two_pass, x, tensor_scale)
+        return [(data, block_scale, tensor_scale), (rest, rest_scale, tensor_scale / E2M1_MAX)]
+    if activations == "four-over-six":
+        return [(*by_rows(plain_nvfp4, x, tensor_scale, "four-over-six"), tensor_scale)]
     if torch.compiler.is_compiling():
-        return plain_nvfp4(x, tensor_scale)  # reads x once for the amax of the blocks and of all
+        return [plain_nvfp4(x, tensor_scale)]  # reads x once for the amax of the blocks and of all
     if tensor_scale is None:
         tensor_scale = nvfp4_tensor_scale(matrix_amax(x))
-    return *by_rows(plain_nvfp4, x, tensor_scale), tensor_scale
+    return [(*by_rows(plain_nvfp4, x, tensor_scale), tensor_scale)]
 
 
-def dequantize_activation(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | None,
-                          shape: tuple[int, int]) -> Tensor:
-    """The inverse of quantize_activation: -> float32 of this shape (R, K)."""
-    x = (dequantize_mxfp8(data, block_scale) if tensor_scale is None
-         else dequantize_nvfp4(data, block_scale, tensor_scale))
-    return x[:shape[0], :shape[1]]
+def dequantize_activation(passes: list[tuple], shape: tuple[int, int]) -> Tensor:
+    """The inverse of quantize_activation: -> float32 of this shape (R, K), the sum of the passes."""
+    first, *second = (dequantize_mxfp8(data, block_scale) if tensor_scale is None
+                      else dequantize_nvfp4(data, block_scale, tensor_scale)
+                      for data, block_scale, tensor_scale in passes)  # (R, K32) each
+    return sum(second, first)[:shape[0], :shape[1]]
+
+
+def multiply(quantized, layer: QuantLinear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product of one pass of quantize_activation and the layer's weight, plus bias: (R, M) in dtype."""
+    *operands, tensor_scale = scaled_mm_operands(quantized, layer)
+    device = operands[0].device
+    if device.type == "cuda" and dtype == torch.bfloat16 and one_call_works(device, layer.format):  # by a trial
+        return multiply_in_one_call(*operands, tensor_scale, bias)[:, :layer.out_features]  # (R, M)
+    y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)[:, :layer.out_features]  # (R, M)
+    return scale_and_add(y.to(dtype), tensor_scale, bias)  # (R, M)
 
 
 def scaled_mm_operands(quantized, layer: QuantLinear):
-    """A quantized activation -> (a, b, scale_a, scale_b, tensor_scale); the first four go to torch._scaled_mm.
+    """One pass of quantize_activation -> (a, b, scale_a, scale_b, tensor_scale).
 
-    tensor_scale (None for MXFP8) multiplies the product (R, Mp), as torch._scaled_mm takes block scales only.
+    The first four go to torch._scaled_mm, which takes block scales only; tensor_scale (None for MXFP8) multiplies
+    the product (R, Mp).
     """
     a, scale_a, tensor_scale = quantized  # a: (R, K32 / 2 or K32)
     # If K16 is an odd number of blocks, one block of zeros makes K32. Its scale is in the padding of the tiles.
@@ -803,12 +900,15 @@ def row_chunks(rows, cols, device):
 
 
 def by_rows(plain, w, *arguments):
-    """data and block_scale of plain(w, *arguments), a plain form, computed on a few rows at a time."""
+    """What plain(w, *arguments), a plain form, returns for each row, computed on a few rows at a time."""
+    def rows_of(w):
+        return [part for part in plain(w, *arguments) if part.dim() == 2]  # without the tensor scale
+
     if torch.compiler.is_compiling():  # the compiler makes one loop of the plain form
-        return plain(w, *arguments)[:2]
+        return rows_of(w)
     whole = []
     for rows in row_chunks(*w.shape, w.device):
-        parts = plain(w[rows], *arguments)[:2]
+        parts = rows_of(w[rows])
         whole = whole or [part.new_empty(w.shape[0], part.shape[1]) for part in parts]
         for tensor, part in zip(whole, parts):
             tensor[rows] = part
@@ -873,7 +973,7 @@ def one_call_works(device, fmt):
                       quantize_nvfp4(w) if fmt == "nvfp4" else quantize_mxfp8(w)))
     stored["comfy_quant"] = write_marker({"format": fmt})
     layer = QuantLinear.from_tensors("trial", stored, 512, 256).to(device)
-    *operands, tensor_scale = scaled_mm_operands(quantize_activation(x.to(device), layer), layer)
+    *operands, tensor_scale = scaled_mm_operands(quantize_activation(x.to(device), layer)[0], layer)
     bias = 10 * w[:, 0].to(device)  # (M,)
     try:
         got = multiply_in_one_call(*operands, tensor_scale, bias).float()

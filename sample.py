@@ -529,7 +529,7 @@ def write_folder(path):
 # ----------------------------------------------------------------------------------------------------
 
 # Peaks, as bench/fullsize.py measures them for 81 frames of 480 x 832, rounded up
-WORKING = 25  # of a DiT forward, with or without a LoRA: bytes per token and channel
+WORKING = 26  # of a DiT forward, with or without a LoRA and two passes: bytes per token and channel
 PATCHES = 12  # the same, before the tokens are split over ranks; by arithmetic
 DECODING = 64 * 50  # of a VAE decode: values per latent and channel of the last level (64 pixels, each of 50)
 MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspaces and fragmentation
@@ -687,6 +687,7 @@ class Settings:
     negative: str = ""  # the negative prompt, for guidance
     seed: int = 0
     precise_steps: bool = False  # no quantized activations in the first and the last step
+    activations: str | None = None  # one of quant.ACTIVATIONS; None: nearest, and two-pass where the file says so
     attention: str = "sdpa"  # one of ATTENTION, for the DiT's self-attention
     emulate: bool = False  # compute what the tensor cores of sm_100 would, on any device
     loras: tuple = ()  # (file, strength) pairs, for the DiT
@@ -708,6 +709,8 @@ class Settings:
             raise ValueError(f"cfg {self.cfg}: expected a finite number, such as 1 or 5")
         if self.attention not in ATTENTION:
             raise ValueError(f"attention {self.attention!r}: expected one of {', '.join(ATTENTION)}")
+        if self.activations not in (None, *quant.ACTIVATIONS):
+            raise ValueError(f"activations {self.activations!r}: expected one of {', '.join(quant.ACTIVATIONS)}")
         check_sampler(self.sampler)
         sigmas(self.scheduler, self.steps, self.shift)
 
@@ -876,7 +879,8 @@ def load_dit(path, conditions, settings, team):
     """The DiT with its LoRAs, on the GPU or streamed to it. Prints what it is made of."""
     device = torch.device(settings.device)
     mode = "emulate" if settings.emulate else None
-    dit = wan_fp4.load_dit(path, device, loras=settings.loras, stream=True, mode=mode)
+    dit = wan_fp4.load_dit(path, device, loras=settings.loras, stream=True, mode=mode,
+                           activations=settings.activations)
     print(f"{Path(path).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
     if settings.attention.startswith("fp8"):
         kept = wan_fp4.use_fp8_attention(dit, settings.attention == "fp8-all")
@@ -1248,6 +1252,10 @@ def make_parser():
         "memory (default: only if they do not fit the GPU)")
     add("--precise-steps", action="store_true", help="do not quantize activations in the first and the last "
         "step: closer to the bf16 model, but slower, where tensor cores multiply in NVFP4 or MXFP8")
+    add("--activations", choices=quant.ACTIVATIONS, help="how NVFP4 layers on tensor cores quantize activations: "
+        "nearest: fastest; four-over-six: with the better of two scales for every 16 values; two-pass: with a "
+        "second product, of what the first one's rounding lost, which doubles the time of the products. Layers "
+        "that the file marks take two passes, unless nearest is given (default: nearest for all others)")
     add("--attention", choices=ATTENTION, default="sdpa", help="sdpa: torch's choice of a 16-bit kernel; fp8: "
         "self-attention in 8 bits (E4M3), on GPUs from compute capability 8.9, except in blocks that the file "
         "lists as too sensitive; fp8-all: in these too; cudnn, fa3, fa4: that 16-bit kernel, if it is installed "
@@ -1435,7 +1443,8 @@ def make_settings(args, own, dit, demo):
         shift=args.shift, sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative,
         seed=args.seed, precise_steps=args.precise_steps, loras=tuple(args.lora),
         interpolate=find_rife(args.interpolate, args.models) if args.interpolate else None,
-        offload=args.offload, device=args.device, attention=args.attention, emulate=args.emulate,
+        offload=args.offload, device=args.device, activations=args.activations, attention=args.attention,
+        emulate=args.emulate,
         cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
 
 
@@ -1561,10 +1570,11 @@ def free_name(image, prompt, seed, folder="", taken=()):
 
 def recipe(settings):
     """The settings in words."""
+    activations = f", {settings.activations} activations" if settings.activations else ""
     doubled = f", frames doubled by {Path(settings.interpolate).name}" if settings.interpolate else ""
     return (f"seed {settings.seed}, {settings.steps} steps, sampler {settings.sampler}, scheduler "
             f"{settings.scheduler}, shift {settings.shift:g}, cfg {settings.cfg:g}, {settings.attention} "
-            f"attention{', tensor cores emulated' if settings.emulate else ''}{doubled}")
+            f"attention{activations}{', tensor cores emulated' if settings.emulate else ''}{doubled}")
 
 
 def describe(prompt, size, dit, settings):
@@ -1627,8 +1637,10 @@ def check(device):
         reason = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor} (tensor cores need sm_100 or later)"
     else:
         reason = f"{device} has no tensor cores for it"
-    agree = [check_format(fmt, quantize, device, reason) for fmt, quantize in
-             (("nvfp4", quant.quantize_nvfp4), ("mxfp8", quant.quantize_mxfp8))]
+    kinds = [("nvfp4", quant.quantize_nvfp4, None), ("mxfp8", quant.quantize_mxfp8, None)]
+    if quant.default_mode(device) == "tensor_cores":  # elsewhere activations are not quantized
+        kinds += [("nvfp4", quant.quantize_nvfp4, activations) for activations in quant.ACTIVATIONS[1:]]
+    agree = [check_format(*kind, device, reason) for kind in kinds]
     return all([*agree, check_fp8_attention(device)])
 
 
@@ -1650,7 +1662,7 @@ def check_fp8_attention(device):
     return good
 
 
-def check_format(fmt, quantize, device, reason):
+def check_format(fmt, quantize, activations, device, reason):
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(256, 512, generator=generator), torch.randn(160, 512, generator=generator)
     x = x.to(quant.default_dtype(device))  # as a real run feeds it
@@ -1658,13 +1670,14 @@ def check_format(fmt, quantize, device, reason):
     stored["comfy_quant"] = quant.write_marker({"format": fmt})
 
     def layer(mode):
-        return quant.QuantLinear.from_tensors(fmt, stored, 512, 256, mode=mode)
+        return quant.QuantLinear.from_tensors(fmt, stored, 512, 256, mode=mode, activations=activations)
 
     mode = quant.default_mode(device)
     expected = layer("emulate" if mode == "tensor_cores" else "dequantize")(x.float())  # (160, 256)
     tested = layer(mode).to(device)
     tested.compute_dtype = quant.default_dtype(device)
-    path = f"{quant.FORMAT_NAMES[fmt]}: {mode.replace('_', ' ')}, because {reason}"
+    name = f"{quant.FORMAT_NAMES[fmt]}{f', {activations}' if activations else ''}"
+    path = f"{name}: {mode.replace('_', ' ')}, because {reason}"
     try:
         y = tested(x.to(device)).cpu().float()  # (160, 256)
         if mode == "tensor_cores":

@@ -436,22 +436,26 @@ def test_amax_by_integers_and_in_one_pass_is_amax(kind, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-@pytest.mark.parametrize("fmt, input_scale, columns", [("nvfp4", None, 96), ("nvfp4", 0.003, 1536),
-                                                       ("mxfp8", None, 96)])
-def test_activations_get_the_plain_bits_by_chunks_and_compiled(fmt, input_scale, columns, seven_rows_at_a_time):
+@pytest.mark.parametrize("fmt, tensor_scale, columns, activations", [
+    ("nvfp4", None, 96, "nearest"), ("nvfp4", 0.003, 1536, "nearest"), ("mxfp8", None, 96, "nearest"),
+    ("nvfp4", 0.003, 96, "four-over-six"), ("nvfp4", 0.0003, 96, "two-pass")])
+def test_activations_get_the_plain_bits_by_chunks_and_compiled(fmt, tensor_scale, columns, activations,
+                                                               seven_rows_at_a_time):
     """On a CPU; not yet run with Triton on a GPU."""
     x = torch.randn(250, columns).bfloat16()
     x[3], x[5] = 0, -0.0
     x[4] *= 1e-38
-    scale = None if input_scale is None else torch.tensor([input_scale])
+    scale = None if tensor_scale is None else torch.tensor(tensor_scale)
     with torch.inference_mode():
         if fmt == "mxfp8":
             expected = *quant.plain_mxfp8(x, "rtn", quant.MXFP8_SMALLEST), None
+        elif activations == "two-pass":
+            first, first_scale, second, second_scale = quant.plain_two_pass(x, scale)
+            expected = first, first_scale, scale, second, second_scale, scale / 6
         else:
-            expected = quant.plain_nvfp4(x, None if scale is None else scale[0])
-        assert all_same_bits(quant.quantize_rows(x, fmt, scale), expected)
-        compiled = quant.compiled(quant.quantize_rows.__wrapped__, "cpu")
-        assert all_same_bits(compiled(x, fmt, scale), expected)
+            expected = quant.plain_nvfp4(x, scale, "rtn" if activations == "nearest" else activations)
+        for quantize in quant.quantize_rows, quant.compiled(quant.quantize_rows.__wrapped__, "cpu"):
+            assert all_same_bits(sum(quantize(x, fmt, scale, activations), ()), expected)
 
 
 def test_without_a_compiler_functions_run_step_by_step(monkeypatch, capsys):
@@ -465,8 +469,10 @@ def test_without_a_compiler_functions_run_step_by_step(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_activations_compile_per_width_for_any_number_of_rows(monkeypatch):
-    """The Linears of the 14B, with and without input_scale; torch runs more than eight variants uncompiled."""
+@pytest.mark.parametrize("ways", [["nearest", "static nearest", "static two-pass"],
+                                  ["static four-over-six", "static two-pass"]])
+def test_activations_compile_per_width_for_any_number_of_rows(ways, monkeypatch):
+    """The 14B's Linears in one run, some with input_scale; torch runs more than eight variants uncompiled."""
     variants, compile_with = [], torch.compile
 
     def backend(graph, inputs):
@@ -479,9 +485,11 @@ def test_activations_compile_per_width_for_any_number_of_rows(monkeypatch):
     scale = torch.empty(1, device="meta")
     for columns, rows in itertools.product((5120, 13824), (32760, 128, 257, 512, 5120)):
         x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
-        for arguments in (("nvfp4", None), ("nvfp4", scale), ("mxfp8", None)):
-            assert quantize(x, *arguments)[0].shape[0] == rows
-    assert len(variants) == 6  # two widths for each of the three
+        for way in ways:
+            *static, activations = way.split()
+            assert quantize(x, "nvfp4", scale if static else None, activations)[0][0].shape[0] == rows
+        assert quantize(x, "mxfp8", None, "nearest")[0][0].shape[0] == rows
+    assert len(variants) == 2 * len(ways) + 2 <= 8  # two widths
     assert not any(isinstance(tensor, float) for inputs in variants for tensor in inputs)
 
 
@@ -664,7 +672,8 @@ def test_linear_without_input_scale_adapts_to_the_range_of_x():
     layer, _ = make("nvfp4", mode="emulate", bias=False)
     x = torch.randn(16, 56)
     torch.testing.assert_close(layer(x * 2.0 ** -30) * 2.0 ** 30, layer(x), rtol=1e-6, atol=1e-6)
-    assert quant.quantize_activation(torch.zeros(2, 56), layer)[2] == 1 and layer(torch.zeros(2, 56)).eq(0).all()
+    (_, _, tensor_scale), = quant.quantize_activation(torch.zeros(2, 56), layer)
+    assert tensor_scale == 1 and layer(torch.zeros(2, 56)).eq(0).all()
 
 
 @pytest.mark.parametrize("mode", ["dequantize", "emulate"])
@@ -789,7 +798,7 @@ def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_
     tensors["comfy_quant"] = quant.write_marker({"format": fmt})
     layer = quant.QuantLinear.from_tensors("l", tensors, in_features, out_features, mode="tensor_cores")
     x = torch.empty(rows, in_features, device="meta", dtype=torch.bfloat16)
-    *operands, tensor_scale = quant.scaled_mm_operands(quant.quantize_activation(x, layer), layer)
+    *operands, tensor_scale = quant.scaled_mm_operands(quant.quantize_activation(x, layer)[0], layer)
     y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)
     block = 16 if fmt == "nvfp4" else 32
     assert y.shape == (rows, -(-out_features // block) * block)
@@ -799,9 +808,9 @@ def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_
         torch._scaled_mm(*operands, out_dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("fmt, activations", [("nvfp4", "nearest"), ("mxfp8", "nearest"), ("nvfp4", "two-pass")])
 @pytest.mark.parametrize("shape", [(3, 40, 56), (130, 24, 48), (1, 16, 7)])
-def test_tensor_core_operands_give_the_emulated_product(fmt, shape, monkeypatch):
+def test_tensor_core_operands_give_the_emulated_product(fmt, activations, shape, monkeypatch):
     """forward by tensor cores, with _scaled_mm replaced by what its documentation says it computes."""
     rows, out_features, in_features = shape
 
@@ -816,6 +825,7 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, shape, monkeypatch)
 
     smooth = {"pre_quant_scale": torch.rand(in_features)} if fmt == "nvfp4" else {}
     layer, _ = make(fmt, out_features, in_features, mode="tensor_cores", extra=smooth)
+    layer.activations = activations
     x = torch.randn(rows, in_features)
     monkeypatch.setattr(torch, "_scaled_mm", reference_mm)
     got = layer(x)
@@ -827,8 +837,67 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, shape, monkeypatch)
 def test_activations_are_quantized_as_weights_by_rtn(fmt, quantize):
     x = torch.randn(128, 64)
     layer, _ = make(fmt, in_features=64)
-    for got, expected in zip(quant.quantize_activation(x, layer), quantize(x)):
+    for got, expected in zip(*quant.quantize_activation(x, layer), quantize(x)):
         assert same_bits(got, expected)
+
+
+def finer_activation(x, activations, **tensors):
+    """x through an NVFP4 layer's quantize_activation, dequantized by comfy-kitchen; and the tensor scale."""
+    layer, _ = make("nvfp4", in_features=x.shape[1], extra=tensors)
+    layer.activations = activations
+    passes = quant.quantize_activation(x, layer)
+    values = [ck.dequantize_nvfp4(data, scale, block_scale, torch.float32) for data, block_scale, scale in passes]
+    return sum(values).double(), passes[0][2]
+
+
+@pytest.mark.parametrize("tensors", [{}, {"input_scale": torch.tensor(0.0005)}])  # the second clips
+def test_four_over_six_takes_the_better_of_two_scales(tensors):
+    x = torch.distributions.StudentT(4.0).sample((128, 64))
+    x[3], x[4] = 0, x[4] * 1e-5  # a block scale that is subnormal in E4M3
+    got, tensor_scale = finer_activation(x, "four-over-six", **tensors)
+    blocks = x.double().unflatten(1, (-1, 16))
+    errors = []
+    for largest in 6, 4:
+        block_scale = (blocks.abs().amax(-1) / largest / tensor_scale).clamp(max=448).to(torch.float8_e4m3fn)
+        values = torch.tensor(quant.E2M1_VALUES) * (block_scale.double() * tensor_scale)[..., None]
+        errors.append((blocks[..., None] - values[:, :, None]).square().amin(-1).sum(-1))  # (128, 4)
+    error = (got - x).unflatten(1, (-1, 16)).square().sum(-1)
+    torch.testing.assert_close(error, torch.minimum(*errors), rtol=1e-5, atol=0)
+    nearest = (through_nvfp4(x, tensor_scale) - x).double().unflatten(1, (-1, 16)).square().sum(-1)
+    assert (error <= nearest * (1 + 1e-5)).all() and (error < 0.9 * nearest).float().mean() > 0.02
+
+
+def test_the_tensor_scale_leaves_room_for_amax_over_four():
+    x = torch.zeros(128, 32)
+    x[0, :7] = 0.7 * torch.tensor([4, 3, 2, 1.5, 1, 0.5, 0])  # exact at amax / 4, as no 3 becomes 4.5
+    for tensors in {}, {"input_scale": torch.tensor(2.8 / 2688)}:
+        got, _ = finer_activation(x, "four-over-six", **tensors)
+        torch.testing.assert_close(got, x.double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sample_x", [torch.distributions.Normal(0.0, 1.0), torch.distributions.StudentT(4.0)])
+def test_two_passes_square_the_relative_error(sample_x):
+    x, error = sample_x.sample((128, 512)), {}
+    layer, w = make("nvfp4", 64, 512, mode="emulate", bias=False)
+    exact = F.linear(x.double(), w.double())
+    for layer.activations in quant.ACTIVATIONS:
+        error[layer.activations] = ((layer(x) - exact).norm() / exact.norm()).item()
+    assert error["four-over-six"] < 0.98 * error["nearest"]
+    assert error["two-pass"] == pytest.approx(error["four-over-six"] ** 2, rel=0.15)
+    a, _ = finer_activation(x, "two-pass")
+    torch.testing.assert_close(layer(x).double(), F.linear(a, w.double()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fmt, marked, given, expected", [
+    ("nvfp4", False, None, "nearest"), ("nvfp4", False, "four-over-six", "four-over-six"),
+    ("nvfp4", True, None, "two-pass"), ("nvfp4", True, "four-over-six", "two-pass"),
+    ("nvfp4", True, "nearest", "nearest"), ("mxfp8", True, "two-pass", "nearest")])
+def test_the_marker_asks_for_two_passes(fmt, marked, given, expected):
+    tensors, _ = stored(fmt, **{"two_pass": True} if marked else {})
+    layer = quant.QuantLinear.from_tensors("x", tensors, 56, 40, mode="emulate", activations=given)
+    assert layer.activations == expected
+    way = "" if expected == "nearest" else f", {expected}"
+    assert quant.describe(torch.nn.Sequential(layer)) == f"{layer.kind()} 1 layers (emulate{way})"
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -848,10 +917,11 @@ def test_layers_of_one_input_quantize_it_once_for_each_format(monkeypatch):
     kinds = ("nvfp4", None), ("nvfp4", None), ("mxfp8", None), ("mxfp8", None), ("nvfp4", "input_scale")
     layers = [make(fmt, mode="emulate", seed=seed, extra={suffix: torch.tensor(0.01)} if suffix else None)[0]
               for seed, (fmt, suffix) in enumerate(kinds)]
+    layers += [make("nvfp4", mode="emulate", seed=seed, two_pass=True)[0] for seed in (5, 6)]
     x, seen, real = torch.randn(3, 56), [], quant.quantize_activation
     expected = [layer(x) for layer in layers]
     monkeypatch.setattr(quant, "quantize_activation", lambda *args: seen.append(args[1].format) or real(*args))
-    assert all_same_bits(quant.project(x, *layers), expected) and seen == ["nvfp4", "mxfp8", "nvfp4"]
+    assert all_same_bits(quant.project(x, *layers), expected) and seen == ["nvfp4", "mxfp8", "nvfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
@@ -893,6 +963,7 @@ def without(*names):
     ("nvfp4", changed(comfy_quant=torch.tensor([1, 2], dtype=torch.uint8)), {},
      r"\.comfy_quant: got bytes that are not JSON .*; the file is damaged"),
     ("nvfp4", changed(), {"mode": "fast"}, r": got mode 'fast', expected one of tensor_cores, dequantize, emul"),
+    ("nvfp4", changed(), {"activations": "best"}, r": got activations 'best', expected one of nearest, four"),
 ])
 def test_linear_errors_name_the_tensor_and_what_was_expected(fmt, change, kwargs, message):
     with pytest.raises(ValueError, match=r"^blocks\.3\.ffn\.0" + message):
@@ -1777,8 +1848,9 @@ def test_the_14b_model_streams_within_8_gb(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
     fullsize = importlib.import_module("fullsize")
     tokens = math.prod(fullsize.GRID) // 4
-    for mode, rank in (("dequantize", 0), ("dequantize", 64), ("tensor_cores", 0), ("tensor_cores", 64)):
-        working = fullsize.dit_working(mode, fullsize.GRID, rank)
+    for mode, rank, activations in (("dequantize", 0, None), ("dequantize", 64, None), ("tensor_cores", 0, None),
+                                    ("tensor_cores", 64, "two-pass")):
+        working = fullsize.dit_working(mode, fullsize.GRID, rank, activations)
         assert 4e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
     vae = types.SimpleNamespace(cfg=wan_fp4.VAEConfig(), dtype=torch.bfloat16)
     assert sample.decode_tile(vae, *fullsize.GRID[1:], fullsize.vae_working(fullsize.GRID) - 1) is not None
@@ -2025,6 +2097,7 @@ def test_simple_sigmas_are_diffusers_flow_match():
 @pytest.mark.parametrize("setting, error", [
     ({"scheduler": "cosine"}, "scheduler 'cosine': expected one of normal, simple, linear_quadratic"),
     ({"sampler": "dpm"}, "sampler 'dpm': expected one of lcm, euler, heun"), ({"shift": 0}, "shift 0: expected"),
+    ({"activations": "best"}, "activations 'best': expected one of nearest, four-over-six, two-pass"),
     ({"shift": math.nan}, "shift nan: expected a positive number"), ({"frames": 0}, "nearest are 1 and 5")])
 def test_settings_that_are_refused(setting, error):
     with pytest.raises(ValueError, match=error):
@@ -2606,10 +2679,10 @@ class Fakes:
             monkeypatch.setattr(wan_fp4, f"load_{name}", self.loader(name), raising=False)
 
     def loader(self, name):
-        def load(path, device="cpu", dtype=None, loras=(), stream=False, mode=None):
+        def load(path, device="cpu", dtype=None, loras=(), stream=False, mode=None, activations=None):
             assert all(network() is None for network in self.loaded)  # one network in memory at a time
             self.log.append(name)
-            self.modes += [mode] if name == "dit" else []
+            self.modes += [(mode, activations)] if name == "dit" else []
             module = torch.nn.Module()
             self.loaded.append(weakref.ref(module))
             module.forward = getattr(self, name, None)
@@ -2764,13 +2837,15 @@ def test_emulate_and_fp8_attention_reach_the_dit(place, fakes, monkeypatch, caps
     everywhere = []
     monkeypatch.setattr(wan_fp4, "use_fp8_attention", lambda dit, every: everywhere.append(every) or [2])
     run("photo.png -o a.mp4 --frames 1")
-    assert fakes.modes == [None] and ", sdpa attention, on cpu" in capsys.readouterr().out
+    assert fakes.modes == [(None, None)] and ", sdpa attention, on cpu" in capsys.readouterr().out
     run("photo.png -o a.mp4 --frames 1 --emulate --attention fp8")
     out = capsys.readouterr().out
     assert ", fp8 attention, tensor cores emulated, on cpu" in out
     assert "self-attention in E4M3, not in block 2\n" in out
-    run("photo.png -o a.mp4 --frames 1 --emulate --attention fp8-all")
-    assert fakes.modes == [None, "emulate", "emulate"] and everywhere == [False, True]
+    run("photo.png -o a.mp4 --frames 1 --emulate --attention fp8-all --activations two-pass")
+    assert ", fp8-all attention, two-pass activations, tensor cores emulated" in capsys.readouterr().out
+    assert fakes.modes == [(None, None), ("emulate", None), ("emulate", "two-pass")]
+    assert everywhere == [False, True]
 
 
 @pytest.mark.parametrize("attention, text", [
@@ -3289,7 +3364,8 @@ def test_check_fails_for_a_product_that_is_wrong_or_cannot_run(monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         run("--check --device cpu")
     out = capsys.readouterr().out
-    assert stop.value.code == 1 and out.count("WRONG" if broken == "wrong" else "no kernel image") == 2
+    assert stop.value.code == 1 and out.count("WRONG" if broken == "wrong" else "no kernel image") == 4
+    assert "NVFP4, two-pass: tensor cores" in out
 
 
 # the whole path, by the libraries

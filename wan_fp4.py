@@ -1437,7 +1437,7 @@ def check_size(path, name, got, ok, expected):
         raise ValueError(f"{path}: {name}: got {got}, expected {expected}; check that the file is for Wan2.1")
 
 
-def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=False, mode=None):
+def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=False, mode=None, activations=None):
     """Give a model on the meta device its tensors. Returns it in eval mode; path is for error messages.
 
     Linears become QuantLinears that keep the tensors as stored and compute in `dtype`, as convolutions do, or
@@ -1466,7 +1466,8 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
             compute = torch.float32 if name.startswith(tuple(float32)) else dtype
             layer = QuantLinear.from_tensors(f"{path}: {name}", linears.pop(name, {}), module.in_features,
                                              module.out_features, bias=module.bias is not None,
-                                             compute_dtype=compute, mode=mode or default_mode(device))
+                                             compute_dtype=compute, mode=mode or default_mode(device),
+                                             activations=activations)
             model.set_submodule(name, layer)
             state |= layer.state_dict(prefix=f"{name}.")
     assign_state(model, state, path)
@@ -1506,7 +1507,7 @@ def head_width(dim, metadata, default, path):
 
 
 def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), stream: bool = False,
-             mode: str | None = None) -> WanDiT:
+             mode: str | None = None, activations: str | None = None) -> WanDiT:
     """The diffusion transformer of a plain or quantized checkpoint, in eval mode.
 
     path    as for read_tensors; official, ComfyUI's and diffusers' names are read
@@ -1514,7 +1515,8 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
             stored and, on a CPU, memory-mapped.
     loras   (file, strength) pairs; the model's attribute `loras` says in a line for each what was used
     stream  keep the blocks in CPU memory, for sample.StreamedBlocks
-    mode    of quantized Linears, as for QuantLinear: by default quant.default_mode(device)
+    mode, activations   of quantized Linears, as for QuantLinear: by default quant.default_mode(device), and what
+            the file says of each layer
 
     Raises FileNotFoundError; ValueError for missing or unexpected tensors, wrong shapes, unknown formats, a
     LoRA that does not fit, and a checkpoint that needs a LoRA that is not given.
@@ -1522,12 +1524,13 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
     tensors, metadata = read_tensors(path)
     check_loras(path, metadata, loras)
     tensors = {official_dit_name(name): tensor for name, tensor in tensors.items()}
-    dit = dit_from_tensors(tensors, metadata, path, device, dtype, stream, mode)
+    dit = dit_from_tensors(tensors, metadata, path, device, dtype, stream, mode, activations)
     dit.loras = [attach_lora(dit, file, strength) for file, strength in loras]
     return dit
 
 
-def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False, mode=None):
+def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False, mode=None,
+                     activations=None):
     """load_dit from tensors by official name and the file's metadata; path is for error messages."""
     def config(shape):
         dim, in_dim = shape("patch_embedding.weight", None, 36, 1, 2, 2)[:2]
@@ -1541,7 +1544,8 @@ def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=F
                          freq_dim=freq_dim)
 
     dit = load_weights(build(WanDiT, config, tensors, path), tensors, path, device, dtype,
-                       float32=("patch_embedding", "time_", "img_emb", "head"), stream=stream, mode=mode)
+                       float32=("patch_embedding", "time_", "img_emb", "head"), stream=stream, mode=mode,
+                       activations=activations)
     kept = metadata.get("bf16_attention", "")  # the blocks that convert.py found too sensitive for E4M3
     if not re.fullmatch("([0-9]{1,4}(,[0-9]{1,4})*)?", kept):
         raise ValueError(f"{path}: bf16_attention in its metadata: got {kept[:50]!r}, expected the numbers of "

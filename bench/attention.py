@@ -78,10 +78,11 @@ def accuracy(path):
     by_block(dit, conditions[0])
     truth = None
     for mode in ("dequantize", "emulate"):
+        dit = wan_fp4.load_dit(path, mode=mode)
         for attention in (F.scaled_dot_product_attention, wan_fp4.fp8_attention):
             for block in dit.blocks:
                 block.self_attn.attention = attention
-            made = quality.videos(dit, conditions, vae, mode)
+            made = quality.videos(dit, conditions, vae)
             if truth is None:
                 truth = made
                 continue

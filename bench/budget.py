@@ -21,6 +21,7 @@ GPUS = {"B200": dict(bandwidth=8e12 * 0.85, nvfp4=9e15 * 0.65, mxfp8=4.5e15 * 0.
         "RTX 5060": dict(bandwidth=448e9 * 0.9, nvfp4=307e12 * 0.8, mxfp8=153e12 * 0.8, bf16=38.4e12 * 0.85,
                          attention=38.4e12 * 0.85)}
 QUANTIZER = {"nvfp4": 2.66, "mxfp8": 1.59}  # times the activation's bytes: bench/fullsize.py --activation
+FOUR_OVER_SIX, TWO_PASS = 3.5, 4.0  # the same of NVFP4, by sample.py --activations
 
 
 def rows(name):
@@ -28,10 +29,11 @@ def rows(name):
     return TEXT if re.search(r"cross_attn\.[kv]\.", name) else IMAGE if "_img." in name else TOKENS
 
 
-def work(formats, shapes):
+def work(formats, shapes, nvfp4=QUANTIZER["nvfp4"]):
     """FLOPs of attention and of the products by format, and bytes of the rest, of one forward.
 
     formats: {weight: "nvfp4", "mxfp8" or "bf16"}
+    nvfp4: the bytes that quantizing an activation to NVFP4 moves, divided by its own
     """
     D, ffn, N, blocks = CFG.dim, CFG.ffn_dim, TOKENS, CFG.num_blocks
     flops = {"attention": 4 * blocks * N * D * (N + TEXT + IMAGE), "nvfp4": 0, "mxfp8": 0, "bf16": 0}
@@ -45,7 +47,7 @@ def work(formats, shapes):
                 continue
             fed = fmt, re.sub(r"\.[qkv](_img)?\.weight", "", name) if "self_attn" in name else name
             if fed not in seen:  # q, k and v of one format share their input
-                quantizer += QUANTIZER[fmt] * 2 * n * columns
+                quantizer += (nvfp4 if fmt == "nvfp4" else QUANTIZER[fmt]) * 2 * n * columns
             seen.add(fed)
             scaling += 4 * n * out  # the product, read and written by scale_and_add
     # Three layer norms from float32 to bfloat16; RMS norm with RoPE of q and k, RMS norm of cross-attention's q;
@@ -65,20 +67,32 @@ def fp8_attention(gpu):
 
 
 def choices(flops, moved, gpu):
-    """What choices of convert.py and sample.py add, in seconds."""
+    """Seconds that choices of convert.py add."""
     nvfp4, quantizer = flops["nvfp4"], moved["quantizing activations"] / gpu["bandwidth"]
     linears = CFG.num_blocks * 2 * (3 * CFG.dim + CFG.ffn_dim)  # inputs and outputs of self_attn v, o, ffn 0, 2
     lora = 2 * TOKENS * 64 * linears / gpu["bf16"]
     again = CFG.num_blocks * TOKENS * 2 * 2 * (2 * CFG.dim + CFG.ffn_dim + CFG.dim)  # reads x, adds to y, in bf16
     return {"--w4a16 0.12": 0.12 * nvfp4 * (1 / gpu["bf16"] - 1 / gpu["nvfp4"]) - 0.12 * quantizer,
-            "LoRA of rank 64": lora + again / gpu["bandwidth"],
-            "--activations two-pass": nvfp4 / gpu["nvfp4"] + 2 * quantizer}
+            "LoRA of rank 64": lora + again / gpu["bandwidth"]}
+
+
+def finer_activations(formats, shapes, gpu, times, second):
+    """Seconds that sample.py --activations adds, where quantizing an activation moves `times` its bytes. With a
+    second product, that is multiplied and then added, which reads two products and writes one."""
+    (flops, moved), (_, more) = work(formats, shapes), work(formats, shapes, times)
+    seconds = (sum(more.values()) - sum(moved.values())) / gpu["bandwidth"]
+    if second:
+        nvfp4 = {name: fmt for name, fmt in formats.items() if fmt == "nvfp4"}
+        product = work(nvfp4, shapes)[1]["scale and bias"]  # read and written
+        seconds += flops["nvfp4"] / gpu["nvfp4"] + 1.5 * product / gpu["bandwidth"]
+    return seconds
 
 
 def main():
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in wan_fp4.WanDiT().named_parameters()}
-    flops, moved = work(fullsize.recipe(shapes), shapes)
+    formats = fullsize.recipe(shapes)
+    flops, moved = work(formats, shapes)
     print(f"{'seconds of one forward':32}{'work':>12}" + "".join(f"{gpu:>12}" for gpu in GPUS))
     table = [(kind, f"{n / 1e12:.0f} TFLOP", [n / gpu[kind] for gpu in GPUS.values()])
              for kind, n in flops.items()]
@@ -90,7 +104,10 @@ def main():
     table += [("sum", "", total), ("with quant.multiply_in_one_call", "", one_call),
               ("and --attention fp8", "", fp8), ("4 steps of that", "", [4 * s for s in fp8])]
     added = [choices(flops, moved, gpu) for gpu in GPUS.values()]
-    table += [(f"+ {choice}", "", [a[choice] for a in added]) for choice in added[0]]
+    table += [(f"{choice} adds", "", [a[choice] for a in added]) for choice in added[0]]
+    for way, times in (("four-over-six", FOUR_OVER_SIX), ("two-pass", TWO_PASS)):
+        adds = [finer_activations(formats, shapes, gpu, times, way == "two-pass") for gpu in GPUS.values()]
+        table += [(f"{way} adds", "", adds)]
     for kind, amount, seconds in table:
         print(f"{kind:32}{amount:>12}" + "".join(f"{s:12.2f}" for s in seconds))
 

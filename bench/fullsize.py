@@ -17,6 +17,7 @@ scale depends on all of x, and the codes are written. It is 1.5 for MXFP8, which
 test_all.py imports GRID, dit_working and vae_working.
 """
 import argparse
+import itertools
 import json
 import math
 import re
@@ -140,7 +141,7 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def dit_working(mode, grid, rank=0):
+def dit_working(mode, grid, rank=0, activations=None):
     """Peak bytes of a forward besides the weights, with all blocks' Linears in NVFP4, bf16 activations and a
     LoRA of this rank."""
     with torch.device("meta"):
@@ -149,7 +150,7 @@ def dit_working(mode, grid, rank=0):
     stored, tensors = layout(shapes, convert.plan(shapes))
     tensors |= {name: torch.empty(shape, dtype=dtype, device="meta")
                 for name, (dtype, shape) in stored.items() if name not in tensors}
-    dit = wan_fp4.dit_from_tensors(tensors, {}, "arithmetic", "meta", torch.bfloat16)
+    dit = wan_fp4.dit_from_tensors(tensors, {}, "arithmetic", "meta", torch.bfloat16, activations=activations)
     for layer in dit.modules():
         if isinstance(layer, quant.QuantLinear) and layer.format:
             layer.mode = mode
@@ -202,10 +203,12 @@ def arithmetic():
     tokens = math.prod(GRID) // 4
     print(f"14B in the recipe's mix: {(rest + sum(blocks)) / GIB:.2f} GiB, largest block "
           f"{max(blocks) / GIB:.2f} GiB; 81 frames of 480 x 832 are {tokens} tokens")
-    for mode, rank in (("dequantize", 0), ("tensor_cores", 0), ("tensor_cores", 64)):
-        working = dit_working(mode, GRID, rank)
+    for mode, rank, activations in (("dequantize", 0, None), ("tensor_cores", 0, None),
+                                    ("tensor_cores", 64, None), ("tensor_cores", 64, "two-pass")):
+        working = dit_working(mode, GRID, rank, activations)
         lora = f" with a LoRA of rank {rank}" if rank else ""
-        print(f"{mode}{lora}: a forward needs {working / GIB:.2f} GiB besides the weights, "
+        way = f", {activations}" if activations else ""
+        print(f"{mode}{lora}{way}: a forward needs {working / GIB:.2f} GiB besides the weights, "
               f"{working / tokens / 5120:.1f} bytes per token and channel; in total, loaded "
               f"{(working + rest + sum(blocks)) / GIB:.2f} GiB, streamed "
               f"{(working + rest + 2 * max(blocks)) / GIB:.2f} GiB")
@@ -237,30 +240,32 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def step_by_step(fmt):
+def step_by_step(fmt, activations):
     """Bytes moved without the compiler, divided by the bytes of the activation."""
     x = torch.empty(32768, 5120, dtype=torch.bfloat16, device="meta")
+    tensor_scale = None if activations == "nearest" else torch.empty((), device="meta")
     with Traffic() as traffic:
-        quant.quantize_rows(x, fmt, None)
+        quant.quantize_rows(x, fmt, tensor_scale, activations)
     return traffic.bytes / x.nbytes
 
 
-def compiled(fmt):
+def compiled(fmt, activations):
     """The dtype and shape of every buffer of the compiled program, for x of 4096 x 5120 on the CPU."""
     from torch._inductor.utils import run_and_get_code
     x = torch.randn(4096, 5120).bfloat16()
     quantize = torch.compile(quant.quantize_rows.__wrapped__, options=quant.COMPILER_OPTIONS)
-    _, programs = run_and_get_code(quantize, x, fmt, None)
+    tensor_scale = None if activations == "nearest" else torch.tensor(0.003)
+    _, programs = run_and_get_code(quantize, x, fmt, tensor_scale, activations)
     buffers = re.findall(r"buf\d+ = empty_strided_cpu\((\(.*?\)), \(.*?\), torch\.(\w+)\)", programs[0])
     return [f"{dtype} {shape}" for shape, dtype in buffers]
 
 
 @torch.no_grad()
 def activation():
-    for fmt in ("nvfp4", "mxfp8"):
-        name = quant.FORMAT_NAMES[fmt]
-        print(f"{name}: step by step {step_by_step(fmt):.1f} times the activation's bytes")
-        print(f"{name}: compiled, 4096 x 5120 makes {', '.join(compiled(fmt))}", flush=True)
+    for fmt, activations in ("mxfp8", "nearest"), *itertools.product(["nvfp4"], quant.ACTIVATIONS):
+        name = f"{quant.FORMAT_NAMES[fmt]}, {activations}"
+        print(f"{name}: step by step {step_by_step(fmt, activations):.1f} times the activation's bytes")
+        print(f"{name}: compiled, 4096 x 5120 makes {', '.join(compiled(fmt, activations))}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------

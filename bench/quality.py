@@ -1,8 +1,9 @@
 """How well rounded weights keep a model's behavior: trained weights, another converter, and the demo's videos.
 
-    python bench/quality.py                   all three parts
+    python bench/quality.py                   all four parts
     python bench/quality.py --only weights    36 trained matrices: error of the outputs and of the weights
     python bench/quality.py --only peers      84 trained matrices, against convert_to_quant
+    python bench/quality.py --only activations    what sample.py --activations loses of an activation
     python bench/quality.py --only demo       the demo's videos, for each way of converting its bf16 model
 
 Trained matrices are the Linears of at least 256 x 256 in the encoders of MiniLM and AntiBERTy (without embedding
@@ -21,13 +22,17 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
           seconds, on the same threads for both. Needs, besides requirements-test.txt:
               pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
 
+activations   Random activations, and what the 36 Linears of MiniLM are fed on English text, are quantized to
+          NVFP4 in each of quant.ACTIVATIONS and dequantized. The figure is the SNR of what comes back.
+
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
           flags say otherwise. Each result makes the videos of two photos that the model was never trained on,
           nine moves each, from the same noise as the bf16 model. The figure is the PSNR against the bf16 model's
-          videos, in three modes. W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to
+          videos, in five modes. W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to
           4 bits too, as tensor cores compute, here emulated. Precise: W4A4, but the first and last of the four
-          steps are W4A16, as with sample.py --precise-steps. Calibration sees two training photos, four moves
-          each.
+          steps are W4A16, as with sample.py --precise-steps. Four-over-six and two-pass: W4A4 with sample.py's
+          --activations. Layers that the file marks as W4A16 are that in every mode. Calibration sees two training
+          photos, four moves each.
 
 A part that lacks a package or a file is skipped, and says what is missing.
 """
@@ -42,6 +47,7 @@ import re
 import sys
 import tempfile
 import time
+import types
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -314,6 +320,31 @@ def peers_table(rows):
 
 
 # ----------------------------------------------------------------------------------------------------
+# activations: ways to quantize them
+# ----------------------------------------------------------------------------------------------------
+
+
+def activations_snr(x, way):
+    """SNR in dB of an activation (R, K), quantized to NVFP4 and back."""
+    layer = types.SimpleNamespace(format="nvfp4", input_scale=None, activations=way)
+    return convert.snr(x, quant.dequantize_activation(quant.quantize_activation(x, layer), x.shape))
+
+
+def activations_part(args):
+    torch.manual_seed(0)
+    inputs = {"normal": [torch.randn(2048, 5120)],
+              "Student's t, 3 degrees of freedom": [torch.distributions.StudentT(3.0).sample((2048, 5120))]}
+    try:
+        inputs["MiniLM, mean of its layers"] = list(next(minilm_inputs(trained_matrices("MiniLM"))).values())
+    except ImportError as error:
+        print(f"MiniLM: skipped: {error}")
+    print(f"{'dB':34}" + "".join(f"{way:>15}" for way in quant.ACTIVATIONS))
+    for name, some in inputs.items():
+        figures = (mean([activations_snr(x.bfloat16().float(), way) for x in some]) for way in quant.ACTIVATIONS)
+        print(f"{name:34}" + "".join(f"{figure:15.2f}" for figure in figures), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
 # demo: what each way of converting costs the video
 # ----------------------------------------------------------------------------------------------------
 
@@ -329,7 +360,9 @@ CONVERSIONS = {
     "calibrated, absorb": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb"],
     "calibrated, static": ["--nvfp4", "--calib", "--static-input-scale"],
     "plan score": [], "plan measured, same size": ["--calib"]}
-MODES = {"W4A16": ("dequantize", False), "W4A4": ("emulate", False), "precise": ("emulate", True)}
+# How activations are quantized, and the steps in which they are not
+MODES = {"W4A16": (None, range(4)), "W4A4": (None, ()), "precise": (None, (0, 3)),
+         "four-over-six": ("four-over-six", ()), "two-pass": ("two-pass", ())}
 
 
 def held_out_conditions(metadata):
@@ -344,17 +377,14 @@ def held_out_conditions(metadata):
     return sample.encode_conditions(images, train.MOVES * len(PHOTOS), ENCODERS, settings)
 
 
-def videos(dit, conditions, vae, mode="dequantize", precise=False):
-    """The recipe's four steps, the quantized layers in this mode; precise: dequantize in the first and last step.
-    Move i has seed i. -> (conditions, 3, F, h, w)"""
-    layers = [layer for layer in dit.modules() if isinstance(layer, quant.QuantLinear) and layer.format]
+def videos(dit, conditions, vae, precise=()):
+    """The recipe's four steps, of which `precise` do not quantize activations. Move i has seed i.
+    -> (conditions, 3, F, h, w)"""
     levels, made = sample.sigmas("normal", 4, 5.0), []
-    ends = (float(levels[0]), float(levels[-2])) if precise else ()
     for i, c in enumerate(conditions):
         def denoise(x, sigma):
-            for layer in layers:
-                layer.mode = "dequantize" if sigma in ends else mode
-            return dit(x, torch.full((1,), 1000 * sigma), c.text, c.image, c.y)
+            with sample.unquantized_activations(dit, sigma in [float(levels[step]) for step in precise]):
+                return dit(x, torch.full((1,), 1000 * sigma), c.text, c.image, c.y)
 
         generator = torch.Generator().manual_seed(i % (len(conditions) // len(PHOTOS)))
         noise = torch.randn((1, 16, *c.y.shape[2:]), generator=generator)
@@ -387,7 +417,7 @@ def demo_part(args):
     vae = wan_fp4.load_vae(ENCODERS["vae"])
     truth = videos(wan_fp4.load_dit(args.dit), conditions, vae)
     print(f"{len(conditions)} videos; PSNR in dB against the bf16 model's\n"
-          f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}" + "".join(f"{mode:>9}" for mode in MODES))
+          f"{'':26}{'MiB':>6}{'LoRA':>6}{'seconds':>9}" + "".join(f"{mode:>15}" for mode in MODES))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         pictures, out = list(write_calibration(folder)), folder / "out.safetensors"
@@ -400,14 +430,15 @@ def demo_part(args):
                 seconds, _ = bench.timed(lambda: convert.main(["-i", args.dit, "-o", out, *flags]))
             sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
             line = f"{name:26}{sizes[0]:6.2f}{sizes[1]:6.2f}{seconds:9.1f}"
-            dit = wan_fp4.load_dit(out, loras=[(lora, 1.0)] if lora.exists() else [])
-            for mode, precise in MODES.values():
-                line += f"{train.psnr(videos(dit, conditions, vae, mode, precise), truth):9.2f}"
+            for activations, precise in MODES.values():
+                dit = wan_fp4.load_dit(out, loras=[(lora, 1.0)] if lora.exists() else [], mode="emulate",
+                                       activations=activations)
+                line += f"{train.psnr(videos(dit, conditions, vae, precise), truth):15.2f}"
             print(line, flush=True)
             lora.unlink(missing_ok=True)
 
 
-PARTS = {"weights": weights_part, "peers": peers_part, "demo": demo_part}
+PARTS = {"weights": weights_part, "peers": peers_part, "activations": activations_part, "demo": demo_part}
 
 
 def main():
