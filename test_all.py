@@ -5050,7 +5050,7 @@ def test_w4a16_goes_where_it_saves_most_per_flop(share, chosen):
               for x, before, after in (("k", 1, 0.9), ("a", 9, 2), ("b", 5, 1), ("c", 1, 1.5), ("d", 99, 0))}
     flops = dict(zip(names.values(), (1, 40, 19, 20, 20)))  # per FLOP, a saves 0.18 and b 0.21
     formats = dict.fromkeys(names.values(), "nvfp4") | {names["d"]: "mxfp8"}
-    assert convert.choose_w4a16(errors, flops, share, formats) == {names[x] for x in chosen}
+    assert convert.choose_exact(errors, flops, share, formats) == {names[x] for x in chosen}
 
 
 def test_w4a16_marks_layers_in_the_file(small_dit, out, capsys):
@@ -5060,7 +5060,11 @@ def test_w4a16_marks_layers_in_the_file(small_dit, out, capsys):
     few = [name for name in marked if convert.FEW_TOKENS.fullmatch(f"{name}.weight")]
     assert len(few) == 8 and 1 <= len(marked) - len(few) < 6
     assert "share of the video's error, by layer: " in capsys.readouterr().out
-    fails(convert.main, ["-i", small_dit, "--w4a16", "0.1"], "--w4a16, --models and networks: require --calib")
+    convert.main(["-i", small_dit, "-o", out, "--nvfp4", "--calib", PHOTO, "--w4a16", "0", "--two-pass", "0.3"])
+    twice = [name for name, layer in wan_fp4.load_dit(out, mode="emulate").named_modules()
+             if isinstance(layer, quant.QuantLinear) and layer.format and layer.activations == "two-pass"]
+    assert 1 <= len(twice) < 16 and not set(twice) & set(few) and "  2-pass" in capsys.readouterr().out
+    fails(convert.main, ["-i", small_dit, "--w4a16", "0.1"], "--w4a16, --two-pass, --models and networks:")
     fails(convert.main, ["-i", small_dit, "--w4a16", "12"], "'12': expected a number from 0 to 1")
 
 
