@@ -353,12 +353,18 @@ ENCODERS = {"text-encoder": DEMO / "umt5.safetensors", "clip": DEMO / "clip.safe
             "vae": DEMO / "vae.safetensors"}
 PHOTOS = "chelsea", "flower"  # held out, and among the test requirements' own
 LORA = ["--extract-lora", "--lora-rank", "16"]
+EXACT, MORE = ["--w4a16", "0.12"], "0.5 MiB more than all in NVFP4"
 CONVERSIONS = {
     "simple": ["--nvfp4", "--simple"], "simple + LoRA": ["--nvfp4", "--simple", *LORA],
     "default rounding": ["--nvfp4"], "default + LoRA": ["--nvfp4", *LORA],
     "calibrated": ["--nvfp4", "--calib"], "calibrated + LoRA": ["--nvfp4", "--calib", *LORA],
     "calibrated, absorb": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb"],
     "calibrated, static": ["--nvfp4", "--calib", "--static-input-scale"],
+    "W4A16 12 %": ["--nvfp4", "--calib", *EXACT], "two-pass 12 %": ["--nvfp4", "--calib", "--two-pass", "0.12"],
+    "0.5 MiB more": ["--calib", "--size", MORE], "0.5 MiB more, W4A16 12 %": ["--calib", "--size", MORE, *EXACT],
+    "absorb, W4A16 12 %": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb", *EXACT],
+    "the same, pre-quant scale": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb", *EXACT,
+                                  "--pre-quant-scale"],
     "plan score": [], "plan measured, same size": ["--calib"]}
 # How activations are quantized, and the steps in which they are not
 MODES = {"W4A16": (None, range(4)), "W4A4": (None, ()), "precise": (None, (0, 3)),
@@ -422,10 +428,13 @@ def demo_part(args):
         folder = Path(folder)
         pictures, out = list(write_calibration(folder)), folder / "out.safetensors"
         lora = folder / "out_lora.safetensors"
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert.main(["-i", args.dit, "-o", out, "--nvfp4", "--simple"])
+        values = {"--calib": ["--calib", *pictures], MORE: [str(out.stat().st_size + 2 ** 19)]}
         for name, flags in CONVERSIONS.items():
             if args.conversion not in name:
                 continue
-            flags = [x for flag in flags for x in ([flag, *pictures] if flag == "--calib" else [flag])]
+            flags = [x for flag in flags for x in values.get(flag, [flag])]
             with contextlib.redirect_stdout(io.StringIO()):
                 seconds, _ = bench.timed(lambda: convert.main(["-i", args.dit, "-o", out, *flags]))
             sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
