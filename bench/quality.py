@@ -1,10 +1,11 @@
 """How well rounded weights keep a model's behavior: trained weights, another converter, and the demo's videos.
 
-    python bench/quality.py                   all four parts
-    python bench/quality.py --only weights    36 trained matrices: error of the outputs and of the weights
-    python bench/quality.py --only peers      84 trained matrices, against convert_to_quant
-    python bench/quality.py --only activations    what sample.py --activations loses of an activation
-    python bench/quality.py --only demo       the demo's videos, for each way of converting its bf16 model
+    python bench/quality.py                     all five parts
+    python bench/quality.py --only weights      36 trained matrices: error of the outputs and of the weights
+    python bench/quality.py --only peers        84 trained matrices, against convert_to_quant
+    python bench/quality.py --only activations  what sample.py --activations loses of an activation
+    python bench/quality.py --only text         MiniLM as a whole in W4A4
+    python bench/quality.py --only demo         the demo's videos, for each way of converting its bf16 model
 
 Trained matrices are the Linears of at least 256 x 256 in the encoders of MiniLM and AntiBERTy (without embedding
 tables), whose weights come in two packages:
@@ -24,6 +25,10 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
 
 activations   Random activations, and what the 36 Linears of MiniLM are fed on English text, are quantized to
           NVFP4 in each of quant.ACTIVATIONS and dequantized. The figure is the SNR of what comes back.
+
+text      All 36 Linears of MiniLM get weights and activations in NVFP4, rounded for the English text above as
+          convert.py does; absorb: a LoRA of rank 16 for each. The figure is the SNR of the last hidden states on
+          the other pages.
 
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
           flags say otherwise. Each result makes the videos of two photos that the model was never trained on,
@@ -106,21 +111,28 @@ ROUNDINGS = {"rtn": dict(method="rtn"), "search": dict(), "Hessian, no sweep": d
              "Hessian, 4 sweeps": dict()}
 
 
-def minilm_inputs(names):
-    """{name: what each layer is fed (tokens, K)} for 160 passages of English text, and for 40 others."""
+def minilm():
+    """The model, and tokenized passages of English text: 160, and 40 others."""
     from transformers import AutoTokenizer, BertModel
     folder = trained_file("MiniLM").parent
     model, tokenizer = BertModel.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
     texts = [p for page in pydoc_data.topics.topics.values() for p in page.split("\n\n") if len(p) > 150]
     random.Random(0).shuffle(texts)
+    tokens = [tokenizer(text, return_tensors="pt", truncation=True, max_length=128) for text in texts[:200]]
+    return model, tokens[:160], tokens[160:]
+
+
+def minilm_inputs(names):
+    """{name: what each layer is fed (tokens, K)} for 160 passages of English text, and for 40 others."""
+    model, *parts = minilm()
     seen = {}
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
         layer.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0].flatten(0, 1)))
-    for passages in texts[:160], texts[160:200]:
+    for passages in parts:
         seen |= {name: [] for name in names}
-        for text in passages:
-            model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=128))
+        for tokens in passages:
+            model(**tokens)
         yield {name: torch.cat(x) for name, x in seen.items()}
 
 
@@ -345,6 +357,45 @@ def activations_part(args):
 
 
 # ----------------------------------------------------------------------------------------------------
+# text: a whole model in W4A4
+# ----------------------------------------------------------------------------------------------------
+
+TEXT = {"to nearest": dict(method="rtn"), "calibrated": {}, "calibrated, pre-quant scale": dict(pre_quant=True),
+        "calibrated, absorb": dict(lora_mode="absorb"),
+        "the same, pre-quant scale": dict(lora_mode="absorb", pre_quant=True)}
+
+
+def replace_layer(model, name, seen, options):
+    """Give MiniLM one layer in NVFP4, with activations in NVFP4, rounded as convert.py does."""
+    place = name.removesuffix(".weight")
+    old = model.get_submodule(place)
+    targets = {name: 16} if "lora_mode" in options else {}
+    source = types.SimpleNamespace(tensor=lambda name: old.weight.detach())
+    rounding = convert.Rounding(targets=targets, **options)
+    _, tensors, lora = convert.round_tensor(source, name, "nvfp4", rounding, seen, "cpu")
+    tensors = {name.removeprefix(f"{place}."): tensor for name, tensor in tensors.items()} | {"bias": old.bias}
+    new = quant.QuantLinear.from_tensors(place, tensors, old.in_features, old.out_features, mode="emulate")
+    if lora:
+        new.attach_lora(*[tensor.float() for tensor in lora.values()][:2])
+    model.set_submodule(place, new)
+
+
+@torch.no_grad()
+def text_part(args):
+    names = list(trained_matrices("MiniLM", args.matrices))
+    inputs = next(minilm_inputs(names))
+    for way, options in TEXT.items():
+        model, _, unseen = minilm()
+        exact = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, 384)
+        for name in names:
+            seen = convert.Inputs(8192, 1, 1)
+            seen.add(inputs[name])
+            replace_layer(model, name, seen, options)
+        made = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, 384)
+        print(f"{way:28}{convert.snr(exact, made):8.2f} dB", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
 # demo: what each way of converting costs the video
 # ----------------------------------------------------------------------------------------------------
 
@@ -447,7 +498,8 @@ def demo_part(args):
             lora.unlink(missing_ok=True)
 
 
-PARTS = {"weights": weights_part, "peers": peers_part, "activations": activations_part, "demo": demo_part}
+PARTS = {"weights": weights_part, "peers": peers_part, "activations": activations_part, "text": text_part,
+         "demo": demo_part}
 
 
 def main():
