@@ -10,28 +10,30 @@ The sections follow the steps of a conversion, in reading order:
                 LoRAs into it on request
   Plan          a format for each weight: NVFP4 (4.5 bits per weight), MXFP8 (8.25), or "bf16", which means
                 kept in the source's dtype. By regular expressions, by a score of each weight, or by the error
-                that each format causes, within a file size
+                that each format causes, within a file size. Also the layers whose inputs are not quantized
+                (W4A16), or are quantized in two passes
   Round         one weight to the stored tensors of its format: to nearest, with searched block scales, or
                 with the second moment of the layer's inputs, which minimizes the error of the outputs
-  LoRA          low-rank factors of the rounding error, for a second file
-  Calibrate     what each layer is fed: runs the pipeline on pictures, the model one block at a time
+  LoRA          low-rank factors of the rounding error, and of a part of the weight on request, for a second file
+  Calibrate     what each layer is fed, and what its rounding does to the latents: runs the pipeline on
+                pictures, the model one block at a time
   Write         the output. A safetensors header lists all names, shapes and offsets; they follow from the
                 source's shapes and the plan, so the header is written first and then each tensor in its place.
                 Memory holds a few weights, whatever the size of the model
   Report        the plan as a table, a map and a picture; the errors of each type of layer
   Command line
 
-A quantized layer L is stored as quant.py describes: L.weight, L.weight_scale, for NVFP4 L.weight_scale_2, and
-the marker L.comfy_quant, which ComfyUI reads. Older tools read the same information from the header entry
-_quantization_metadata; both are always written. The header also keeps the source's own entries (head_dim and
-so on) and records the command.
+A quantized layer L is stored as quant.py describes: L.weight, L.weight_scale, for NVFP4 L.weight_scale_2, on
+request L.input_scale or L.pre_quant_scale, and the marker L.comfy_quant, which ComfyUI reads. Older tools
+read the same information from the header entry _quantization_metadata; both are always written. The header
+also keeps the source's own entries (head_dim and so on) and records the command.
 
 Under torchrun, the processes on one machine (wan_fp4.Ranks) share the weights and the pictures of --calib, and
 write into the same file.
 
-For callers: main(argv); quantize_weight, dequantize_weight and snr for a single weight; plan, layout and
-marker for the contents of a file without its data. To vendor this file, copy quant.py and wan_fp4.py with it;
-sample.py is needed only by --calib.
+For callers: main(argv); convert, repack and concat_loras for a file; quantize_weight, dequantize_weight and snr
+for a single weight; plan, layout and marker for the contents of a file without its data. To vendor this file,
+copy quant.py and wan_fp4.py with it; sample.py is needed only by --calib.
 """
 import os
 import signal
@@ -84,7 +86,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 FLOATS = torch.float32, torch.float16, torch.bfloat16  # of tensors that are not quantized
 PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
-PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16", "nvfp4_two_pass": "2-pass"}  # if marked
+PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16", "nvfp4_two_pass": "2-pass"}  # + marked
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -304,10 +306,10 @@ def flags(formats):
 # By score: statistics of the weight alone
 #
 # This is the analysis that made the published recipe (https://github.com/insecure-erasure/quant_probe), with
-# MXFP8 in the place of its FP8. A tenth of the weights has a score for bf16 and some of the next 15 % one for
-# MXFP8, whatever the model: the thresholds are percentiles of its own scores. Then whole groups of blocks may
-# overrule their weights. The score does not predict the error of NVFP4 on real activations (bench/RESULTS.md),
-# which is why plan_by_error exists.
+# MXFP8 in place of its FP8. By their scores alone, a tenth of the weights are kept and some of the next 15 % get
+# MXFP8, whatever the model: the thresholds are percentiles of its own scores. Then the verdict on a whole group
+# of blocks may overrule those on its weights. The score does not predict the error of NVFP4 on real activations
+# (bench/RESULTS.md), which is why plan_by_error exists.
 
 KURTOSIS_KEPT = 8.0  # a weight of this excess kurtosis is kept, whatever its score
 LOWEST_MXFP8_SCORE = 0.50
@@ -409,8 +411,9 @@ def reason_report(reasons):
         match = BLOCK_WEIGHT.fullmatch(name)
         rows.setdefault((match[2], reason), []).append(int(match[1]))
     if rows:
-        yield ("not the format of the weight's own score (kurtosis: 8 or more is kept; group: the mean score of "
-               "the first, middle or last blocks decides; spread: these groups are alike, so one format lower):")
+        yield ("weights that get another format than their own score gives (kurtosis: 8 or more is kept; group: "
+               "the mean score of the first, middle or last blocks decides; spread: the groups score alike, so "
+               "they get one format lower):")
     for (kind, reason), blocks in sorted(rows.items()):
         yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
 
@@ -441,8 +444,8 @@ def output_errors(w, x):
 
 def measure_errors(source, names, calibration=None, ranks=wan_fp4.Ranks()):
     """{name: {format: error}}. Without calibration, the relative squared error of the weight. With it, the
-    squared error that the layer's rounding to NVFP4 causes in the latents, and for other formats as much less as
-    the error of the layer's outputs is less."""
+    squared error that the layer's rounding causes in the latents: measured for NVFP4 (gradient_scores), and for
+    other formats scaled by the error of the layer's outputs, divided by that of NVFP4."""
     if not calibration:
         errors = in_order(lambda name: weight_errors(source.tensor(name)), share(names, source, ranks))
         return merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
@@ -491,11 +494,11 @@ FEW_TOKENS = re.compile(r"blocks\.[0-9]+\.cross_attn\.[kv](_img)?\.weight|" + OP
 
 
 def choose_exact(errors, flops, share, formats):
-    """The weights whose inputs are best not quantized, or in two passes, which is almost the same: those of the
-    prompt and the picture, which have few tokens; of the others, those that save most error per FLOP, up to
-    `share` of all FLOPs.
+    """The weights whose inputs should not be quantized, or in two passes, which is almost as accurate: all that
+    see only the prompt or the picture, because these have few tokens; of the others, those that save most error
+    per FLOP, up to `share` of all FLOPs.
 
-    errors: {name: {format: error}}, flops: {name: FLOPs of a forward}, formats: the plan so far
+    errors: {name: {format: error}}, flops: {name: FLOPs}, formats: the plan so far, with no weight marked
     """
     saved = {name: errors[name][fmt] - errors[name][f"{fmt}_fpmm"] for name, fmt in formats.items()
              if fmt != "bf16" and name in flops}
@@ -508,8 +511,9 @@ def choose_exact(errors, flops, share, formats):
 
 
 def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
-    """{name: rank} of the absorbing LoRAs of `targets`, `rank` on average by bytes: most where they save most. A
-    LoRA saves the share of its layer's error that it holds of what rounding the layer's inputs costs."""
+    """{name: rank} of the absorbing LoRA of `targets`: the ranks of least total error in as many bytes as `rank`
+    for every layer, at most 4 * rank each. A LoRA is assumed to remove from its layer's error the share of the
+    weight's energy that it holds, in the metric of Inputs.lost."""
     sizes, left = {}, {}  # {name: {rank: bytes, and the error that is left}}
     for seen in calibration.stages():
         for name in share(targets & seen.keys(), source, calibration.ranks):
@@ -559,7 +563,7 @@ def plan_measured(source, errors, scores, by_score, limit, made, marked=()):
 
 
 def error_report(errors, count=10):
-    """Lines: the layers whose rounding moves the velocity most."""
+    """Lines: the layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
     total = sum(error["nvfp4"] for error in errors.values())
     first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:count]
     yield "share of the video's error, by layer: " + ", ".join(
@@ -828,7 +832,8 @@ def energy(x, hessian):
 # Mode "absorb" goes further: the best rank-r part of the weight itself is subtracted before rounding, so a
 # smaller matrix is rounded, with a smaller error (SVDQuant, Li et al. 2024, https://arxiv.org/abs/2411.05007).
 # The factors are then those of W - Q: the part that was subtracted and some of the rounding error. The
-# checkpoint is useless without them.
+# checkpoint is useless without them. After calibration, "best" is what keeps most of the outputs' energy that
+# rounding the inputs loses (Inputs.lost), and the ranks differ between layers (lora_ranks).
 
 RECIPE_TARGET = r"ffn\.(0|2)\.weight|self_attn\.(v|o)\.weight"
 
@@ -892,14 +897,16 @@ def lora_layout(shapes, targets):
 # inputs at the four timesteps. Then the DiT runs on all of them together, one block at a time: record what
 # each layer of the block is fed, round the block, and feed the next block with the outputs of the rounded one.
 # So each block is rounded with the errors of those before it in its inputs. Memory holds one block and the
-# tokens of all inputs.
+# tokens of all inputs. A measured plan, --w4a16, --two-pass and absorbing LoRAs need passes through the
+# unquantized model before that: one for the errors of each layer's outputs, one with gradients for their effect
+# on the latents.
 
 HEADROOM = 2  # of a fixed activation scale over the largest input seen: a power of two costs nothing
 
 
 class Inputs:
-    """What one layer is fed: second moment (K, K), largest magnitude, a sample of the rows (R, K), and what each
-    channel loses when it is rounded to NVFP4 (K,)."""
+    """What one layer is fed: second moment (K, K), largest magnitude, a sample of the rows (R, K), and the
+    squared error of each channel when the rows are rounded to NVFP4 (K,)."""
 
     def __init__(self, samples, forwards, steps):
         self.share, self.forwards, self.steps = math.ceil(samples / forwards), forwards, steps
@@ -936,12 +943,11 @@ class Inputs:
         h.diagonal().add_(rho * trace / k)
         return h
 
-
     def lost(self, fmt):
-        """The second moment (K, K) of what the rounded inputs Q(x) do not tell of x: of x - A Q(x), with A the
-        regression of x on Q(x). What is lost in a layer's outputs is lost in this metric. Rounding errors of
-        different channels are uncorrelated, with one another and with x; let E be their diagonal second moment.
-        Then it is H - H (H + E)^-1 H. Where inputs are not quantized, only the weight's rounding counts, by H."""
+        """The second moment (K, K) of the part of x that cannot be predicted from the rounded inputs Q(x): of
+        x - A Q(x), A being the linear regression of x on Q(x). Rounding errors are taken as uncorrelated between
+        channels and with x; with their diagonal second moment E, the result is H - H (H + E)^-1 H. For inputs
+        that are not quantized, it is H itself, because only the weight is rounded."""
         h = self.hessian()
         if fmt != "nvfp4":
             return h
@@ -956,7 +962,8 @@ def as_nvfp4(x):
 
 
 class Calibration:
-    """The DiT, one block at a time: velocity() records its inputs, stages() runs on all those recorded."""
+    """The DiT, one block at a time: velocity() records its inputs; stages() and gradient_scores() run on all
+    those recorded."""
 
     def __init__(self, source, samples, steps, device="cpu", ranks=wan_fp4.Ranks()):
         self.source, self.samples, self.steps, self.device = source, samples, steps, torch.device(device)
@@ -1006,13 +1013,14 @@ class Calibration:
         return (e4m3 > nvfp4).nonzero().flatten().tolist()
 
     def gradient_scores(self, draws=2):
-        """{weight name: how far the layer's own rounding, of weight and inputs to NVFP4, moves the latents}.
+        """{weight name: squared error of the latents when only this layer's weight and inputs are in NVFP4}, the
+        mean over all recorded inputs. Also counts self.flops, {weight name: FLOPs of all of them}.
 
-        If a layer's outputs are off by delta, the velocity is off by J delta, J its Jacobian with regard to these
-        outputs. For random signs v, the mean of (v^T J delta)^2 is |J delta|^2 (Hutchinson 1990), and v^T J is
-        what backpropagation of v gives. sigma times the velocity is the noise that a step removes. Each block is
-        computed again on the way back, so memory holds the activations of one block, and the tokens between
-        blocks in CPU memory.
+        If a layer's outputs are off by delta, the velocity is off by J delta to first order, J being its Jacobian
+        with respect to these outputs. For random signs v, the mean of (v^T J delta)^2 is |J delta|^2 (Hutchinson
+        1990), and backpropagating v gives v^T J. The latents are off by sigma times that. Each block is computed
+        again on the way back: memory holds the activations of one block; the tokens between blocks are in CPU
+        memory.
         """
         scores, self.flops = Counter(), Counter()
         for i, inputs in enumerate(self.inputs):
@@ -1052,8 +1060,9 @@ class Calibration:
         return {name: score / (draws * forwards) for name, score in scores.items()}
 
     def backward(self, forward, leaves, gradients, module=None, prefix="", scores=None):
-        """Backpropagate through forward(*leaves), a tuple. gradients: one tuple for each draw, as is the result.
-        Adds the score of each of the module's Linears, as gradient_scores defines it."""
+        """Backpropagate through forward, which returns a tuple of outputs. gradients: of these outputs, a tuple
+        for each draw. Returns those of the leaves in the same way. For each of the module's Linears, adds to
+        scores (v^T J delta)^2 of gradient_scores, summed over the draws, and counts its FLOPs."""
         outputs, errors, hooks = {}, {}, []
 
         def record(name, layer, args, y):
@@ -1095,7 +1104,8 @@ class Calibration:
 
     def stage(self, module, prefix, forward, inputs):
         """Yields what the module's layers are fed by forward(*args), args in inputs; returns the outputs with the
-        layers replaced. Both stay in CPU memory: at full size, the tokens of a picture's steps take 2.7 GB."""
+        layers replaced. Inputs and outputs stay in CPU memory: at full size, the tokens of a picture's steps take
+        2.7 GB."""
         def run():
             return [moved(forward(*moved(args, self.device)), "cpu") for args in inputs]
 
@@ -1519,7 +1529,7 @@ def in_order(work, items, device="cpu"):
 
 
 def share(names, source, ranks):
-    """The weights of this rank: of those of similar size, each rank gets one in turn."""
+    """The weights of this rank. Sorted by size, weights go to the ranks in turn."""
     mine = set(sorted(names, key=lambda name: math.prod(source.shapes[name]))[ranks.rank::ranks.size])
     return [name for name in names if name in mine]
 
@@ -1543,8 +1553,8 @@ class Rounding:
 
 
 def pre_quant_scale(w, seen):
-    """Factors (K,) for the channels of x, by which those of w are divided: from a grid of powers of the channels'
-    magnitudes in x and w, those with the least error of the outputs when x and w are rounded to NVFP4."""
+    """Factors (K,) that multiply the channels of the inputs and divide those of w (M, K): of a grid of powers of
+    the channels' magnitudes in both, the ones with the least error of the outputs, both in NVFP4."""
     x, w, least = torch.cat(seen.rows)[:512].to(w.device), w.float(), math.inf  # (R, K), (M, K)
     y = x @ w.T  # (R, M)
     by_x, by_w = (side.square().mean(0).sqrt().clamp(min=1e-9).log() for side in (x, w))  # (K,) each
@@ -1900,18 +1910,18 @@ def make_parser():
         help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names. If it "
         "is in LightX2V's NVFP4 layout, it is repacked, and nothing is rounded")
     what.add_argument("--concat-loras", nargs="+", metavar="FILE[:STRENGTH]",
-        help="instead of converting, write several LoRAs to one file OUT, to be used at strength 1: ComfyUI "
-        "applies only the last of several bypass nodes")
+        help="instead of converting, join several LoRAs in one file, OUT, for use at strength 1: ComfyUI applies "
+        "only the last of several bypass nodes")
     add("--merge-lora", action="append", metavar="FILE[:STRENGTH]",
-        help="merge a LoRA, factors and whole differences, into MODEL before it is analyzed and rounded; can be "
-        "given several times")
+        help="merge a LoRA (low-rank factors or whole differences) into MODEL before it is analyzed and rounded; "
+        "can be given several times")
     add("-o", "--output", type=Path, metavar="OUT", help="default: MODEL-nvfp4.safetensors beside the input")
     add_plan_flags(parser.add_argument_group("format of each layer (default: --plan score)"))
     add_rounding_flags(parser.add_argument_group("rounding"))
     add_lora_flags(parser.add_argument_group("error-correction LoRA"))
     add("--device", default="cpu", metavar="D", help="where to round: cpu, cuda, cuda:1 (%(default)s)")
     add("--seed", type=whole_number(-2 ** 63, 2 ** 63 - 1), default=0,
-        help="for the noise of the calibration videos and the LoRA (%(default)s)")
+        help="for the noise of the calibration videos and the SVD of the LoRA (%(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
     for flag, why in (("--wan", "only Wan is converted"), ("--comfy-quant", "the format that is written"),
                       ("--save-quant-metadata", "always in the header")):
@@ -1932,17 +1942,20 @@ def add_plan_flags(group):
     add("--exclude-layers", metavar="REGEX", help="layers that are kept as they are")
     add("--plan", choices=("score", "recipe", "measured"), help="score: the analysis that made the "
         "published recipe, by kurtosis, dynamic range and aspect ratio of each weight; recipe: what it gave for "
-        "the 14B; measured: by the output error of each layer, requires --calib and is then the default")
+        "the 14B; measured: by the error that each layer's rounding causes in the latents, requires --calib and "
+        "is then the default; layers that see only the prompt or the picture are then marked as by --fpmm-layers")
     add("--size", type=parse_size, metavar="9.76GiB", help="the plan of least error within this file size: of "
-        "the outputs with --calib, otherwise of the weights. --plan measured defaults to the score plan's size")
+        "the latents with --calib, otherwise of the weights. A LoRA is not counted. --plan measured defaults to "
+        "the size of the score's plan")
     add("--fpmm-layers", metavar="REGEX", help="quantized layers that multiply in full precision, W4A16 (MXFP8: "
         "W8A16): their inputs are not quantized. More accurate, slower on tensor cores, the same file size")
     add("--w4a16", type=parse_share, metavar="SHARE", help="mark layers as --fpmm-layers does: those where it "
-        "saves most of the video's error, up to this share of the products' FLOPs, such as 0.1. Requires "
-        "--calib. Layers that only see the prompt or the picture come on top, as they have few tokens")
-    add("--two-pass", type=parse_share, metavar="SHARE", help="the same with layers whose inputs sample.py "
-        "quantizes in two passes: nearly as accurate as W4A16, and on Blackwell twice the cost of W4A4. ComfyUI "
-        "ignores it")
+        "saves most of the video's error, up to this share of the FLOPs of all layers, such as 0.1. Requires "
+        "--calib. Layers that see only the prompt or the picture are always marked and do not count: they have "
+        "few tokens")
+    add("--two-pass", type=parse_share, metavar="SHARE", help="like --w4a16, but for NVFP4 layers whose inputs "
+        "sample.py then quantizes in two passes: nearly as accurate as W4A16, and on Blackwell twice the cost of "
+        "W4A4. ComfyUI ignores this mark")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the plan")
     add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
     add("--dry-run", action="store_true", help="stop after the plan")
@@ -1950,31 +1963,33 @@ def add_plan_flags(group):
 
 def add_rounding_flags(group):
     add = group.add_argument
-    add("--simple", action="store_true", help="to nearest, without searching block scales")
+    add("--simple", action="store_true", help="round to nearest, without searching block scales")
     add("--calib", nargs="+", type=Path, metavar="IMAGE", help="run the pipeline on these pictures and round "
         "each layer for what it is fed. The prompt is read from a .txt file beside the picture, if there is one")
     add("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in sample.py (default: "
         "models/ beside this script, or the demo's)")
     for flag in ENCODERS:
-        add(f"--{flag}", type=Path, metavar="FILE", help="of --calib (default: found in --models)")
+        add(f"--{flag}", type=Path, metavar="FILE", help="network for --calib (default: found in --models)")
     add("--calib-samples", type=whole_number(1), default=8192, metavar="N",
-        help="maximum number of inputs of each layer (%(default)s)")
+        help="with --calib, the maximum number of tokens to record for each layer (%(default)s)")
     add("--num-iter", type=whole_number(1), default=NUM_ITER, metavar="N", help="with --calib, the maximum "
         "number of sweeps over a weight; stops early when nothing changes (%(default)s)")
-    add("--pre-quant-scale", action="store_true", help="with --calib: for each NVFP4 layer, factors for the "
-        "channels of its inputs, where they make its outputs more accurate in W4A4. Gains a little together with "
-        "--lora-mode absorb, nothing alone. ComfyUI applies them since August 2026, older versions ignore them")
+    add("--pre-quant-scale", action="store_true", help="with --calib: store factors for the input channels of "
+        "each NVFP4 layer, chosen for the least error of its outputs in W4A4. Gains a little with --lora-mode "
+        "absorb, almost nothing alone. ComfyUI applies them since August 2026, older versions ignore them")
     add("--static-input-scale", action="store_true", help="with --calib: store fixed tensor scales for the "
         "activations; by default each activation gets its own")
 
 
 def add_lora_flags(group):
     add = group.add_argument
-    add("--extract-lora", action="store_true", help="write a LoRA that runs beside the layers")
-    add("--lora-rank", type=whole_number(1), default=64, metavar="R", help="its rank (%(default)s)")
+    add("--extract-lora", action="store_true", help="also write a LoRA that runs beside the quantized layers")
+    add("--lora-rank", type=whole_number(1), default=64, metavar="R", help="its rank (%(default)s); with --calib "
+        "and --lora-mode absorb, the average: layers where it saves more get more")
     add("--lora-target", metavar="REGEX", default=RECIPE_TARGET, help="its layers (%(default)s)")
-    add("--lora-mode", choices=("correct", "absorb"), default="correct", help="correct: a part of the rounding "
-        "error. absorb: also a part of the weight, which is then not rounded; the checkpoint needs this LoRA")
+    add("--lora-mode", choices=("correct", "absorb"), default="correct", help="what it holds. correct: a part "
+        "of the rounding error. absorb: also a part of the weight, which is then not rounded; the checkpoint "
+        "needs this LoRA")
     add("--lora-output", type=Path, metavar="FILE", help="default: OUT with _lora before .safetensors")
 
 

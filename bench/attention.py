@@ -1,4 +1,4 @@
-"""8-bit self-attention: what it costs the demo's videos, and which instruction its kernel has.
+"""8-bit self-attention: what it costs the demo's videos, and which instructions its kernel uses.
 
     python bench/attention.py [--dit FILE]      accuracy, on the demo model
     python bench/attention.py --kernels         the kernels' instructions; needs torch's CUDA build, but no GPU:
@@ -185,13 +185,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dit", type=Path, default=quality.DEMO / "dit.safetensors", metavar="FILE",
                         help="accuracy: a demo model (default: demo/dit.safetensors)")
-    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="the kernels' instructions instead of accuracy")
     parser.add_argument("--capability", help=argparse.SUPPRESS)  # of one GPU, such as 8.9
     args = parser.parse_args()
     if args.capability:
         kernels(tuple(map(int, args.capability.split("."))))
     elif args.kernels:
-        for major, minor in CAPABILITIES:  # what is pretended lasts as long as a process
+        for major, minor in CAPABILITIES:  # a pretended GPU lasts until its process ends
             subprocess.run([sys.executable, __file__, "--capability", f"{major}.{minor}"], check=True)
     else:
         accuracy(args.dit)

@@ -3,7 +3,7 @@
     python bench/bench.py [--only TEXT] [--rounds 5]    ours against each peer, one row per task
     python bench/bench.py --floors                      the least time that this machine needs for the same work
     python bench/bench.py --conversion [--blocks 2]     convert.py at the 14B model's shapes
-    python bench/bench.py --ranks                       two processes of one thread against one of two
+    python bench/bench.py --ranks                       two processes of one thread against one with two threads
     python bench/bench.py --scaling                     the 14B model on 2, 4 and 8 GPUs, by arithmetic
 
 Peers. Every row runs in a process of its own. Ours and the peer take turns at the same work; the first turn is
@@ -506,8 +506,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
     parser.add_argument("--floors", action="store_true", help="the machine's floors instead of the table")
     parser.add_argument("--conversion", action="store_true", help="conversion speed instead of the table")
-    parser.add_argument("--ranks", action="store_true", help="several processes instead of the table")
-    parser.add_argument("--scaling", action="store_true", help="several GPUs, by arithmetic")
+    parser.add_argument("--ranks", action="store_true", help="two processes against one instead of the table")
+    parser.add_argument("--scaling", action="store_true",
+                        help="several GPUs by arithmetic, instead of the table")
     parser.add_argument("--blocks", type=int, default=2, help="blocks to convert, of 40 (default: 2)")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)  # for a process that measures one row
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)

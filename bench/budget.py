@@ -77,8 +77,8 @@ def choices(flops, moved, gpu):
 
 
 def finer_activations(formats, shapes, gpu, times, second):
-    """Seconds that sample.py --activations adds, where quantizing an activation moves `times` its bytes. With a
-    second product, that is multiplied and then added, which reads two products and writes one."""
+    """Seconds that sample.py --activations adds, where quantizing an activation moves `times` its bytes. second:
+    whether there is a second product, which is computed and then added; adding reads two and writes one."""
     (flops, moved), (_, more) = work(formats, shapes), work(formats, shapes, times)
     seconds = (sum(more.values()) - sum(moved.values())) / gpu["bandwidth"]
     if second:

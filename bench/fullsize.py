@@ -142,8 +142,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 def dit_working(mode, grid, rank=0, activations=None):
-    """Peak bytes of a forward besides the weights, with all blocks' Linears in NVFP4, bf16 activations and a
-    LoRA of this rank."""
+    """Peak bytes of a forward besides the weights, with all blocks' Linears in NVFP4, bf16 activations, which
+    are quantized as in sample.py --activations, and a LoRA of this rank."""
     with torch.device("meta"):
         two = wan_fp4.WanDiT(wan_fp4.DiTConfig(num_blocks=2))
     shapes = {name: tuple(p.shape) for name, p in two.named_parameters()}

@@ -3,7 +3,7 @@
     python bench/quality.py                     all five parts
     python bench/quality.py --only weights      36 trained matrices: error of the outputs and of the weights
     python bench/quality.py --only peers        84 trained matrices, against convert_to_quant
-    python bench/quality.py --only activations  what sample.py --activations loses of an activation
+    python bench/quality.py --only activations  what activations lose by each way to quantize them
     python bench/quality.py --only text         MiniLM as a whole in W4A4
     python bench/quality.py --only demo         the demo's videos, for each way of converting its bf16 model
 
@@ -24,7 +24,7 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
               pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
 
 activations   Random activations, and what the 36 Linears of MiniLM are fed on English text, are quantized to
-          NVFP4 in each of quant.ACTIVATIONS and dequantized. The figure is the SNR of what comes back.
+          NVFP4 in each way that quant.ACTIVATIONS lists, and dequantized. The figure is the SNR of the result.
 
 text      All 36 Linears of MiniLM get weights and activations in NVFP4, rounded for the English text above as
           convert.py does; absorb: a LoRA of rank 16 for each. The figure is the SNR of the last hidden states on
@@ -36,8 +36,8 @@ demo      The bf16 model is converted with each set of flags; all layers of the 
           videos, in five modes. W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to
           4 bits too, as tensor cores compute, here emulated. Precise: W4A4, but the first and last of the four
           steps are W4A16, as with sample.py --precise-steps. Four-over-six and two-pass: W4A4 with sample.py's
-          --activations. Layers that the file marks as W4A16 are that in every mode. Calibration sees two training
-          photos, four moves each.
+          --activations. Layers that the file marks as W4A16 run as such in every mode. Calibration sees two
+          training photos, four moves each.
 
 A part that lacks a package or a file is skipped, and says what is missing.
 """
@@ -186,7 +186,7 @@ def rounding_table(count):
     for share, outputs in own.items():
         print(f"NVFP4 search by {share:4.0%} of W's own{mean(outputs):15.2f}{min(outputs):8.2f}")
     scores = convert.score({re.sub(r".*layer\.(\d+)", r"blocks.\1", name): convert.sensitivity(w)
-                            for name, w in weights.items()})  # Wan's names, from which it takes the types
+                            for name, w in weights.items()})  # as in Wan: the score needs the type of layer
     errors = [-output for output, _, _ in figures["nvfp4", "rtn"]]
     correlation = convert.rank_correlation(scores.values(), errors)
     print(f"rank correlation of the sensitivity score with NVFP4's output error: {correlation:.2f}")
@@ -435,7 +435,7 @@ def held_out_conditions(metadata):
 
 
 def videos(dit, conditions, vae, precise=()):
-    """The recipe's four steps, of which `precise` do not quantize activations. Move i has seed i.
+    """The recipe's four steps; those in `precise` do not quantize activations. Move i has seed i.
     -> (conditions, 3, F, h, w)"""
     levels, made = sample.sigmas("normal", 4, 5.0), []
     for i, c in enumerate(conditions):
