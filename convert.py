@@ -86,7 +86,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 FLOATS = torch.float32, torch.float16, torch.bfloat16  # of tensors that are not quantized
 PLAN_FORMATS = {"bf16": "bf16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}  # as in the flags -> as printed
-PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16", "nvfp4_two_pass": "2-pass"}  # + marked
+PRINTED = PLAN_FORMATS | {"mxfp8_fpmm": "W8A16", "nvfp4_fpmm": "W4A16", "nvfp4_two_pass": "2-pass"}  # with marks
 
 
 # ----------------------------------------------------------------------------------------------------
