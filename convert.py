@@ -503,7 +503,7 @@ def choose_exact(errors, flops, share, formats):
     saved = {name: errors[name][fmt] - errors[name][f"{fmt}_fpmm"] for name, fmt in formats.items()
              if fmt != "bf16" and name in flops}
     chosen, left = {name for name in saved if FEW_TOKENS.fullmatch(name)}, share * sum(flops.values())
-    for name in sorted(saved.keys() - chosen, key=lambda name: -saved[name] / flops[name]):
+    for name in sorted(saved.keys() - chosen, key=lambda name: (-saved[name] / flops[name], name)):
         if 0 < saved[name] and flops[name] <= left:
             chosen.add(name)
             left -= flops[name]
@@ -516,10 +516,11 @@ def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
     weight's energy that it holds, in the metric of Inputs.lost."""
     sizes, left = {}, {}  # {name: {rank: bytes, and the error that is left}}
     for seen in calibration.stages():
-        for name in share(targets & seen.keys(), source, calibration.ranks):
-            (m, k), error = source.shapes[name], errors[name][formats[name]]
+        for name in share(sorted(targets & seen.keys()), source, calibration.ranks):
+            fmt = formats[name].replace("_two_pass", "_fpmm")  # two passes are nearly exact
+            (m, k), error = source.shapes[name], errors[name][fmt]
             w = source.tensor(name).to(calibration.device)
-            shares = [0.0, *low_rank(w, 4 * rank, seen[name].lost(formats[name]), seed)[2].tolist()]
+            shares = [0.0, *low_rank(w, 4 * rank, seen[name].lost(fmt), seed)[2].tolist()]
             steps = {r for i in range(17) if (r := round(rank * i / 4)) < len(shares)}
             left[name] = {r: error * (1 - shares[r]) for r in steps}
             sizes[name] = {r: r * (m + k) for r in steps}
@@ -534,16 +535,14 @@ def rank_correlation(a, b):
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, errors, scores, by_score, limit, made, marked=()):
+def plan_measured(source, errors, scores, by_score, limit, size, marked=()):
     """The plan of least error in a file of `limit` bytes, by default the size of by_score, the score's plan.
-    marked: weights whose inputs are not quantized. Returns {name: format} and lines that compare it with the
-    score's plan."""
+    size: a function from plans to bytes. marked: weights whose inputs are not quantized. Returns {name: format}
+    and lines that compare it with the score's plan."""
     names = list(errors)
+    correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
     errors = {name: {fmt: error[fmt + "_fpmm"] if name in marked and fmt + "_fpmm" in error else error[fmt]
                      for fmt in PLAN_FORMATS} for name, error in errors.items()}
-
-    def size(plan):
-        return file_size(source, mark(plan, marked), made)
 
     sizes = {name: {fmt: stored_bytes(fmt, source.shapes[name], source.dtypes[name]) for fmt in PLAN_FORMATS}
              for name in names}
@@ -557,16 +556,15 @@ def plan_measured(source, errors, scores, by_score, limit, made, marked=()):
     def summary(plan):
         total = sum(errors[name][plan.get(name, "bf16")] for name in names)
         return f"{total:.4g} in {gib(size(plan))}"
-    correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
     return formats, [f"rank correlation of the score with NVFP4's error: {correlation:.2f}",
                      f"sum of the errors: {summary(formats)}; by the score's plan: {summary(by_score)}"]
 
 
 def error_report(errors, count=10):
     """Lines: the layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
-    total = sum(error["nvfp4"] for error in errors.values())
+    total = max(sum(error["nvfp4"] for error in errors.values()), 1e-30)
     first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:count]
-    yield "share of the video's error, by layer: " + ", ".join(
+    yield "share of the video's error if all were W4A4, by layer: " + ", ".join(
         f"{name.removesuffix('.weight')} {errors[name]['nvfp4'] / total:.0%}" for name in first)
 
 
@@ -596,11 +594,13 @@ def choose_plan(args, source, calibration, made, ranks):
     if absorb:
         calibration.errors = errors  # for lora_ranks
     marked = named
-    if args.w4a16 is not None or calibration and measured:
-        marked = named | choose_exact(errors, calibration.flops, args.w4a16 or 0.0,
-                                      dict.fromkeys(names, "nvfp4") if measured else formats)
-    if measured:
-        formats, notes = plan_measured(source, errors, scores, by_score, args.size, made, marked)
+    for again in (False, True):
+        if measured:
+            formats, notes = plan_measured(source, errors, scores, by_score, args.size, lambda plan: planned_size(
+                args, source, mark(plan, marked), made), marked)
+        if not again and (args.w4a16 is not None or calibration and measured):
+            quantized = {name: fmt for name, fmt in formats.items() if name not in named}
+            marked = named | choose_exact(errors, calibration.flops, args.w4a16 or 0.0, quantized)
     if calibration and gradients:
         notes = [*notes, *error_report(errors)]
     if kept := [name for name in named if formats.get(name, "bf16") == "bf16"]:
@@ -974,6 +974,7 @@ class Calibration:
         self.num_blocks = wan_fp4.count(source.shapes, "blocks.")
         self.inputs = []  # arguments of WanDiT.prepare
         self.attention_losses = torch.zeros(self.num_blocks, 2)  # of E4M3; of rounding the output to NVFP4
+        self.flops, self.errors = Counter(), {}  # of each weight: set by gradient_scores, and by choose_plan
 
     def block(self, i):
         """Block i of the source, loaded each time: none stays in memory."""
@@ -1012,7 +1013,7 @@ class Calibration:
         e4m3, nvfp4 = self.attention_losses.T
         return (e4m3 > nvfp4).nonzero().flatten().tolist()
 
-    def gradient_scores(self, draws=2):
+    def gradient_scores(self, draws=4):
         """{weight name: squared error of the latents when only this layer's weight and inputs are in NVFP4}, the
         mean over all recorded inputs. Also counts self.flops, {weight name: FLOPs of all of them}.
 
@@ -1285,8 +1286,13 @@ def header(tensors, metadata):
     return start, {name: len(start) + offset for name, offset in offsets.items()}, len(start) + end
 
 
-def file_size(source, formats, made):
-    return header(layout(source, formats), metadata(source, formats, made))[2]
+def planned_size(args, source, formats, made):
+    """The size in bytes of the file that these arguments make of a plan, or a few bytes more."""
+    nvfp4 = [name for name, fmt in formats.items() if fmt == "nvfp4"]
+    static, scaled = nvfp4 if args.static_input_scale else (), nvfp4 if args.pre_quant_scale else ()
+    tensors = layout(source, formats, static, scaled)
+    marked = mark(formats, nvfp4, "_two_pass") if args.two_pass is not None else formats
+    return header(tensors | layout(source, marked), metadata(source, marked, made))[2]
 
 
 def raw_bytes(tensor):
@@ -1530,7 +1536,7 @@ def in_order(work, items, device="cpu"):
 
 def share(names, source, ranks):
     """The weights of this rank. Sorted by size, weights go to the ranks in turn."""
-    mine = set(sorted(names, key=lambda name: math.prod(source.shapes[name]))[ranks.rank::ranks.size])
+    mine = set(sorted(names, key=lambda name: (math.prod(source.shapes[name]), name))[ranks.rank::ranks.size])
     return [name for name in names if name in mine]
 
 
@@ -2063,7 +2069,7 @@ def print_plan(args, source, formats, notes, size):
           f"{gib(source.nbytes)} -> {gib(size)}", sep="\n")
     if args.print_flags:
         print(flags(formats))
-        if marked := [name for name, fmt in formats.items() if fmt != unmarked(fmt)]:
+        if marked := [name for name, fmt in formats.items() if fmt.endswith("_fpmm")]:
             layers = regex(marked).replace(r"\.weight", "$")
             print(f"(convert_to_quant has no --fpmm-layers; edit its output with --edit-quant --add-keys "
                   f"\"'full_precision_matrix_mult': true\" --quant-filter \"{layers}\")")
@@ -2137,7 +2143,8 @@ def run(args, command, ranks):
     kept = calibration.sensitive_attention() if calibration else []
     if kept:
         made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
-    formats, notes = choose_plan(args, source, calibration, made, ranks)
+    needs = {"needs_lora": lora_file.name} if lora_file and args.lora_mode == "absorb" else {}
+    formats, notes = choose_plan(args, source, calibration, made | needs, ranks)
     if calibration:
         e4m3, nvfp4 = (-10 * calibration.attention_losses.mean(0).log10()).tolist()
         notes = [*notes, f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; "
@@ -2153,7 +2160,7 @@ def run(args, command, ranks):
         rank = f"rank {min(targets.values(), default=0)} to {max(targets.values(), default=0)}"
         notes = [*notes, f"LoRA of {rank} for {len(targets)} layers: {gib(size)}"]
     if ranks.rank == 0:
-        print_plan(args, source, formats, notes, file_size(source, formats, made))
+        print_plan(args, source, formats, notes, planned_size(args, source, formats, made))
     if args.dry_run:
         return
 
