@@ -894,8 +894,8 @@ def load_dit(path, conditions, settings, team):
 
 @contextmanager
 def attention_kernel(name):
-    """A context in which torch's attention uses the kernel cudnn, fa3 or fa4 wherever it applies. Other names
-    change nothing. Raises ValueError if the kernel is not installed."""
+    """A context in which torch's attention uses the kernel cudnn, fa3 or fa4 wherever it applies, and another
+    one elsewhere. Other names change nothing. Raises ValueError if fa3 or fa4 is not installed."""
     if name == "cudnn":
         first = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
         with sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
