@@ -84,8 +84,8 @@ three ways to quantize x (ACTIVATIONS). Q(x) is x quantized and dequantized:
   nearest        as above
   four-over-six  block_scale is amax(block) / 6 or amax(block) / 4, whichever gives the block the smaller squared
                  error (arXiv 2512.02010)
-  two-pass       y = Q(x) @ w.T + Q(x - Q(x)) @ w.T, both by four-over-six. The second product, with the same
-                 weights, is of what the rounding of the first one lost. The products take twice the time
+  two-pass       y = Q(x) @ w.T + Q(x - Q(x)) @ w.T, both by four-over-six. The second product adds what the
+                 rounding of x lost in the first one. The products take twice the time
 
 What is stored
 --------------
@@ -100,8 +100,9 @@ A row has N = Kp / B blocks of B = 16 or 32. M128 is M rounded up to a multiple 
   marker        L.comfy_quant       uint8, JSON: {"format": "nvfp4"}     uint8, JSON: {"format": "mxfp8"}
 
 Optional: L.bias (M,); for NVFP4 L.pre_quant_scale (K,), which multiplies x, and L.input_scale (), the tensor
-scale of x (other formats ignore it). "full_precision_matrix_mult": true in the marker's JSON says that x must not
-be quantized, and "two_pass": true that it needs two passes. Other programs ignore the latter.
+scale of x. An MXFP8 or FP8 layer may have an input_scale too; it is ignored. In the marker's JSON,
+"full_precision_matrix_mult": true says that x must not be quantized, and "two_pass": true that it needs two
+passes. Other programs ignore "two_pass".
 
 Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales is
 padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512 consecutive bytes, and the tiles follow one
@@ -118,11 +119,11 @@ https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 Map
 ---
   for callers    quantize_nvfp4, dequantize_nvfp4, quantize_mxfp8, dequantize_mxfp8, swizzle, unswizzle,
-                 QuantLinear, write_marker, read_marker, stored_tensors, from_lightx2v, describe, default_mode,
-                 default_dtype
+                 QuantLinear, project, write_marker, read_marker, stored_tensors, from_lightx2v, describe,
+                 default_mode, default_dtype
   for converters encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1, encode_nvfp4, encode_mxfp8, round_e2m1
   to read first  plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch.
-                 Of activations: four_over_six and plain_two_pass
+                 For activations: four_over_six and plain_two_pass
 
 The stored layout is comfy-kitchen's (https://github.com/Comfy-Org/comfy-kitchen), and method="rtn" (round to
 nearest) is bit-identical to its eager backend, version 0.2.40. comfy-kitchen and torchao both wrap a weight in
@@ -425,7 +426,7 @@ def search_nvfp4(x, amax, tensor_scale, rtn):
 
 
 def round_nvfp4(x, scale):
-    """decode_nvfp4 of encode_nvfp4: blocks x (Mp, N, 16) float32 >= 0, scale (Mp, N) -> (Mp, N, 16)."""
+    """x quantized and dequantized: blocks x (Mp, N, 16) float32 >= 0, scale (Mp, N) -> (Mp, N, 16)."""
     scale = scale[..., None]
     return round_e2m1(x / scale.clamp(min=2.0 ** -149)).mul_(scale)  # a scale of 0 gives 0, not 0 / 0
 
@@ -447,24 +448,24 @@ def search_mxfp8(x, amax, rtn):
 # Activations: more accurate ways to quantize them to NVFP4
 # ----------------------------------------------------------------------------------------------------
 
-# Nearest's tensor scale maps the largest block scale to 448, E4M3's largest value, and amax / 4 would need 672.
-# Mapped to 256 it needs 384, and 256 is the largest E4M3 value whose 1.5-fold is an E4M3 value too: either way
-# the block that holds the largest value of x gets its scale without rounding.
+# For "nearest", the tensor scale maps the largest block scale, amax / 6, to 448, the largest E4M3 value; amax / 4
+# would be 672. If amax / 6 is mapped to 256 instead, amax / 4 becomes 384. Both are E4M3 values, so the scale of
+# the block with the largest value of x is not rounded. 256 is the largest value for which this works.
 ROOM_FOR_FOUR = E4M3_MAX / 256  # the tensor scale, as a multiple of nearest's
 
 
 def four_over_six(x, amax, tensor_scale, six):
-    """The better of the block scales `six`, which is amax / 6, and amax / 4: blocks x (R, N, 16), amax and six
-    (R, N) -> (R, N). In a tie, six wins.
+    """For each block, the scale amax / 6 (given as `six`) or amax / 4, whichever has the smaller squared error:
+    blocks x (R, N, 16), amax and six (R, N) -> (R, N). In a tie, six wins.
 
-    E2M1 has no value between 4 and 6. Where amax becomes 6, values around 5/6 of it are rounded badly; where it
-    becomes 4, all steps are of at most amax / 4, but the small values have coarser ones.
+    E2M1 has no value between 4 and 6. If amax is scaled to 6, values around 5/6 of it have a large error. If it
+    is scaled to 4, no step is larger than amax / 4, but small values have coarser steps.
     """
     x = x.abs()
     four = (amax / 4 / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (R, N)
 
     def squared_errors(block_scale):
-        # Relative to amax they are at most 1. As whole numbers they have the same sum in any order.
+        # Relative to amax, an error is at most 1. Integers have the same sum in any order.
         error = (x - round_nvfp4(x, tensor_scale * block_scale.float())) / amax.clamp(min=2.0 ** -126)[..., None]
         return (error.square() * 2.0 ** 26).int()  # (R, N, 16)
 
@@ -475,13 +476,13 @@ def four_over_six(x, amax, tensor_scale, six):
 def plain_two_pass(x, tensor_scale):
     """x (R, Kp) -> data and block_scale of Q(x), data and block_scale of Q(x - Q(x)), both by four-over-six.
 
-    The tensor scale of the second pass is tensor_scale / 6: where nothing is clipped, rounding loses at most half
-    the step from 4 to 6, a sixth of the largest value. So the block scales keep their range, and no pass over x
-    has to find the largest loss.
+    The tensor scale of the second pass is tensor_scale / 6: where nothing is clipped, x - Q(x) is at most half
+    the step from 4 to 6, a sixth of the largest value. So the block scales keep their range, without another
+    pass to find the largest value of x - Q(x).
     """
     data, block_scale = plain_nvfp4(x, tensor_scale, "four-over-six")[:2]  # (R, Kp/2), (R, N)
     blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))  # (R, N, 16)
-    rest = blocks - round_nvfp4(blocks.abs(), tensor_scale * block_scale.float()).copysign(blocks)
+    rest = blocks - round_nvfp4(blocks.abs(), tensor_scale * block_scale.float()).copysign(blocks)  # (R, N, 16)
     return data, block_scale, *plain_nvfp4(rest.flatten(1), tensor_scale / E2M1_MAX, "four-over-six")[:2]
 
 
@@ -564,7 +565,7 @@ LIGHTX2V_SCALES = ["weight_global_scale", "input_absmax"], ["alpha", "input_glob
 
 
 def from_lightx2v(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors {suffix: tensor} in LightX2V's layout of NVFP4 -> those of this file; no weight changes.
+    """A layer's tensors {suffix: tensor} in LightX2V's NVFP4 layout -> the same weights in this file's layout.
     The tensors of any other layer are returned as they are.
 
     LightX2V (https://github.com/ModelTC/LightX2V) puts the even element in the LOW nibble and has no marker. Its
@@ -574,7 +575,7 @@ def from_lightx2v(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight_global_scale, input_absmax = 2688 * input_scale     or
         input_global_scale, alpha = input_scale * weight_scale_2
 
-    Raises ValueError, naming `name`, if tensors are missing, of another layout, or out of range.
+    Raises ValueError, naming `name`, if tensors are missing, do not match this layout, or are out of range.
     """
     scales = [suffix for pair in LIGHTX2V_SCALES for suffix in pair if suffix in tensors]
     if not scales:
@@ -635,7 +636,7 @@ class QuantLinear(nn.Module):
       emulate       compute what tensor_cores computes, but for the rounding of the product to bfloat16, on any
                     device: quantize and dequantize x, dequantize W, multiply in float32
     FP8 layers, plain layers and those whose marker says "full_precision_matrix_mult" always use "dequantize";
-    an input_scale is used by NVFP4 and ignored by the others. A dequantized copy of W is freed after each call.
+    NVFP4 layers use an input_scale, all others ignore it. A dequantized copy of W is freed after each call.
     The attribute `activations`, one of ACTIVATIONS, says how x is quantized; for MXFP8, it is always "nearest".
 
     x has any float dtype and any leading dimensions; y has x's dtype. Use from_tensors to make a layer.
@@ -645,19 +646,19 @@ class QuantLinear(nn.Module):
     def from_tensors(cls, name: str, tensors: dict[str, Tensor], in_features: int, out_features: int,
                      bias: bool | None = None, compute_dtype: torch.dtype | None = None,
                      mode: str | None = None, activations: str | None = None) -> "QuantLinear":
-        """Make a layer from its stored tensors. They are not copied (see below), and may be memory-mapped.
+        """Make a layer from its stored tensors. They may be memory-mapped, and are not copied, except as below.
 
         name      the layer's name, for messages: "blocks.3.ffn.0"
         tensors   {suffix: tensor}: weight, bias, weight_scale, comfy_quant, ... The names scale_weight and
-                  scale_input of older FP8 files are read as weight_scale and input_scale. NVFP4 in LightX2V's
-                  layout is read too, with its nibbles swapped into a copy of the weight.
+                  scale_input of older FP8 files are read as weight_scale and input_scale. LightX2V's NVFP4
+                  layout is read too; its weight is copied, with the nibbles swapped.
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
-        activations  one of ACTIVATIONS, by default "nearest". A layer whose marker says "two_pass" takes two
-                  passes, unless "nearest" is given.
+        activations   one of ACTIVATIONS, by default "nearest"; for a layer whose marker says "two_pass", always
+                  "two-pass" unless "nearest" is given
 
-        Raises ValueError for missing, unexpected or unfitting tensors, and an unknown format, mode or way to
-        quantize activations.
+        Raises ValueError for missing or unexpected tensors, wrong shapes or dtypes, and an unknown format, mode
+        or way to quantize activations.
         """
         older = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
         tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
@@ -722,14 +723,14 @@ class QuantLinear(nn.Module):
         return self.weight.to(dtype)
 
     def forward(self, x: Tensor, quantized: dict | None = None) -> Tensor:
-        """x (..., K) -> y (..., M). `quantized` keeps the quantized x for other layers: see project."""
+        """x (..., K) -> y (..., M). `quantized` is the cache of quantized x that the layers of project share."""
         flat = x.reshape(-1, self.in_features)  # (R, K)
         scaled = flat if self.pre_quant_scale is None else flat * self.pre_quant_scale  # (R, K)
         dtype = torch.float32 if self.mode == "emulate" else self.compute_dtype
         if self.mode == "tensor_cores":
             first, *second = self.quantize_input(scaled, quantized)
             y = multiply(first, self, self.bias, dtype)  # (R, M)
-            for rest in second:  # if two-pass
+            for rest in second:  # only for two-pass
                 y += multiply(rest, self, None, dtype)  # (R, M)
         else:
             if self.mode == "emulate":
@@ -742,7 +743,7 @@ class QuantLinear(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def quantize_input(self, x: Tensor, quantized: dict | None):
-        """quantize_activation of x (R, K), or what `quantized` has of it from another layer."""
+        """quantize_activation of x (R, K), cached in `quantized` unless this layer has its own scale for x."""
         if quantized is None or self.input_scale is not None or self.pre_quant_scale is not None:
             return quantize_activation(x, self)
         kind = self.format, self.activations
@@ -768,8 +769,8 @@ class QuantLinear(nn.Module):
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """[layer(x) for layer in layers], such as q, k and v. x is quantized once for each format, and each way to
-    quantize it, among them."""
+    """[layer(x) for layer in layers], such as q, k and v. Layers with the same format and the same way to
+    quantize x share one quantized x."""
     quantized = {}
     return [layer(x, quantized) if isinstance(layer, QuantLinear) else layer(x) for layer in layers]
 
@@ -794,9 +795,10 @@ def describe(model: nn.Module) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 def compiled_on_cuda(function):
-    """A decorator for functions that are passes over memory: on CUDA, torch.compile makes one pass of them.
+    """A decorator for elementwise functions: on CUDA, torch.compile fuses their passes over memory.
 
-    The first argument is a tensor. Elsewhere, or as part of a larger compiled graph, the function runs as it is.
+    The first argument must be a tensor. On other devices, and within a larger compiled graph, the function runs
+    as it is.
     """
     @functools.wraps(function)
     def run(x, *arguments):
@@ -809,11 +811,11 @@ def compiled_on_cuda(function):
 @torch.no_grad()
 def quantize_activation(x: Tensor, layer: QuantLinear) -> list[tuple]:
     """Activation (R, K) -> [(data, block_scale (swizzled), tensor_scale (None for MXFP8))], in the layer's format
-    and as its `activations` says. For two-pass the list has a second tuple, of what the first one lost.
+    and as its `activations` says. For two-pass, a second tuple holds x - Q(x).
 
     "nearest" rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that
-    of x; the other two ways take ROOM_FOR_FOUR times that. A check would wait for the GPU: NaN in x makes its row
-    of y NaN, for NVFP4 without input_scale all of y.
+    of x; the other two ways take ROOM_FOR_FOUR times that. There is no check for NaN, which would wait for the
+    GPU: NaN in x makes its row of y NaN or, for NVFP4 without input_scale, all of y.
     """
     x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
     tensor_scale = layer.input_scale
@@ -829,9 +831,9 @@ def quantize_rows(x, fmt, tensor_scale, activations):
     """quantize_activation for an x whose columns are padded, with the scales not swizzled yet. For "nearest",
     tensor_scale may be None.
 
-    Compiled, it and the swizzle move 2.7 times x's bytes for NVFP4, which reads x twice, and 1.6 times for MXFP8;
-    step by step 78 and 21 times (bench/fullsize.py --activation), a few rows at a time in the L2 cache. With its
-    tensor scale, four-over-six moves 3.5 times x's bytes and two-pass 4.0 times: both read x three times.
+    Memory traffic with the swizzle, in multiples of x's bytes (bench/fullsize.py --activation): compiled, 2.7 for
+    NVFP4, which reads x twice, and 1.6 for MXFP8; not compiled, 78 and 21, but a few rows at a time, in the L2
+    cache. Compiled, with the tensor scale: four-over-six 3.5, two-pass 4.0; both read x three times.
     """
     if fmt == "mxfp8":
         return [(*by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None)]
@@ -849,7 +851,7 @@ def quantize_rows(x, fmt, tensor_scale, activations):
 
 
 def dequantize_activation(passes: list[tuple], shape: tuple[int, int]) -> Tensor:
-    """The inverse of quantize_activation: -> float32 of this shape (R, K), the sum of the passes."""
+    """The inverse of quantize_activation: the sum of the passes, float32, of shape (R, K)."""
     first, *second = (dequantize_mxfp8(data, block_scale) if tensor_scale is None
                       else dequantize_nvfp4(data, block_scale, tensor_scale)
                       for data, block_scale, tensor_scale in passes)  # (R, K32) each
@@ -857,10 +859,10 @@ def dequantize_activation(passes: list[tuple], shape: tuple[int, int]) -> Tensor
 
 
 def multiply(quantized, layer: QuantLinear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The product of one pass of quantize_activation and the layer's weight, plus bias: (R, M) in dtype."""
+    """One pass of quantize_activation times the layer's weight, plus bias: (R, M) in dtype."""
     *operands, tensor_scale = scaled_mm_operands(quantized, layer)
     device = operands[0].device
-    if device.type == "cuda" and dtype == torch.bfloat16 and one_call_works(device, layer.format):  # by a trial
+    if device.type == "cuda" and dtype == torch.bfloat16 and one_call_works(device, layer.format):
         return multiply_in_one_call(*operands, tensor_scale, bias)[:, :layer.out_features]  # (R, M)
     y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)[:, :layer.out_features]  # (R, M)
     return scale_and_add(y.to(dtype), tensor_scale, bias)  # (R, M)
@@ -900,7 +902,8 @@ def row_chunks(rows, cols, device):
 
 
 def by_rows(plain, w, *arguments):
-    """What plain(w, *arguments), a plain form, returns for each row, computed on a few rows at a time."""
+    """The 2-D tensors that plain(w, *arguments) returns, computed on a few rows at a time. `plain` is one of the
+    plain forms, such as plain_nvfp4."""
     def rows_of(w):
         return [part for part in plain(w, *arguments) if part.dim() == 2]  # without the tensor scale
 
@@ -923,8 +926,8 @@ COMPILER_OPTIONS = {"eager_numerics.division_rounding": True,
 
 @functools.cache
 def compiled(function, device_type):
-    """function, compiled, or function itself where torch.compile does not work. Its tensors are (..., R, K): one
-    variant serves any number of rows R."""
+    """The function, compiled, or as it is if torch.compile does not work. Its tensors are (..., R, K); other
+    numbers of rows R do not compile it again."""
     if not compiler_works(device_type):
         return function
     program = torch.compile(function, options=COMPILER_OPTIONS)
@@ -952,7 +955,7 @@ def compiler_works(device_type):
 
 
 def multiply_in_one_call(a, b, scale_a, scale_b, tensor_scale, bias):
-    """The product (R, Mp) * tensor_scale + bias in bfloat16, by the function of torch that takes all of it."""
+    """The product (R, Mp) * tensor_scale + bias in bfloat16, by F.scaled_mm, which takes all of these."""
     scaling, swizzle = [F.ScalingType.BlockWise1x32], [F.SwizzleType.SWIZZLE_32_4_4]
     scale_a, scale_b = [scale_a], [scale_b]
     if tensor_scale is not None:
@@ -966,7 +969,7 @@ def multiply_in_one_call(a, b, scale_a, scale_b, tensor_scale, bias):
 
 @functools.cache
 def one_call_works(device, fmt):
-    """Whether multiply_in_one_call runs on this device, and does what torch._scaled_mm and scale_and_add do."""
+    """Whether multiply_in_one_call, tried on this device, gives what torch._scaled_mm and scale_and_add give."""
     generator = torch.Generator().manual_seed(0)
     w, x = (torch.randn(rows, 512, generator=generator) for rows in (256, 160))
     stored = dict(zip(("weight", "weight_scale", "weight_scale_2"),

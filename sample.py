@@ -20,7 +20,7 @@ distilled model's recipe is scheduler "normal", sampler "lcm", shift 5, 4 steps 
 base model needs 40 steps, cfg 5 and a negative prompt. All noise comes from one generator on the CPU, so a
 seed gives the same noise on every device.
 
-Under torchrun, one process per GPU shares the work, as the section on several GPUs says.
+Under torchrun, several processes, one per GPU, share the work: see the section on several GPUs.
 
 For callers: generate() with Settings is the whole pipeline, encode_conditions() its first half. Its parts are
 sigmas, sample_latents, read_image, fit_size, resize, clip_pixels, first_frame_video, image_condition,
@@ -732,8 +732,8 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
 
     images: (3, h, w) in [0, 1]. files: the networks' paths by the names in NETWORKS, as find_files gives them.
     on_latents(i, latents): called before video i is decoded. timings: a dict that receives the seconds of each
-    stage. ranks: gives only the videos that this rank writes. Raises what the loaders of wan_fp4 raise, and
-    ValueError for NaN in the velocity or the latents.
+    stage. ranks: they share the work; each gets only the videos that it must write (deal). Raises what the
+    loaders of wan_fp4 raise, and ValueError for NaN in the velocity or the latents.
     """
     device, timings = torch.device(settings.device), {} if timings is None else timings
     levels = sigmas(settings.scheduler, settings.steps, settings.shift).tolist()
@@ -876,7 +876,7 @@ def encode_first_frames(path, images, frames, device):
 
 
 def load_dit(path, conditions, settings, team):
-    """The DiT with its LoRAs, on the GPU or streamed to it. Prints what it is made of."""
+    """The DiT with its LoRAs, on the GPU or streamed to it, its tokens shared by the team. Prints its formats."""
     device = torch.device(settings.device)
     mode = "emulate" if settings.emulate else None
     dit = wan_fp4.load_dit(path, device, loras=settings.loras, stream=True, mode=mode,
@@ -894,8 +894,8 @@ def load_dit(path, conditions, settings, team):
 
 @contextmanager
 def attention_kernel(name):
-    """A context in which torch takes the kernels cudnn, fa3 or fa4 for attention where they can compute it.
-    Raises ValueError where one is not installed."""
+    """A context in which torch's attention uses the kernel cudnn, fa3 or fa4 wherever it applies, and another
+    one elsewhere. Other names change nothing. Raises ValueError if fa3 or fa4 is not installed."""
     if name == "cudnn":
         first = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
         with sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
@@ -915,7 +915,7 @@ def attention_kernel(name):
 
 
 def check_attention(settings):
-    """Raises ValueError for an attention that the device does not have."""
+    """Raises ValueError for an attention that the device cannot compute."""
     device, name = torch.device(settings.device), settings.attention
     if name.startswith("fp8") and not (settings.emulate or wan_fp4.has_fp8_kernel(device)):
         raise ValueError(f"--attention {name}: {device} does not multiply in 8 bits, which needs a CUDA GPU of "
@@ -939,8 +939,8 @@ def unquantized_activations(dit, active):
 
 @torch.inference_mode()
 def decode_videos(path, latents, settings, timings, team=wan_fp4.Ranks()):
-    """The video of each latents (1, 16, T, H, W), one after another, as generate gives them; in a team, only in
-    rank 0."""
+    """Yields the video of each latents (1, 16, T, H, W), as generate does. In a team, all ranks must iterate, but
+    only rank 0 gets the videos."""
     device = torch.device(settings.device)
     with stage("decode", timings, device, path):
         vae = wan_fp4.load_vae(path, device)
@@ -957,9 +957,10 @@ def decode_videos(path, latents, settings, timings, team=wan_fp4.Ranks()):
 
 
 def decode_video(vae, latents, team):
-    """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU. Tiles are shared out among the team."""
+    """Latents (1, 16, T, H, W) -> frames (F, h, w, 3) uint8 on the CPU. The team shares the tiles; without tiles,
+    rank 0 decodes alone and the others get None."""
     free = min(team.gather(free_memory(latents.device)))
-    free = free / team.size if latents.is_cpu else free  # processes of one machine have its memory in common
+    free = free / team.size if latents.is_cpu else free  # all processes of a machine share its memory
     frames, tile = [], decode_tile(vae, *latents.shape[3:], free)
     if tile is None and team.rank > 0:
         return None
@@ -1022,7 +1023,7 @@ def read_latents(path):
 # draw the same noise, but each computes only its share of the DiT's tokens and of the VAE's tiles (wan_fp4.py).
 
 def deal(ranks, videos):
-    """The team that this rank belongs to, and the numbers of the videos that the team makes."""
+    """The team that this rank belongs to, and the indices of the videos that the team makes."""
     if videos < ranks.size:
         return ranks, range(videos)
     return wan_fp4.Ranks(), range(ranks.rank, videos, ranks.size)
@@ -1030,13 +1031,13 @@ def deal(ranks, videos):
 
 def split_tokens(dit, team, cfg):
     """The DiT as it runs in this rank, and the number of ranks that share a video's tokens: the team or, with
-    guidance, half of it."""
+    guidance and an even team, half of it."""
     parts = team.size // 2 if cfg != 1 and team.size % 2 == 0 else team.size
     return (dit if parts == 1 else wan_fp4.SplitDiT(dit, team.group(parts))), parts
 
 
 def both_velocities(dit, x, t, c, team):
-    """The velocities for the prompt and for the negative prompt. Each half of an even team computes one."""
+    """The velocities for the prompt and for the negative prompt. In an even team, each half computes one."""
     if team.size % 2:
         return dit(x, t, c.text, c.image, c.y), dit(x, t, c.negative, c.image, c.y)
     half, place = divmod(team.rank, team.size // 2)
@@ -1215,7 +1216,7 @@ def find_rife(name, models=None):
 # ----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse's own prints the usage too; errors_in_one_line prints one line
+    def error(self, message):  # argparse would print the usage too; errors_in_one_line prints one line
         raise ValueError(message)
 
 
@@ -1227,48 +1228,53 @@ def make_parser():
     add("image", nargs="*", help="png, jpg or webp; transparency becomes white. Several pictures make several "
         "videos, and each network is loaded only once")
     add("--prompt", help="what happens in the video (default: the model file's own prompt, if it has one)")
-    add("--prompt-file", metavar="FILE", help="one prompt a line: as many as there are pictures, or any number "
-        "for a single picture")
-    add("-o", "--output", help="OUT.mp4, .gif or .webp, replaced if it exists; a name without an extension: a "
-        "folder of png; for several videos: an existing folder (default: a new name in the current folder, from "
-        "the picture, the prompt and the seed)")
+    add("--prompt-file", metavar="FILE", help="text file, one prompt a line: as many as there are pictures, or "
+        "one for all pictures, or several for a single picture")
+    add("-o", "--output", help="OUT.mp4, OUT.gif or OUT.webp, replaced if it exists; a name without an "
+        "extension makes a folder of png; for several videos, an existing folder (default: a new name in the "
+        "current folder, from the picture, the prompt and the seed)")
     add("--models", metavar="DIR", help="folder with the four networks, laid out like ComfyUI's, Wan's or "
         "diffusers', or flat (default: models/ beside this script; without it, the embedded demo model)")
     for flag in NETWORKS:
         add(f"--{flag}", metavar="FILE", help="use this file instead of the one in the models folder")
     add("--lora", type=parse_lora, action="append", default=[], metavar="FILE[:STRENGTH]",
         help="add a LoRA to the DiT, as a side branch of its layers; can be given several times")
-    add("--frames", type=int, help=f"4k + 1, at {FPS} a second (default: the model's own, or {FRAMES})")
-    add("--size", type=parse_size, metavar="WxH", help="rounded to multiples of 16; the picture is cropped to it "
-        "(default: the picture's aspect ratio, with the model's own pixel area, or that of 480 x 832)")
+    add("--frames", type=int, help=f"number of frames, 4k + 1, at {FPS} a second (default: the number "
+        f"given in the model file, or {FRAMES})")
+    add("--size", type=parse_size, metavar="WxH", help="size of the video, rounded to multiples of 16; the "
+        "picture is cropped to it (default: the picture's aspect ratio, with the pixel area given in the model "
+        "file, or that of 480 x 832)")
     add("--steps", type=int, default=4, help="sampling steps (default: 4)")
-    add("--shift", type=float, default=5.0, help="above 1: more of the steps at high noise (default: 5)")
-    add("--sampler", choices=SAMPLERS, default="lcm", help="(default: lcm)")
-    add("--scheduler", choices=SCHEDULERS, default="normal", help="(default: normal)")
+    add("--shift", type=float, default=5.0, help="above 1, more of the steps are at high noise (default: 5)")
+    add("--sampler", choices=SAMPLERS, default="lcm", help="lcm: for the distilled model; euler and heun: "
+        "for the base model, heun with two forward passes a step (default: lcm)")
+    add("--scheduler", choices=SCHEDULERS, default="normal", help="how the noise levels of the steps are "
+        "spaced; named as in ComfyUI (default: normal)")
     add("--cfg", type=float, default=1.0, help="guidance scale; any value but 1 doubles the cost of a step "
         "(default: 1)")
-    add("--negative", default="", help="what to avoid in the video; needs --cfg")
+    add("--negative", default="", help="what to avoid in the video; used only if --cfg is not 1")
     add("--offload", action="store_true", help="stream the blocks of the DiT and the text encoder from CPU "
         "memory (default: only if they do not fit the GPU)")
     add("--precise-steps", action="store_true", help="do not quantize activations in the first and the last "
-        "step: closer to the bf16 model, but slower, where tensor cores multiply in NVFP4 or MXFP8")
-    add("--activations", choices=quant.ACTIVATIONS, help="how NVFP4 layers on tensor cores quantize activations: "
-        "nearest: fastest; four-over-six: with the better of two scales for every 16 values; two-pass: with a "
-        "second product, of what the first one's rounding lost, which doubles the time of the products. Layers "
-        "that the file marks take two passes, unless nearest is given (default: nearest for all others)")
-    add("--attention", choices=ATTENTION, default="sdpa", help="sdpa: torch's choice of a 16-bit kernel; fp8: "
-        "self-attention in 8 bits (E4M3), on GPUs from compute capability 8.9, except in blocks that the file "
-        "lists as too sensitive; fp8-all: in these too; cudnn, fa3, fa4: that 16-bit kernel, if it is installed "
-        "(default: sdpa)")
-    add("--emulate", action="store_true", help="compute what the tensor cores of a Blackwell GPU would, to see "
-        "the quality of quantized activations and of --attention fp8 on any device; slow")
-    add("--seed", type=int, default=0, help="of the noise; the same seed makes the same video (default: 0)")
+        "step: closer to the bf16 model, but slower; only for tensor cores that multiply in NVFP4 or MXFP8")
+    add("--activations", choices=quant.ACTIVATIONS, help="how NVFP4 layers on tensor cores quantize activations. "
+        "nearest: fastest; four-over-six: the better of two scales for every 16 values; two-pass: most accurate: "
+        "a second product adds what rounding lost, so products take twice the time. Layers that the file marks "
+        "for two-pass use it, unless nearest is given (default: nearest for all others)")
+    add("--attention", choices=ATTENTION, default="sdpa", help="sdpa: the kernel that torch chooses; fp8: "
+        "self-attention in 8 bits (E4M3), on GPUs of compute capability 8.9 (RTX 4090) or later, except in "
+        "blocks that the file lists as too sensitive; fp8-all: in all blocks; cudnn, fa3, fa4: in 16 bits, by "
+        "cuDNN or by FlashAttention 3 or 4, if installed (default: sdpa)")
+    add("--emulate", action="store_true", help="compute on any device what the tensor cores of a Blackwell GPU "
+        "would, to see the quality of quantized activations and of --attention fp8; slow")
+    add("--seed", type=int, default=0, help="seed of the noise; the same seed makes the same video (default: 0)")
     add("--interpolate", metavar="RIFE_WEIGHTS", help="insert a frame between every two, so 81 become 161: the "
         "flownet.pkl of RIFE 4.25 or 4.26, or its name in the models folder")
     add("--decode", metavar="FILE", help=f"only decode the latents that an interrupted run left in OUT{KEPT}")
-    add("--check", action="store_true", help="only run one product in NVFP4 and one in MXFP8 on this "
-        "device; exit code 0 if both are right, 1 if not")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--check", action="store_true", help="make no video, but test each format on this device, and fp8 "
+        "attention if the GPU has it; exit code 0 if all results are right, 1 if not")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, or one GPU by its number: cuda:1 (default: %(default)s)")
     return parser
 
 
@@ -1281,7 +1287,7 @@ def parse_size(text):
 
 
 def parse_lora(text):
-    """wan_fp4.parse_lora, for a file that can be read."""
+    """wan_fp4.parse_lora for the command line, which also checks that the file can be read."""
     try:
         path, strength = wan_fp4.parse_lora(text)
         check_file(path)
@@ -1613,7 +1619,7 @@ def report(written, settings, timings, seconds):
 
 
 def decode_kept(args, ranks):
-    """--decode: finish a video from the latents that an interrupted run has left."""
+    """--decode: finish a video from the latents that an interrupted run left."""
     path = args.decode
     files, _ = find_files({"vae": args.vae}, args.models)
     rife = find_rife(args.interpolate, args.models) if args.interpolate else None
@@ -1630,8 +1636,9 @@ def decode_kept(args, ranks):
 
 
 def check(device):
-    """--check: print which path each format takes on this device, and why; multiply once in each and compare with
-    the product of the dequantized operands. True if both agree."""
+    """--check: print which path each format takes on this device, and why; multiply once in each, and on tensor
+    cores in each way to quantize activations. True if all products agree with those of the dequantized operands,
+    and 8-bit attention with its emulation."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         reason = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor} (tensor cores need sm_100 or later)"
@@ -1645,8 +1652,8 @@ def check(device):
 
 
 def check_fp8_attention(device):
-    """Print whether --attention fp8 computes on this device what its emulation does. True if it does, or cannot
-    be used."""
+    """Print whether --attention fp8 agrees with its emulation on this device. True if it does, or if the device
+    does not have it."""
     if not wan_fp4.has_fp8_kernel(device):
         return True
     q, k, v = (torch.randn(1, 2, 1000, 128, generator=torch.Generator().manual_seed(i)) for i in range(3))

@@ -144,7 +144,7 @@ def rms_norm_and_rope(x, weight, rope, head_dim):
 
 @compiled_on_cuda
 def layer_norm(x, weight, bias, dtype):
-    """LayerNorm, with weight and bias for all (D,) or for each video of the batch (B, 1, D)."""
+    """LayerNorm in `dtype`. weight and bias are (D,) or, if each video of the batch has its own, (B, 1, D)."""
     if weight.dim() == 1:
         return F.layer_norm(x, weight.shape, weight, bias, 1e-6).to(dtype)
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), weight).to(dtype)
@@ -310,12 +310,13 @@ class WanDiT(nn.Module):
 def fp8_attention(q, k, v):
     """Self-attention with q, k, v and the probabilities in E4M3: (B, heads, N, d) each -> (B, heads, N, d).
 
-    Three changes leave y the same, but for rounding, and make it more accurate:
-    - k loses its mean over the tokens, which subtracts the same from all logits of a row.
-    - q and k are rotated by a Hadamard matrix, which leaves q @ k.T the same but spreads a few large channels
-      over all, so that their rounding errors average out.
-    - v loses its mean over the tokens, which is added to y, since the probabilities of a row sum to one. In
-      E4M3, those below 2 ** -10 vanish, and would take their share of the mean along.
+    Three steps, which would not change y in exact arithmetic, reduce the rounding error:
+    - The mean of k over the tokens is subtracted from k. All logits of a row change by the same number, which the
+      softmax ignores.
+    - q and k are rotated by a Hadamard matrix. q @ k.T stays the same, but a few large channels are spread over
+      all, so that their rounding errors average out.
+    - The mean of v over the tokens is subtracted from v and added to y, as the probabilities of a row sum to one.
+      Probabilities below 2 ** -10 become 0 in E4M3; without this step, y would lose their share of the mean.
     """
     dtype = v.dtype
     q, k, v, logit_scale, v_scale, v_mean = fp8_operands(q, k, v)
@@ -325,19 +326,20 @@ def fp8_attention(q, k, v):
 
 @compiled_on_cuda
 def fp8_operands(q, k, v):
-    """-> q, k, v in E4M3, the scale of the logits (B, heads, 1, 1), the scale and mean of v (B, heads, 1, d)."""
+    """q, k, v -> q, k, v in E4M3, the scale of the logits (B, heads, 1, 1), and v's scale and mean, each
+    (B, heads, 1, d)."""
     H = hadamard(q.shape[-1], q.dtype, q.device)  # (p, p)
     q, k = ((x.unflatten(-1, (-1, len(H))) @ H).flatten(-2) for x in (q, k))  # (B, heads, N, d) each
     v_mean = v.mean(2, keepdim=True, dtype=torch.float32)  # (B, heads, 1, d)
-    q, q_scale = to_e4m3(q.float(), (2, 3))
-    k, k_scale = to_e4m3(k - k.mean(2, keepdim=True, dtype=torch.float32), (2, 3))
-    v, v_scale = to_e4m3(v - v_mean, 2)  # a scale for each channel
+    q, q_scale = to_e4m3(q.float(), (2, 3))  # (B, heads, N, d), (B, heads, 1, 1)
+    k, k_scale = to_e4m3(k - k.mean(2, keepdim=True, dtype=torch.float32), (2, 3))  # the same
+    v, v_scale = to_e4m3(v - v_mean, 2)  # (B, heads, N, d), (B, heads, 1, d): a scale for each channel
     return q, k, v, q_scale * k_scale / len(H) / q.shape[-1] ** 0.5, v_scale, v_mean
 
 
 def hadamard(d, dtype, device):
-    """The Hadamard matrix (p, p) of the largest power of two p that divides d: H @ H.T = p * I, all entries 1 or
-    -1, so that every dtype holds it exactly."""
+    """The Hadamard matrix H (p, p), where p is the largest power of two that divides d. H @ H.T = p * I, and all
+    entries are 1 or -1, which every dtype represents exactly."""
     H = torch.ones(1, 1, dtype=dtype, device=device)
     while d % (2 * len(H)) == 0:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])  # (2p, 2p)
@@ -345,6 +347,7 @@ def hadamard(d, dtype, device):
 
 
 def to_e4m3(x, dims):
+    """x float32 -> x / scale in E4M3, and the scale, which `dims` share."""
     scale = x.abs().amax(dims, keepdim=True).clamp(min=1e-30) / 448
     return (x / scale).to(torch.float8_e4m3fn), scale
 
@@ -355,15 +358,15 @@ def restore_v(y, v_scale, v_mean, dtype):
 
 
 def emulate_flex_attention(q, k, v, logit_scale):
-    """What FlexAttention's kernels compute from E4M3 operands, but for its running maximum: they scale the
-    probabilities by the largest logit so far, and correct the sum when they meet a larger one."""
+    """What FlexAttention's kernels compute from E4M3 operands, except that these scale the probabilities by the
+    largest logit so far, and correct the sum when a larger one follows."""
     k, v, out = k.float().transpose(2, 3), v.float(), []
-    few = max(1, 2 ** 26 // (v[..., 0].numel()))  # rows whose logits take 256 MB; N x N would not fit memory
+    few = max(1, 2 ** 26 // v[..., 0].numel())  # rows whose logits take 256 MB; N x N would not fit memory
     for rows in q.split(few, dim=2):  # (B, heads, few, d)
         logits = rows.float() @ k * logit_scale  # (B, heads, few, N)
         p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, heads, few, N)
         y = p.to(torch.float8_e4m3fn).float() @ v / p.sum(-1, keepdim=True)  # (B, heads, few, d)
-        out.append(y.to(torch.float8_e4m3fn))  # the kernels give y in q's dtype
+        out.append(y.to(torch.float8_e4m3fn))  # the kernels return y in q's dtype
     return torch.cat(out, dim=2)  # (B, heads, N, d)
 
 
@@ -385,8 +388,8 @@ def has_fp8_kernel(device):
 
 
 def use_fp8_attention(dit, everywhere=False):
-    """Use fp8_attention in the blocks of a WanDiT, except in those that its file lists as too sensitive.
-    Returns the indices of these blocks, or [] with `everywhere`. For blocks that are not streamed yet."""
+    """Use fp8_attention in the blocks of a WanDiT, except in those that its file lists as too sensitive, unless
+    `everywhere`. Returns the indices of the excepted blocks. Call it before the blocks are streamed."""
     kept = [] if everywhere else dit.bf16_attention
     for i, block in enumerate(dit.blocks):
         block.self_attn.attention = F.scaled_dot_product_attention if i in kept else fp8_attention
@@ -402,19 +405,20 @@ def use_fp8_attention(dit, everywhere=False):
 #
 # Ulysses (https://arxiv.org/abs/2309.14509) splits the tokens of a video: each rank has n = ceil(N / R) of them.
 # Only self-attention mixes tokens, and it treats heads separately. So an all-to-all before it gives each rank all
-# tokens of heads / R heads, and another one after it gives back n tokens of all heads. The result is that of one
-# rank, up to the order of sums; on tensor cores also up to the scale of quantized activations, which each rank
-# takes from its own tokens.
+# tokens of heads / R heads, and another one after it returns n tokens of all heads. The result differs from that
+# of a single rank by the order of sums and, on tensor cores, by the tensor scale of the activations, which each
+# rank computes from its own tokens.
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that work together, and the number of this one."""
+    """The number of processes that work together, and which of them this one is."""
     rank: int = 0
     size: int = 1
 
     def once(self, work):
-        """What work() returns, called by rank 0 only. Tensors on its GPU arrive on that of each rank."""
+        """Call work() in rank 0 only, and return its result in every rank, with tensors on rank 0's GPU copied to
+        each rank's own."""
         if self.size == 1:
             return work()
         result, message = None, [None]
@@ -436,7 +440,7 @@ class Ranks:
         return values
 
     def sum(self, x):
-        """The tensor x, to which those of the other ranks are added."""
+        """Add the other ranks' tensors to x, in place. Returns x."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -447,8 +451,8 @@ class Ranks:
         return groups[self.rank // size]
 
     def device(self, name):
-        """The device of this rank: as named, or one of the machine's GPUs for each. Raises ValueError if there
-        are too few."""
+        """The device of this rank: as named, but with several ranks, "cuda" gives each its own GPU. Raises
+        ValueError if the machine has too few, and for several ranks with a GPU's number, such as cuda:1."""
         if self.size == 1 or not name.startswith("cuda"):
             return name
         ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -461,11 +465,11 @@ class Ranks:
 
 @contextmanager
 def join_ranks():
-    """A context that gives the Ranks of torchrun. Only rank 0 prints in it.
+    """A context that gives the Ranks that torchrun started. Within it, only rank 0 prints.
 
-    The first exception in any rank is raised there, after "rank 1 (HOST): " on stderr; it ends all other ranks
-    within seconds, even in the middle of a transfer, with exit code 2. Raises ValueError if ranks have different
-    versions of torch, and ConnectionError if another rank has disappeared.
+    The first exception in any rank is raised again in that rank, after "rank 1 (HOST): " is printed to stderr.
+    All other ranks end within seconds with exit code 2, even in the middle of a transfer. Raises ValueError if
+    ranks have different versions of torch, and ConnectionError if another rank has disappeared.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks()
@@ -477,11 +481,11 @@ def join_ranks():
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             ranks = meet(store, rank, size)
             yield ranks
-            ranks.gather("finished")  # nobody leaves while others need it
+            ranks.gather("finished")  # no rank leaves while others still need it
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
         if store.add("failures", 1) > 1:
-            time.sleep(60)  # another rank failed first and says why; end_after_failure ends this one
+            time.sleep(60)  # another rank failed first and reports it; end_after_failure ends this one
         print(f"rank {rank} ({platform.node()}): ", end="", file=sys.stderr, flush=True)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError("lost the connection to another rank; see torchrun's report on it") from None
@@ -489,7 +493,7 @@ def join_ranks():
 
 
 def meet(store, rank, size):
-    """Connect this rank to all others. Raises ValueError for another version of torch than rank 0's."""
+    """Connect this rank to all others. Raises ValueError if its version of torch is not that of rank 0."""
     if rank == 0:
         store.set("torch", torch.__version__)
     version = store.get("torch").decode()
@@ -501,7 +505,7 @@ def meet(store, rank, size):
 
 
 def end_after_failure(store):
-    """End this process 2 seconds after a rank has failed; that rank needs them for its message."""
+    """End this process 2 seconds after any rank has failed, which leaves that rank time to print its message."""
     with contextlib.suppress(dist.DistError):  # the machine that keeps the store is lost
         while store.add("failures", 0) == 0:
             time.sleep(0.5)
@@ -516,33 +520,33 @@ class TokenSplit:
         self.group, self.size, self.tokens = group, dist.get_world_size(group), 0
 
     def share(self, x):
-        """This rank's tokens: (..., N, C) -> (..., n, C). Zeros follow the last token if R does not divide N."""
+        """This rank's tokens: (..., N, C) -> (..., n, C). If R does not divide N, zeros are appended first."""
         self.tokens = x.shape[-2]
         x = F.pad(x, (0, 0, 0, -self.tokens % self.size))  # (..., R * n, C)
-        return x.chunk(self.size, dim=-2)[dist.get_rank(self.group)].clone()  # (..., n, C); frees the others
+        return x.chunk(self.size, dim=-2)[dist.get_rank(self.group)].clone()  # (..., n, C), a copy: frees x
 
     def gather(self, x):
         """The inverse of share, for (B, n, C): every rank gets (B, N, C)."""
-        parts = [torch.empty_like(x) for _ in range(self.size)]
+        parts = [torch.empty_like(x) for _ in range(self.size)]  # (B, n, C) each
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=1)[:, :self.tokens]  # (B, N, C)
 
     def exchange(self, x):
-        """(R, ...): part i goes to rank i; part i of the result comes from rank i."""
+        """All-to-all on x (R, ...): part i goes to rank i; part i of the result comes from rank i."""
         result = torch.empty_like(x)
         dist.all_to_all_single(result, x, group=self.group)
         return result
 
     def all_tokens(self, x):
         """(B, heads, n, d) of this rank's tokens -> (B, heads/R, N, d) of its heads."""
-        x = rearrange(x, "b (r heads) n d -> r b heads n d", r=self.size).contiguous()
+        x = rearrange(x, "b (r heads) n d -> r b heads n d", r=self.size).contiguous()  # (R, B, heads/R, n, d)
         x = rearrange(self.exchange(x), "r b heads n d -> b heads (r n) d")  # (B, heads/R, R * n, d)
-        return x[:, :, :self.tokens]  # padding must not be attended to
+        return x[:, :, :self.tokens]  # (B, heads/R, N, d), without the padding
 
     def all_heads(self, x):
         """The inverse: (B, heads/R, N, d) -> (B, heads, n, d)."""
         x = F.pad(x, (0, 0, 0, -self.tokens % self.size))  # (B, heads/R, R * n, d)
-        x = rearrange(x, "b heads (r n) d -> r b heads n d", r=self.size).contiguous()
+        x = rearrange(x, "b heads (r n) d -> r b heads n d", r=self.size).contiguous()  # (R, B, heads/R, n, d)
         return rearrange(self.exchange(x), "r b heads n d -> b (r heads) n d")  # (B, heads, n, d)
 
     def attention(self, whole, q, k, v):
@@ -552,8 +556,8 @@ class TokenSplit:
 
 class SplitDiT(nn.Module):
     """A WanDiT that computes each velocity together with the other ranks of a process group. All of them must
-    call it with the same arguments, and get the same velocity. Raises ValueError if R does not divide the heads.
-    """
+    call it with the same arguments; all get the same velocity. Raises ValueError if the number of heads is not a
+    multiple of R."""
 
     def __init__(self, dit, group):
         super().__init__()
@@ -561,8 +565,8 @@ class SplitDiT(nn.Module):
         if heads % self.split.size:
             counts = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ValueError(f"the model's {heads} heads: got {self.split.size} ranks that share them, expected "
-                             f"{counts}; start torchrun with as many, with twice as many for --cfg, or make at "
-                             f"least one video per rank")
+                             f"{counts}; start torchrun with that many ranks (twice as many with --cfg), or make "
+                             f"at least one video per rank")
         for module in dit.modules():
             if isinstance(module, SelfAttention):
                 module.attention = partial(self.split.attention, module.attention)
@@ -834,7 +838,7 @@ class WanVAE(nn.Module):
         tile: None, or a number of latents, at least 2 * TILE_OVERLAP. Squares of that side are decoded one
         after another and assembled on the CPU, so device memory is that of one tile. Neighboring tiles overlap
         and are blended. Attention still sees whole frames, so pixels far from any overlap do not change.
-        ranks: those that decode the tiles together.
+        ranks: they share the tiles; every one must call this, and gets the whole video.
         """
         mean, std = latent_statistics(latents.device, self.cfg.z_dim)
         z, cache = (latents * std + mean).to(self.dtype), {}
@@ -1253,7 +1257,8 @@ def read_safetensors(path):
 
 def read_tensors(path):
     """A checkpoint's tensors by bare name, memory-mapped, and its metadata. path: a .safetensors, .pth or .pkl
-    file, an index .json, or a folder of shards. Layers that only the metadata mark get a comfy_quant tensor."""
+    file, an index .json, or a folder of shards. A layer whose format is only in the metadata gets a comfy_quant
+    tensor."""
     tensors, markers, metadata = {}, {}, {}
     for file in shards(path):
         stored, own = (read_pickle(file), {}) if file.suffix in PICKLES else read_safetensors(file)
@@ -1277,7 +1282,7 @@ def is_lightx2v(names):
 
 
 def header_markers(metadata, path):
-    """{marker's name: marker} of the layers that a file's header lists in _quantization_metadata."""
+    """{marker's name: marker} for the layers that a file's header lists in _quantization_metadata."""
     text = metadata.get("_quantization_metadata", "{}")
     try:
         layers = json.loads(text).get("layers", {})
@@ -1288,8 +1293,8 @@ def header_markers(metadata, path):
 
 
 def add_markers(tensors, markers, path):
-    """Give layers without a comfy_quant tensor the header's marker. Raises ValueError where the two disagree,
-    because programs differ in which one they follow."""
+    """Give layers without a comfy_quant tensor the header's marker. Raises ValueError if a layer has both and
+    they disagree, because programs differ in which one they follow."""
     def meaning(marker, where):
         info = read_marker(marker, where)
         return info["format"] + (" at full precision" if info.get("full_precision_matrix_mult") else "")
@@ -1443,7 +1448,8 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
     Linears become QuantLinears that keep the tensors as stored and compute in `dtype`, as convolutions do, or
     in float32 if their name begins with one of `float32`. All other parameters become float32. Every tensor
     moves to `device` once, except the token table and, with stream, the blocks, which stay in CPU memory.
-    Raises ValueError for missing and unexpected tensors and for wrong shapes.
+    mode and activations are those of load_dit. Raises ValueError for missing and unexpected tensors and for
+    wrong shapes.
     """
     dtype = dtype or default_dtype(device)
     modules, linears, state = dict(model.named_modules()), {}, {}
@@ -1515,8 +1521,8 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
             stored and, on a CPU, memory-mapped.
     loras   (file, strength) pairs; the model's attribute `loras` says in a line for each what was used
     stream  keep the blocks in CPU memory, for sample.StreamedBlocks
-    mode, activations   of quantized Linears, as for QuantLinear: by default quant.default_mode(device), and what
-            the file says of each layer
+    mode, activations   of the quantized Linears, as for QuantLinear.from_tensors; the default mode is
+            quant.default_mode(device)
 
     Raises FileNotFoundError; ValueError for missing or unexpected tensors, wrong shapes, unknown formats, a
     LoRA that does not fit, and a checkpoint that needs a LoRA that is not given.
@@ -1667,8 +1673,8 @@ LORA_PARTS = {"lora_up": "up", "lora_B": "up", "lora_down": "down", "lora_A": "d
 
 
 def parse_lora(text):
-    """"a.safetensors:0.8" -> (path, strength). A file's name may have colons: only a number after the last colon
-    is a strength. Raises ValueError for one that is infinite."""
+    """"a.safetensors:0.8" -> (path, strength); without a strength, 1. A file's name may have colons: only a
+    number after the last colon is a strength. Raises ValueError if it is infinite."""
     path, _, number = text.rpartition(":")
     try:
         strength = float(number) if path else math.nan
@@ -1680,8 +1686,9 @@ def parse_lora(text):
 
 
 def read_lora(path):
-    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. With factors, "scale" is
-    alpha / r. Raises ValueError for a tensor that is none of these parts, and for factors that do not fit."""
+    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. A layer with factors
+    also has "scale", the number alpha / r. Raises ValueError for a tensor that is none of these parts, and for
+    factors that do not fit together."""
     layers = {}
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
@@ -1715,8 +1722,8 @@ def lora_scale(parts, where):
 
 
 def lora_terms(path, strength):
-    """Yields all that a LoRA file adds to parameters: (name, shape, scale, factors). The term is scale times the
-    only factor, or times up @ down; shape is its shape."""
+    """Yields each term that a LoRA file adds to a parameter: (parameter's name, term's shape, scale, factors).
+    The term is scale * up @ down for the factors (up, down), or scale * difference for (difference,)."""
     for layer, parts in read_lora(path).items():
         if "up" in parts:
             up, down = parts["up"], parts["down"]  # (M, r), (r, K)
