@@ -5086,6 +5086,28 @@ def test_pre_quant_scales_make_outputs_more_accurate(small_dit, tmp_path):
     assert convert.snr(exact.weight, layer.dequantized(torch.float32) * layer.pre_quant_scale.float()) > 15
 
 
+def test_two_passes_combine_with_an_absorbing_lora_and_the_flags_name_only_w4a16(small_dit, out, capsys):
+    convert.main(["-i", small_dit, "-o", out, "--nvfp4", "--calib", PHOTO, "--two-pass", "0.9", "--extract-lora",
+                  "--lora-mode", "absorb", "--lora-rank", "4", "--print-flags"])
+    wan_fp4.load_dit(out, loras=[(out.with_name("out_lora.safetensors"), 1.0)])
+    assert "full_precision_matrix_mult" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--pre-quant-scale"], ["--static-input-scale"], ["--two-pass", "0.5"]])
+def test_the_size_counts_what_the_flags_add(small_dit, out, capsys, flags):
+    convert.main(["-i", small_dit, "-o", out, "--calib", PHOTO, "--size", "250000", *flags])
+    planned = float(re.findall(r"-> ([0-9.]+) MiB\n", capsys.readouterr().out)[0])
+    assert out.stat().st_size <= 250000 and out.stat().st_size / 2 ** 20 <= planned + 0.005
+
+
+def test_weights_are_dealt_out_alike_in_every_process():
+    """Sets come in another order in each process; weights of one size must not follow it."""
+    source = types.SimpleNamespace(shapes={name: (2, 2) for name in "abcdefgh"})
+    dealt = [convert.share(names, source, wan_fp4.Ranks(rank, 2)) for rank in (0, 1)
+             for names in ("abcdefgh", "hgfedcba")]
+    assert sorted(dealt[0] + dealt[2]) == list("abcdefgh") and set(dealt[0]) == set(dealt[1])
+
+
 def test_what_rounded_inputs_lose_is_a_metric_below_both():
     """H - H (H + E)^-1 H, against the regression of x on the rounded x over many samples."""
     x = torch.randn(20000, 64) @ (torch.randn(64, 64) * torch.logspace(0, -2, 64))

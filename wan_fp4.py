@@ -384,7 +384,8 @@ def flex_attention():
 def has_fp8_kernel(device):
     """Whether tensor cores of this device multiply in E4M3: CUDA from sm_89."""
     device = torch.device(device)
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def use_fp8_attention(dit, everywhere=False):
