@@ -914,14 +914,18 @@ def attention_kernel(name):
         yield
 
 
-def check_attention(settings):
-    """Raises ValueError for an attention that the device cannot compute."""
+def check_device_has(settings):
+    """Raises ValueError for an attention that the device cannot compute, and for a way to quantize activations
+    where none are quantized."""
     device, name = torch.device(settings.device), settings.attention
     if name.startswith("fp8") and not (settings.emulate or wan_fp4.has_fp8_kernel(device)):
         raise ValueError(f"--attention {name}: {device} does not multiply in 8 bits, which needs a CUDA GPU of "
                          f"compute capability 8.9 (such as an RTX 4090); to see its quality, add --emulate")
     if name in ("cudnn", "fa3", "fa4") and device.type != "cuda":
         raise ValueError(f"--attention {name}: got device {device}, expected a CUDA GPU; leave the flag out")
+    if settings.activations and not settings.emulate and quant.default_mode(device) != "tensor_cores":
+        raise ValueError(f"--activations {settings.activations}: {device} does not quantize activations, which "
+                         f"needs a CUDA GPU of compute capability 10.0; to see its quality, add --emulate")
 
 
 @contextmanager
@@ -1339,7 +1343,7 @@ def main(argv=None):
         files, demo = find_files(named, args.models)
         own = own_settings(files["dit"], args.lora)
         settings = make_settings(args, own, files["dit"], demo)
-        check_attention(settings)
+        check_device_has(settings)
         jobs = ranks.once(lambda: make_jobs(args, own, files, settings))
         announce(jobs, settings, demo)
 

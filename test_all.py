@@ -2848,11 +2848,14 @@ def test_emulate_and_fp8_attention_reach_the_dit(place, fakes, monkeypatch, caps
     assert everywhere == [False, True]
 
 
-@pytest.mark.parametrize("attention, text", [
-    ("fp8", "cpu does not multiply in 8 bits"), ("fp8-all", "to see its quality, add --emulate"),
-    ("cudnn", "got device cpu, expected a CUDA GPU"), ("fa3", "got device cpu, expected a CUDA GPU")])
-def test_attention_that_the_device_lacks_is_refused(attention, text, place):
-    fails(sample.main, ["photo.png", "--attention", attention], text)
+@pytest.mark.parametrize("flag, value, text", [
+    ("--attention", "fp8", "cpu does not multiply in 8 bits"),
+    ("--attention", "fp8-all", "to see its quality, add --emulate"),
+    ("--attention", "cudnn", "got device cpu, expected a CUDA GPU"),
+    ("--attention", "fa3", "got device cpu, expected a CUDA GPU"),
+    ("--activations", "two-pass", "--activations two-pass: cpu does not quantize activations")])
+def test_what_the_device_lacks_is_refused(flag, value, text, place):
+    fails(sample.main, ["photo.png", flag, value], text)
     assert sorted(os.listdir(place)) == ["demo", "photo.png"]
 
 
