@@ -593,14 +593,20 @@ def choose_plan(args, source, calibration, made, ranks):
         errors = measure_errors(source, names, calibration, ranks)
     if absorb:
         calibration.errors = errors  # for lora_ranks
+
+    def least_error(marked):
+        def size(plan):
+            return planned_size(args, source, mark(plan, marked), made)
+        return plan_measured(source, errors, scores, by_score, args.size, size, marked)
+
     marked = named
-    for again in (False, True):
-        if measured:
-            formats, notes = plan_measured(source, errors, scores, by_score, args.size, lambda plan: planned_size(
-                args, source, mark(plan, marked), made), marked)
-        if not again and (args.w4a16 is not None or calibration and measured):
-            quantized = {name: fmt for name, fmt in formats.items() if name not in named}
-            marked = named | choose_exact(errors, calibration.flops, args.w4a16 or 0.0, quantized)
+    if measured:
+        formats, notes = least_error(marked)
+    if args.w4a16 is not None or calibration and measured:
+        quantized = {name: fmt for name, fmt in formats.items() if name not in named}
+        marked = named | choose_exact(errors, calibration.flops, args.w4a16 or 0.0, quantized)
+        if measured:  # again, as the marked layers need less
+            formats, notes = least_error(marked)
     if calibration and gradients:
         notes = [*notes, *error_report(errors)]
     if kept := [name for name in named if formats.get(name, "bf16") == "bf16"]:
@@ -1024,9 +1030,9 @@ class Calibration:
         memory.
         """
         scores, self.flops = Counter(), Counter()
-        for i, inputs in enumerate(self.inputs):
-            picture = self.ranks.rank + i // self.steps * self.ranks.size
-            generator = torch.Generator().manual_seed(picture * self.steps + i % self.steps)
+        for number, inputs in enumerate(self.inputs):
+            picture = self.ranks.rank + number // self.steps * self.ranks.size
+            generator = torch.Generator().manual_seed(picture * self.steps + number % self.steps)
             inputs = moved(inputs, self.device)
             (x, t, *_), states = inputs, []
             with torch.no_grad():

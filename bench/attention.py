@@ -16,7 +16,6 @@ import argparse
 import ctypes
 import functools
 import logging
-import math
 import re
 import subprocess
 import sys
@@ -30,15 +29,12 @@ import quality  # also puts the project's folder on sys.path
 import torch
 import torch.nn.functional as F
 
+import convert
 import quant
 import sample
 import wan_fp4
 
 CAPABILITIES = (8, 9), (9, 0), (10, 0), (12, 0)
-
-
-def snr(exact, other):
-    return 10 * math.log10(exact.square().sum() / (exact - other).square().sum())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -53,8 +49,8 @@ def by_block(dit, condition):
     def attention(i, q, k, v):
         exact = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
         rows = wan_fp4.join_heads(exact)[0]  # (N, D)
-        rounded = quant.dequantize_nvfp4(*quant.quantize_nvfp4(rows, method="rtn"), shape=tuple(rows.shape))
-        seen[i].append((snr(exact, wan_fp4.fp8_attention(q, k, v)), snr(rows, rounded)))
+        fp8 = wan_fp4.fp8_attention(q, k, v)
+        seen[i].append((convert.snr(exact, fp8), convert.snr(rows, convert.as_nvfp4(rows))))
         return exact
 
     for i, block in enumerate(dit.blocks):
