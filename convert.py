@@ -19,7 +19,9 @@ The sections follow the steps of a conversion, in reading order:
                 pictures, the model one block at a time
   Write         the output. A safetensors header lists all names, shapes and offsets; they follow from the
                 source's shapes and the plan, so the header is written first and then each tensor in its place.
-                Memory holds a few weights, whatever the size of the model
+                A journal lists what is complete, to resume an interrupted run
+  Convert       every tensor of the source, rounded as planned. Memory holds a few weights, whatever the size of
+                the model
   Report        the plan as a table, a map and a picture; the errors of each type of layer
   Command line
 
@@ -404,20 +406,6 @@ def plan_by_score(scores, kurtosis):
     return {name: formats[name] for name in scores}, reasons
 
 
-def reason_report(reasons):
-    """Lines: the weights whose format is not that of their own score, by type of layer and reason."""
-    rows = {}
-    for name, reason in reasons.items():
-        match = BLOCK_WEIGHT.fullmatch(name)
-        rows.setdefault((match[2], reason), []).append(int(match[1]))
-    if rows:
-        yield ("weights that get another format than their own score gives (kurtosis: 8 or more is kept; group: "
-               "the mean score of the first, middle or last blocks decides; spread: the groups score alike, so "
-               "they get one format lower):")
-    for (kind, reason), blocks in sorted(rows.items()):
-        yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
-
-
 # By error: the error that each format causes, against its size
 
 def weight_errors(w):
@@ -426,7 +414,7 @@ def weight_errors(w):
     errors = {"bf16": 0.0}
     for fmt in ("mxfp8", "nvfp4"):
         approximation = dequantize_weight(quantize_weight(w, fmt, method="rtn"), w.shape)
-        errors[fmt] = 10 ** (-snr(w, approximation) / 10)
+        errors[fmt] = errors[f"{fmt}_fpmm"] = 10 ** (-snr(w, approximation) / 10)
     return errors
 
 
@@ -529,92 +517,83 @@ def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
     return {name: r for name, r in plan_by_error(left, sizes, budget).items() if r}
 
 
+def lora_targets(args, source, calibration, errors, formats):
+    """{name: rank} of the LoRA that the command line asks for."""
+    rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
+    targets = matching(args.lora_target, rounded, "--lora-target")
+    if calibration and args.lora_mode == "absorb":
+        return lora_ranks(source, calibration, errors, formats, targets, args.lora_rank, args.seed)
+    return dict.fromkeys(targets, args.lora_rank)
+
+
 def rank_correlation(a, b):
     """Spearman's rank correlation of two sequences of numbers."""
     ranks = [torch.tensor(list(values)).argsort().argsort().double() for values in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def plan_measured(source, errors, scores, by_score, limit, size, marked=()):
+def plan_measured(source, errors, scores, by_score, limit, size):
     """The plan of least error in a file of `limit` bytes, by default the size of by_score, the score's plan.
-    size: a function from plans to bytes. marked: weights whose inputs are not quantized. Returns {name: format}
-    and lines that compare it with the score's plan."""
-    names = list(errors)
-    correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
-    errors = {name: {fmt: error[fmt + "_fpmm"] if name in marked and fmt + "_fpmm" in error else error[fmt]
-                     for fmt in PLAN_FORMATS} for name, error in errors.items()}
-
+    errors: {name: {format: error}}; size: a function from plans to bytes. Returns {name: format} and lines that
+    compare it with the score's plan."""
     sizes = {name: {fmt: stored_bytes(fmt, source.shapes[name], source.dtypes[name]) for fmt in PLAN_FORMATS}
-             for name in names}
-    smallest = size(dict.fromkeys(names, "nvfp4"))
-    limit = limit or size(by_score)
+             for name in errors}
+    smallest, limit = size(dict.fromkeys(errors, "nvfp4")), limit or size(by_score)
     if limit < smallest:
         raise ValueError(f"--size {gib(limit)}: too small, the smallest formats need {gib(smallest)}")
-    others = smallest - sum(sizes[name]["nvfp4"] for name in names)
+    others = smallest - sum(sizes[name]["nvfp4"] for name in errors)
     formats = plan_by_error(errors, sizes, limit - others)
 
     def summary(plan):
-        total = sum(errors[name][plan.get(name, "bf16")] for name in names)
+        total = sum(error[plan.get(name, "bf16")] for name, error in errors.items())
         return f"{total:.4g} in {gib(size(plan))}"
+    correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
     return formats, [f"rank correlation of the score with NVFP4's error: {correlation:.2f}",
                      f"sum of the errors: {summary(formats)}; by the score's plan: {summary(by_score)}"]
 
 
-def error_report(errors, count=10):
-    """Lines: the layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
-    total = max(sum(error["nvfp4"] for error in errors.values()), 1e-30)
-    first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:count]
-    yield "share of the video's error if all were W4A4, by layer: " + ", ".join(
-        f"{name.removesuffix('.weight')} {errors[name]['nvfp4'] / total:.0%}" for name in first)
+def scored_plan(source, ranks):
+    """The score's plan: {name: format}, {name: score}, and lines on the weights whose score does not decide."""
+    names = list(plan(source.shapes))
+    measures = in_order(lambda name: sensitivity(source.tensor(name)), share(names, source, ranks))
+    measures = tqdm(measures, total=len(names) // ranks.size, desc="analyzing", disable=None)
+    measures = merged(measures, names, ranks)
+    scores = score(measures)
+    formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
+    return formats, scores, list(reason_report(reasons))
 
 
-def choose_plan(args, source, calibration, made, ranks):
-    """The plan that the command line asks for: {name: format}, and lines to print about it."""
-    names, named, notes, by_score = quantizable(source.shapes), set(), [], None
-    if args.fpmm_layers:
-        named = set(matching(args.fpmm_layers, names, "--fpmm-layers"))
-    if args.base or args.custom_layers or args.exclude_layers:
+def choose_plan(args, source, calibration, errors, made, ranks):
+    """The plan that the command line asks for: {name: format}, and lines to print about it. errors: what
+    measure_errors returns, where uses_errors(args), otherwise empty."""
+    names, notes = quantizable(source.shapes), []
+    if names_formats(args):
         formats = plan(source.shapes, args.base or "nvfp4", args.custom_type, args.custom_layers,
                        args.exclude_layers)
     elif args.plan == "recipe":
         formats = plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT)
     else:
-        blocks = list(plan(source.shapes))
-        measures = in_order(lambda name: sensitivity(source.tensor(name)), share(blocks, source, ranks))
-        measures = tqdm(measures, total=len(blocks) // ranks.size, desc="analyzing", disable=None)
-        measures = merged(measures, blocks, ranks)
-        scores = score(measures)
-        by_score, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
-        formats, notes = by_score, list(reason_report(reasons))
-    measured = by_score and args.plan != "score" and (args.size or calibration)
-    absorb = calibration and args.lora_mode == "absorb"
-    gradients = measured or absorb or args.w4a16 is not None or args.two_pass is not None
-    if gradients:
-        errors = measure_errors(source, names, calibration, ranks)
-    if absorb:
-        calibration.errors = errors  # for lora_ranks
+        by_score, scores, notes = scored_plan(source, ranks)
+        formats = dict.fromkeys(names, "nvfp4") if least_error(args) else by_score
 
-    def least_error(marked):
-        def size(plan):
-            return planned_size(args, source, mark(plan, marked), made)
-        return plan_measured(source, errors, scores, by_score, args.size, size, marked)
+    marked = named = set(matching(args.fpmm_layers, names, "--fpmm-layers")) if args.fpmm_layers else set()
+    if calibration and (least_error(args) or args.w4a16 is not None):
+        others = {name: fmt for name, fmt in formats.items() if name not in named}
+        marked = named | choose_exact(errors, calibration.flops, args.w4a16 or 0.0, others)
+    if least_error(args):
+        as_marked = {name: {fmt: error[mark({name: fmt}, marked)[name]] for fmt in PLAN_FORMATS}
+                     for name, error in errors.items()}
+        formats, notes = plan_measured(source, as_marked, scores, by_score, args.size,
+                                       lambda plan: planned_size(args, source, mark(plan, marked), made))
+    formats = mark(formats, marked)
+    if args.two_pass is not None:
+        others = {name: fmt for name, fmt in formats.items() if fmt == "nvfp4"}
+        formats = mark(formats, choose_exact(errors, calibration.flops, args.two_pass, others), "_two_pass")
 
-    marked = named
-    if measured:
-        formats, notes = least_error(marked)
-    if args.w4a16 is not None or calibration and measured:
-        quantized = {name: fmt for name, fmt in formats.items() if name not in named}
-        marked = named | choose_exact(errors, calibration.flops, args.w4a16 or 0.0, quantized)
-        if measured:  # again, as the marked layers need less
-            formats, notes = least_error(marked)
-    if calibration and gradients:
+    if calibration and errors:
         notes = [*notes, *error_report(errors)]
     if kept := [name for name in named if formats.get(name, "bf16") == "bf16"]:
         notes.append(f"--fpmm-layers: {len(kept)} of the {len(named)} layers are kept, so they are not marked")
-    formats = mark(formats, marked)
-    if args.two_pass is not None:
-        rest = {name: fmt for name, fmt in formats.items() if fmt == "nvfp4"}
-        formats = mark(formats, choose_exact(errors, calibration.flops, args.two_pass, rest), "_two_pass")
     return formats, notes
 
 
@@ -826,6 +805,27 @@ def energy(x, hessian):
     return squares.sum(1).double().sum().item()
 
 
+def as_nvfp4(x):
+    """x (R, K) as activations in NVFP4 are rounded."""
+    return quant.dequantize_nvfp4(*quant.quantize_nvfp4(x, method="rtn"), shape=tuple(x.shape))
+
+
+def pre_quant_scale(w, seen):
+    """Factors (K,) that multiply the channels of the inputs and divide those of w (M, K): of a grid of powers of
+    the channels' magnitudes in both, the ones with the least error of the outputs, both in NVFP4."""
+    x, w, least = torch.cat(seen.rows)[:512].to(w.device), w.float(), math.inf  # (R, K), (M, K)
+    y = x @ w.T  # (R, M)
+    by_x, by_w = (side.square().mean(0).sqrt().clamp(min=1e-9).log() for side in (x, w))  # (K,) each
+    for a, b in itertools.product((0, 0.25, 0.5, 0.75), (0, 0.25, 0.5)):
+        log = b * by_w - a * by_x  # (K,)
+        scale = (log - log.mean()).clamp(-7, 7).exp().bfloat16().float()  # (K,)
+        rounded = dequantize_weight(quantize_weight(w / scale, "nvfp4", method="rtn"), w.shape)
+        error = (as_nvfp4(x * scale) @ rounded.T - y).square().sum().item()
+        if error < least:
+            best, least = scale, error
+    return best
+
+
 # ----------------------------------------------------------------------------------------------------
 # LoRA: a low-rank correction of W - Q
 # ----------------------------------------------------------------------------------------------------
@@ -962,11 +962,6 @@ class Inputs:
         return (lost + lost.T) / 2
 
 
-def as_nvfp4(x):
-    """x (R, K) as activations in NVFP4 are rounded."""
-    return quant.dequantize_nvfp4(*quant.quantize_nvfp4(x, method="rtn"), shape=tuple(x.shape))
-
-
 class Calibration:
     """The DiT, one block at a time: velocity() records its inputs; stages() and gradient_scores() run on all
     those recorded."""
@@ -980,7 +975,7 @@ class Calibration:
         self.num_blocks = wan_fp4.count(source.shapes, "blocks.")
         self.inputs = []  # arguments of WanDiT.prepare
         self.attention_losses = torch.zeros(self.num_blocks, 2)  # of E4M3; of rounding the output to NVFP4
-        self.flops, self.errors = Counter(), {}  # of each weight: set by gradient_scores, and by choose_plan
+        self.flops = Counter()  # of each weight: set by gradient_scores
 
     def block(self, i):
         """Block i of the source, loaded each time: none stays in memory."""
@@ -1250,18 +1245,19 @@ def stored_bytes(fmt, shape, dtype):
     return sum(math.prod(s) * d.itemsize for d, s in stored_layout(fmt, shape, dtype).values())
 
 
-def layout(source, formats, static=(), scaled=()):
-    """The tensors of the converted file: {name: (dtype, shape)}. static: weights that get an input_scale; scaled:
-    those that get a pre_quant_scale."""
+def layout(source, formats, static=False, pre_quant=False):
+    """The tensors of the converted file: {name: (dtype, shape)}. static, pre_quant: whether NVFP4 layers get an
+    input_scale, and a pre_quant_scale."""
     tensors = {}
     for name, shape in source.shapes.items():
         layer, dot, suffix = name.rpartition(".")
         stored = stored_layout(formats.get(name, "bf16"), shape, source.dtypes[name])
         for new, tensor in stored.items():
             tensors[layer + dot + (suffix if new == "weight" else new)] = tensor
-    tensors |= {f"{name.removesuffix('.weight')}.input_scale": (torch.float32, ()) for name in static}
-    return tensors | {f"{name.removesuffix('.weight')}.pre_quant_scale": (torch.bfloat16, source.shapes[name][1:])
-                      for name in scaled}
+        if formats.get(name) == "nvfp4":
+            tensors |= {f"{layer}.input_scale": (torch.float32, ())} if static else {}
+            tensors |= {f"{layer}.pre_quant_scale": (torch.bfloat16, shape[1:])} if pre_quant else {}
+    return tensors
 
 
 def metadata(source, formats, made):
@@ -1294,11 +1290,10 @@ def header(tensors, metadata):
 
 def planned_size(args, source, formats, made):
     """The size in bytes of the file that these arguments make of a plan, or a few bytes more."""
-    nvfp4 = [name for name, fmt in formats.items() if fmt == "nvfp4"]
-    static, scaled = nvfp4 if args.static_input_scale else (), nvfp4 if args.pre_quant_scale else ()
-    tensors = layout(source, formats, static, scaled)
-    marked = mark(formats, nvfp4, "_two_pass") if args.two_pass is not None else formats
-    return header(tensors | layout(source, marked), metadata(source, marked, made))[2]
+    tensors = layout(source, formats, args.static_input_scale, args.pre_quant_scale)
+    if args.two_pass is not None:  # which layers is not known yet; all would need the most
+        formats = mark(formats, formats, "_two_pass")
+    return header(tensors | layout(source, formats), metadata(source, formats, made))[2]
 
 
 def raw_bytes(tensor):
@@ -1515,6 +1510,10 @@ class Journal:
                 file.close()
 
 
+# ----------------------------------------------------------------------------------------------------
+# Convert: every tensor of the source, rounded as planned
+# ----------------------------------------------------------------------------------------------------
+
 def in_order(work, items, device="cpu"):
     """Yields (item, work(item)) in order, computed in threads that run a little ahead.
 
@@ -1564,22 +1563,6 @@ class Rounding:
     seed: int = 0
 
 
-def pre_quant_scale(w, seen):
-    """Factors (K,) that multiply the channels of the inputs and divide those of w (M, K): of a grid of powers of
-    the channels' magnitudes in both, the ones with the least error of the outputs, both in NVFP4."""
-    x, w, least = torch.cat(seen.rows)[:512].to(w.device), w.float(), math.inf  # (R, K), (M, K)
-    y = x @ w.T  # (R, M)
-    by_x, by_w = (side.square().mean(0).sqrt().clamp(min=1e-9).log() for side in (x, w))  # (K,) each
-    for a, b in itertools.product((0, 0.25, 0.5, 0.75), (0, 0.25, 0.5)):
-        log = b * by_w - a * by_x  # (K,)
-        scale = (log - log.mean()).clamp(-7, 7).exp().bfloat16().float()  # (K,)
-        rounded = dequantize_weight(quantize_weight(w / scale, "nvfp4", method="rtn"), w.shape)
-        error = (as_nvfp4(x * scale) @ rounded.T - y).square().sum().item()
-        if error < least:
-            best, least = scale, error
-    return best
-
-
 def round_tensor(source, name, fmt, rounding, seen, device):
     """One tensor of the source -> {measure: dB}, empty if it is kept, and the tensors of the converted file and
     of the LoRA, by full name. seen: its Inputs, or None."""
@@ -1621,9 +1604,8 @@ def make_outputs(source, formats, out, rounding, made, lora_file):
     if lora_file and rounding.lora_mode == "absorb":  # wan_fp4.load_dit checks that the two belong together
         about["lora_id"] = lora_file.name
         made = made | {"needs_lora": lora_file.name}
-    static = [name for name, fmt in formats.items() if rounding.static and fmt == "nvfp4"]
-    scaled = [name for name, fmt in formats.items() if rounding.pre_quant and fmt == "nvfp4"]
-    outputs = [Output(out, layout(source, formats, static, scaled), metadata(source, formats, made))]
+    tensors = layout(source, formats, rounding.static, rounding.pre_quant)
+    outputs = [Output(out, tensors, metadata(source, formats, made))]
     if lora_file:
         outputs.append(Output(lora_file, lora_layout(source.shapes, rounding.targets), about))
     return outputs
@@ -1840,6 +1822,42 @@ def plan_svg(formats):
     return "\n".join([*lines, "</svg>", ""])
 
 
+def reason_report(reasons):
+    """Lines: the weights whose format is not that of their own score, by type of layer and reason."""
+    rows = {}
+    for name, reason in reasons.items():
+        match = BLOCK_WEIGHT.fullmatch(name)
+        rows.setdefault((match[2], reason), []).append(int(match[1]))
+    if rows:
+        yield ("weights that get another format than their own score gives (kurtosis: 8 or more is kept; group: "
+               "the mean score of the first, middle or last blocks decides; spread: the groups score alike, so "
+               "they get one format lower):")
+    for (kind, reason), blocks in sorted(rows.items()):
+        yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
+
+
+def error_report(errors, count=10):
+    """Lines: the layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
+    total = max(sum(error["nvfp4"] for error in errors.values()), 1e-30)
+    first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:count]
+    yield "share of the video's error if all were W4A4, by layer: " + ", ".join(
+        f"{name.removesuffix('.weight')} {errors[name]['nvfp4'] / total:.0%}" for name in first)
+
+
+def attention_report(losses, kept):
+    """Lines: what self-attention loses in E4M3, on average over the blocks, and the blocks that are kept."""
+    e4m3, nvfp4 = (-10 * losses.mean(0).log10()).tolist()
+    yield (f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; blocks that "
+           f"--attention fp8 keeps in bf16: {', '.join(map(str, kept)) or 'none'}")
+
+
+def lora_report(shapes, targets):
+    """Lines: how large the LoRA of targets {weight: rank} is."""
+    ranks, size = targets.values(), header(lora_layout(shapes, targets), {})[2]
+    yield (f"LoRA of rank {min(ranks, default=0)} to {max(ranks, default=0)} for {len(targets)} layers: "
+           f"{gib(size)}")
+
+
 def quality_report(quality, formats):
     """Lines: mean and worst SNR per type of layer and format, and the worst layers; with a LoRA also the
     share of the error's energy that it holds, and the SNR with it. After calibration, the SNR of the layers'
@@ -2005,12 +2023,27 @@ def add_lora_flags(group):
     add("--lora-output", type=Path, metavar="FILE", help="default: OUT with _lora before .safetensors")
 
 
+def names_formats(args):
+    """Whether the command line gives the formats by name, so that no analysis chooses them."""
+    return args.base or args.custom_layers or args.exclude_layers
+
+
+def least_error(args):
+    """Whether the plan is the one of least error: by default where errors can be measured or a size is given."""
+    return args.plan == "measured" or not (args.plan or names_formats(args)) and (args.calib or args.size)
+
+
+def uses_errors(args):
+    """Whether anything is chosen by the errors of measure_errors."""
+    return (least_error(args) or args.w4a16 is not None or args.two_pass is not None
+            or args.calib and args.lora_mode == "absorb")
+
+
 def check_flags(args):
     """Flags that require or exclude one another, which argparse cannot express. Raises ValueError."""
-    regexes = args.base or args.custom_layers or args.exclude_layers
     if bool(args.custom_layers) != bool(args.custom_type):
         raise ValueError("--custom-layers and --custom-type: give both or neither")
-    if regexes and (args.plan or args.size):
+    if names_formats(args) and (args.plan or args.size):
         raise ValueError(f"--{'plan' if args.plan else 'size'}: chooses the format of every layer, cannot be "
                          f"combined with --nvfp4, --mxfp8, --custom-layers or --exclude-layers")
     if args.size and args.plan in ("score", "recipe"):
@@ -2109,7 +2142,6 @@ def check_only(args, allowed, reason):
 
 
 def run(args, command, ranks):
-    begin = time.monotonic()
     if ranks.size > int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)):
         raise ValueError("got ranks on several machines, expected all on one, where they write the same file; "
                          "start torchrun without --nnodes")
@@ -2117,55 +2149,60 @@ def run(args, command, ranks):
     made = {"quantization_command": command,
             "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
     if args.concat_loras:
-        check_only(args, ("concat_loras", "input", "output"), "has no effect with --concat-loras")
-        if args.output is None:
-            raise ValueError("--concat-loras: got no output file, expected one; name it with -o")
-        loras = [wan_fp4.parse_lora(text) for text in args.concat_loras]
-        check_files(args.output, None, None, [file for path, _ in loras for file in model_files(path)])
-        if ranks.rank == 0:
-            print(concat_loras(loras, args.output, made))
-            print(f"{gib(args.output.stat().st_size)}: {args.output}")
+        run_concat(args, made, ranks)
         return
     check_flags(args)
     source = Source(args.input)
-    out, lora_file = output_files(args)
     if source.packed:
-        check_only(args, ("input", "output", "resume"), f"{args.input} is NVFP4 already, so it is only repacked")
-        check_files(out, None, None, source.reads)
-        if ranks.rank > 0:
-            return  # there is nothing to share
-        print(f"{args.input}: NVFP4 in LightX2V's layout; its {repack(source, out, made, args.resume)} "
-              f"layers were repacked (nibbles swapped, scales renamed and inverted), without rounding anything")
-        print(f"{gib(source.nbytes)} -> {gib(out.stat().st_size)} in {time.monotonic() - begin:.1f} s: {out}")
-        return
+        run_repack(args, source, made, ranks)
+    else:
+        run_convert(args, source, made, ranks)
+
+
+def run_concat(args, made, ranks):
+    check_only(args, ("concat_loras", "input", "output"), "has no effect with --concat-loras")
+    if args.output is None:
+        raise ValueError("--concat-loras: got no output file, expected one; name it with -o")
+    loras = [wan_fp4.parse_lora(text) for text in args.concat_loras]
+    check_files(args.output, None, None, [file for path, _ in loras for file in model_files(path)])
+    if ranks.rank == 0:
+        print(concat_loras(loras, args.output, made))
+        print(f"{gib(args.output.stat().st_size)}: {args.output}")
+
+
+def run_repack(args, source, made, ranks):
+    check_only(args, ("input", "output", "resume"), f"{args.input} is NVFP4 already, so it is only repacked")
+    out, _ = output_files(args)
+    check_files(out, None, None, source.reads)
+    if ranks.rank > 0:
+        return  # there is nothing to share
+    begin = time.monotonic()
+    print(f"{args.input}: NVFP4 in LightX2V's layout; its {repack(source, out, made, args.resume)} "
+          f"layers were repacked (nibbles swapped, scales renamed and inverted), without rounding anything")
+    print(f"{gib(source.nbytes)} -> {gib(out.stat().st_size)} in {time.monotonic() - begin:.1f} s: {out}")
+
+
+def run_convert(args, source, made, ranks):
+    begin, (out, lora_file) = time.monotonic(), output_files(args)
     for text in args.merge_lora or ():
         print(source.merge(*wan_fp4.parse_lora(text)))
     encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
     reads = calibration_files(args.calib, encoders) if args.calib else []
     check_files(out, lora_file, args.plot, [*source.reads, *reads])
+
     calibration = None
     if args.calib:
         calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device, ranks)
-    kept = calibration.sensitive_attention() if calibration else []
-    if kept:
-        made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
+        kept = calibration.sensitive_attention()
+        if kept:
+            made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
+    errors = measure_errors(source, quantizable(source.shapes), calibration, ranks) if uses_errors(args) else {}
     needs = {"needs_lora": lora_file.name} if lora_file and args.lora_mode == "absorb" else {}
-    formats, notes = choose_plan(args, source, calibration, made | needs, ranks)
-    if calibration:
-        e4m3, nvfp4 = (-10 * calibration.attention_losses.mean(0).log10()).tolist()
-        notes = [*notes, f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; "
-                         f"blocks that --attention fp8 keeps in bf16: {', '.join(map(str, kept)) or 'none'}"]
-    targets = {}
-    if lora_file:
-        rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
-        targets = dict.fromkeys(matching(args.lora_target, rounded, "--lora-target"), args.lora_rank)
-        if calibration and args.lora_mode == "absorb":
-            targets = lora_ranks(source, calibration, calibration.errors, formats, targets.keys(), args.lora_rank,
-                                 args.seed)
-        size = header(lora_layout(source.shapes, targets), {})[2]
-        rank = f"rank {min(targets.values(), default=0)} to {max(targets.values(), default=0)}"
-        notes = [*notes, f"LoRA of {rank} for {len(targets)} layers: {gib(size)}"]
+    formats, notes = choose_plan(args, source, calibration, errors, made | needs, ranks)
+    targets = lora_targets(args, source, calibration, errors, formats) if lora_file else {}
     if ranks.rank == 0:
+        notes += attention_report(calibration.attention_losses, kept) if calibration else ()
+        notes += lora_report(source.shapes, targets) if lora_file else ()
         print_plan(args, source, formats, notes, planned_size(args, source, formats, made))
     if args.dry_run:
         return
@@ -2177,7 +2214,7 @@ def run(args, command, ranks):
     print("", *quality_report(quality, formats), sep="\n")
     if lora_file:
         print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
-    print(f"\n{command}\n{gib(source.nbytes)} -> {gib(out.stat().st_size)} in "
+    print(f"\n{made['quantization_command']}\n{gib(source.nbytes)} -> {gib(out.stat().st_size)} in "
           f"{time.monotonic() - begin:.1f} s: {out}")
     if lora_file:
         print(*comfyui_note(lora_file, args.lora_mode), sep="\n")
