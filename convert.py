@@ -59,7 +59,7 @@ import warnings
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -640,8 +640,8 @@ def factor(h):
     Cholesky gives a lower triangle; flipping both axes before and after turns it into an upper one.
     """
     root = torch.linalg.cholesky(h.flip(-1, -2)).flip(-1, -2)
-    d = root.diagonal(dim1=-2, dim2=-1)
-    return (root / d[..., None, :]).float(), d.square().float()
+    d = root.diagonal(dim1=-2, dim2=-1).clone()
+    return root.div_(d[..., None, :]).float(), d.square().float()
 
 
 def candidate_scales(fmt, amax, tensor_scale):
@@ -805,9 +805,9 @@ def energy(x, hessian):
     return squares.sum(1).double().sum().item()
 
 
-def as_nvfp4(x):
+def as_nvfp4(x, tensor_scale=None):
     """x (R, K) as activations in NVFP4 are rounded."""
-    return quant.dequantize_nvfp4(*quant.quantize_nvfp4(x, method="rtn"), shape=tuple(x.shape))
+    return quant.dequantize_nvfp4(*quant.quantize_nvfp4(x, tensor_scale), shape=tuple(x.shape))
 
 
 def pre_quant_scale(w, seen):
@@ -1028,10 +1028,9 @@ class Calibration:
         for number, inputs in enumerate(self.inputs):
             picture = self.ranks.rank + number // self.steps * self.ranks.size
             generator = torch.Generator().manual_seed(picture * self.steps + number % self.steps)
-            inputs = moved(inputs, self.device)
-            (x, t, *_), states = inputs, []
+            (x, t, *features, y), states = moved(inputs, self.device), []
             with torch.no_grad():
-                tokens, e, (e0, rope, text, text_bias, image) = self.dit.prepare(*inputs)
+                tokens, e, (e0, rope, text, text_bias, image) = self.dit.prepare(x, t, *features, y)
                 for i in range(self.num_blocks):
                     states.append(tokens.to("cpu", torch.bfloat16))
                     tokens = self.block(i)(tokens, e0, rope, text, text_bias, image)
@@ -1039,8 +1038,8 @@ class Calibration:
             def last(tokens):
                 return self.dit.unpatchify(self.dit.head(tokens, e), x.shape[2:]),
 
-            signs = [torch.randn(x.shape, generator=generator).sign().to(x) for _ in range(draws)]
-            signs = self.backward(last, [tokens], [(v * t / 1000,) for v in signs])
+            signs = [(torch.randn(x.shape, generator=generator).sign() * t.cpu() / 1000,) for _ in range(draws)]
+            signs = self.backward(last, [tokens], signs)
             to_context = [(0, 0)] * draws  # the gradients of text and image
             for i in reversed(range(self.num_blocks)):
                 block = self.block(i)
@@ -1052,47 +1051,56 @@ class Calibration:
                 signs = self.backward(forward, leaves, [s[:1] for s in signs], block, f"blocks.{i}.", scores)
                 to_context = [(a + s[1], b + s[2]) for (a, b), s in zip(to_context, signs)]
 
-            def embed():
-                _, _, (_, _, text, _, image) = self.dit.prepare(*inputs)
+            def embed(text, image):
+                _, _, (_, _, text, _, image) = self.dit.prepare(x, t, text, image, y)
                 return text, image
 
-            self.backward(embed, [], to_context, self.dit, "", scores)
+            self.backward(embed, [x.clone() for x in features], to_context, self.dit, "", scores)
         forwards = sum(self.ranks.gather(len(self.inputs)))
         scores, self.flops = (sum(self.ranks.gather(counts), Counter()) for counts in (scores, self.flops))
         return {name: score / (draws * forwards) for name, score in scores.items()}
 
     def backward(self, forward, leaves, gradients, module=None, prefix="", scores=None):
         """Backpropagate through forward, which returns a tuple of outputs. gradients: of these outputs, a tuple
-        for each draw. Returns those of the leaves in the same way. For each of the module's Linears, adds to
-        scores (v^T J delta)^2 of gradient_scores, summed over the draws, and counts its FLOPs."""
-        outputs, errors, hooks = {}, {}, []
+        for each draw. Returns those of the leaves in the same way, in CPU memory. For each of the module's
+        Linears, adds to scores (v^T J delta)^2 of gradient_scores, summed over the draws, and counts its FLOPs.
+        """
+        hooks, cramped = [], self.cramped(leaves[0])
+        store = "cpu" if cramped else self.device
 
+        def parts(x):  # a few rows at a time: less memory
+            return x.flatten(0, -2).split(4096)
+
+        @torch.no_grad()
         def record(name, layer, args, y):
-            outputs[name] = y if y.requires_grad else y.requires_grad_()
-            bias = {} if layer.bias is None else {"bias": layer.bias}
-            with torch.no_grad():
-                tensors = quantize_weight(layer.weight, "nvfp4", method="rtn") | bias
-                rounded = quant.QuantLinear.from_tensors(name, tensors, layer.in_features, layer.out_features,
-                                                         mode="emulate")
-                errors[name] = rounded(args[0]) - y
+            tensors = quantize_weight(layer.weight, "nvfp4", method="rtn")
+            tensors |= {} if layer.bias is None else {"bias": layer.bias}
+            rounded = quant.QuantLinear.from_tensors(name, tensors, layer.in_features, layer.out_features,
+                                                     compute_dtype=y.dtype, mode="dequantize")
+            scale = quant.nvfp4_tensor_scale(args[0].abs().amax().float())  # of all parts
+            errors = [moved(rounded(as_nvfp4(x, scale).to(y.dtype)) - exact, store)
+                      for x, exact in zip(parts(args[0]), parts(y))]
+            y.register_hook(functools.partial(add_score, name, errors))
             self.flops[name] += 2 * y.numel() * layer.in_features
+
+        def add_score(name, errors, g):
+            scores[name] += sum((a.float() * b.to(a)).sum().item() for a, b in zip(parts(g), errors)) ** 2
 
         for name, layer in module.named_modules() if module else ():
             weight = f"{prefix}{name}.weight"
             if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
                 hooks.append(layer.register_forward_hook(functools.partial(record, weight)))
-        with torch.enable_grad():
-            leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        with torch.enable_grad(), torch.autograd.graph.save_on_cpu() if cramped else nullcontext():
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             results = forward(*leaves)
         for hook in hooks:
             hook.remove()
-        passed = []
-        for gradient in gradients:
-            found = torch.autograd.grad(results, [*leaves, *outputs.values()], gradient, retain_graph=True)
-            passed.append(found[:len(leaves)])
-            for name, g in zip(outputs, found[len(leaves):]):
-                scores[name] += (g.float() * errors[name]).sum().item() ** 2
-        return passed
+        grad = functools.partial(torch.autograd.grad, results, leaves, retain_graph=True)
+        return [moved(grad(moved(gradient, self.device)), "cpu") for gradient in gradients]
+
+    def cramped(self, tokens):
+        """Whether a block's activations do not fit the GPU, so that CPU memory keeps them for the gradients."""
+        return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < 32 * tokens.nbytes
 
     @torch.no_grad()
     def stages(self):

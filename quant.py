@@ -797,12 +797,12 @@ def describe(model: nn.Module) -> str:
 def compiled_on_cuda(function):
     """A decorator for elementwise functions: on CUDA, torch.compile fuses their passes over memory.
 
-    The first argument must be a tensor. On other devices, and within a larger compiled graph, the function runs
-    as it is.
+    The first argument must be a tensor. On other devices, within a larger compiled graph, and for gradients, which
+    a compiled function propagates only once, the function runs as it is.
     """
     @functools.wraps(function)
     def run(x, *arguments):
-        if not x.is_cuda or torch.compiler.is_compiling():
+        if not x.is_cuda or x.requires_grad or torch.compiler.is_compiling():
             return function(x, *arguments)
         return compiled(function, x.device.type)(x, *arguments)
     return run
