@@ -488,6 +488,7 @@ def join_ranks():
         if store.add("failures", 1) > 1:
             time.sleep(60)  # another rank failed first and reports it; end_after_failure ends this one
         print(f"rank {rank} ({platform.node()}): ", end="", file=sys.stderr, flush=True)
+        # Most errors of the gloo backend are plain RuntimeErrors, known only by the source file that they name
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError("lost the connection to another rank; see torchrun's report on it") from None
         raise
@@ -557,8 +558,9 @@ class TokenSplit:
 
 class SplitDiT(nn.Module):
     """A WanDiT that computes each velocity together with the other ranks of a process group. All of them must
-    call it with the same arguments; all get the same velocity. Raises ValueError if the number of heads is not a
-    multiple of R."""
+    call it with the same arguments; all get the same velocity. It changes the WanDiT's self-attention for good:
+    make it before the blocks are streamed, and call only it from then on. Raises ValueError if the number of
+    heads is not a multiple of R."""
 
     def __init__(self, dit, group):
         super().__init__()
@@ -568,9 +570,8 @@ class SplitDiT(nn.Module):
             raise ValueError(f"the model's {heads} heads: got {self.split.size} ranks that share them, expected "
                              f"{counts}; start torchrun with that many ranks (twice as many with --cfg), or make "
                              f"at least one video per rank")
-        for module in dit.modules():
-            if isinstance(module, SelfAttention):
-                module.attention = partial(self.split.attention, module.attention)
+        for block in dit.blocks:
+            block.self_attn.attention = partial(self.split.attention, block.self_attn.attention)
 
     def forward(self, x, t, text, image, y):
         grid = x.shape[2:]
@@ -1298,7 +1299,8 @@ def add_markers(tensors, markers, path):
     they disagree, because programs differ in which one they follow."""
     def meaning(marker, where):
         info = read_marker(marker, where)
-        return info["format"] + (" at full precision" if info.get("full_precision_matrix_mult") else "")
+        full = " at full precision" if info.get("full_precision_matrix_mult") else ""
+        return info["format"] + full + (" in two passes" if info.get("two_pass") else "")
 
     for name, marker in markers.items():
         if name.removesuffix("comfy_quant") + "weight" in tensors:
@@ -1783,11 +1785,7 @@ def add_branch(module, parts, strength, where):
     if not isinstance(module, QuantLinear):
         return "not a Linear"
     up, down = parts["up"].to(module.weight.device), parts["down"].to(module.weight.device)
-    if (up.shape, down.shape) != ((module.out_features, len(down)), (len(down), module.in_features)):
-        raise ValueError(f"{where}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected "
-                         f"({module.out_features}, r) and (r, {module.in_features}); "
-                         f"use a LoRA for a model of this size")
-    module.attach_lora(up, down, strength * parts["scale"])
+    module.attach_lora(up, down, strength * parts["scale"], where)
     return ""
 
 
