@@ -1756,42 +1756,36 @@ def attach_lora(model, path, strength: float = 1.0) -> str:
     Returns a line that says how much was used, and what was skipped and why. Raises ValueError if nothing fits,
     for wrong shapes, and for an up without its down. Never writes to a parameter's memory, which may be mapped.
     """
-    modules, layers = dict(model.named_modules()), read_lora(path)
-    branches, differences, skipped = [], [], []
-    for name, parts in layers.items():
-        where, module = f"{path}: {name}", modules.get(name)
-        if module is None:
-            skipped.append(f"{name} (no such layer)")
-            continue
-        if "up" in parts:
-            reason = add_branch(module, parts, strength, where)
-            (skipped if reason else branches).append(f"{name} ({reason})")
-        for part in ("weight", "bias", "modulation"):
-            if part in parts:
-                reason = add_difference(module, part, parts[part], strength, where)
-                (skipped if reason else differences).append(f"{name} ({reason})")
-    if not branches + differences:
+    modules, layers, used, skipped = dict(model.named_modules()), set(), [], []
+    for name, _, scale, factors in lora_terms(path, strength):
+        layer, _, part = name.rpartition(".")
+        layers.add(layer)
+        if reason := add_term(modules.get(layer), part, scale, factors, f"{path}: {layer}"):
+            skipped.append(f"{layer} ({reason})")
+        else:
+            used.append(len(factors))
+    if not used:
         usual = next(name for name in modules if name.endswith(".q"))
         raise ValueError(f"{path}: got {len(layers)} layers, none of which fits, the first "
                          f"{next(iter(skipped), 'none')}, expected names such as {usual}; "
                          f"use a LoRA for this kind of model")
-    used = f"{Path(path).name}: {len(branches)} layers"
-    used += f", {len(differences)} differences" if differences else ""
-    return used + (f", skipped {len(skipped)}: {skipped[0]}" if skipped else "")
+    differences = f", {used.count(1)} differences" if 1 in used else ""
+    more = f", skipped {len(skipped)}: {skipped[0]}" if skipped else ""
+    return f"{Path(path).name}: {used.count(2)} layers{differences}{more}"
 
 
-def add_branch(module, parts, strength, where):
-    """Attach up and down to a Linear. Returns "", or the reason why not."""
-    if not isinstance(module, QuantLinear):
-        return "not a Linear"
-    up, down = parts["up"].to(module.weight.device), parts["down"].to(module.weight.device)
-    module.attach_lora(up, down, strength * parts["scale"], where)
-    return ""
-
-
-def add_difference(module, part, difference, strength, where):
-    """Add strength * difference to a parameter. Returns "", or the reason why not."""
-    old = getattr(module, part, None)
+def add_term(module, part, scale, factors, where):
+    """Add scale * up @ down beside a Linear, or scale * difference to a parameter. Returns "", or the reason why
+    not."""
+    if module is None:
+        return "no such layer"
+    if len(factors) == 2:
+        if not isinstance(module, QuantLinear):
+            return "not a Linear"
+        up, down = (factor.to(module.weight.device) for factor in factors)
+        module.attach_lora(up, down, scale, where)
+        return ""
+    old, difference = getattr(module, part, None), factors[0]
     if old is None:
         return f"has no {part}"
     if part == "weight" and getattr(module, "format", None):
@@ -1799,6 +1793,6 @@ def add_difference(module, part, difference, strength, where):
     if old.shape != difference.shape:
         raise ValueError(f"{where}: got a difference of shape {tuple(difference.shape)}, expected that of its "
                          f"{part}, {tuple(old.shape)}; use a LoRA for a model of this size")
-    new = old.float() + strength * difference.to(old.device).float()
+    new = old.float() + scale * difference.to(old.device).float()
     setattr(module, part, nn.Parameter(new.to(old.dtype), requires_grad=False))
     return ""
