@@ -154,7 +154,7 @@ def round_up(n, multiple):
 
 def pad_to(w, rows, cols):
     """Pad with zeros, below and to the right, to multiples of rows and cols."""
-    padding = (0, round_up(w.shape[1], cols) - w.shape[1], 0, round_up(w.shape[0], rows) - w.shape[0])
+    padding = (0, -w.shape[1] % cols, 0, -w.shape[0] % rows)
     return F.pad(w, padding) if any(padding) else w
 
 
@@ -166,6 +166,21 @@ def crop(caller, w, shape, multiple):
         raise ValueError(f"{caller}: got shape {tuple(shape)}, which does not pad to the stored "
                          f"{tuple(w.shape)}; pass this layer's (out_features, in_features)")
     return w[:shape[0], :shape[1]].contiguous()
+
+
+def check_weight(caller, w, method):
+    """Raise ValueError for a weight that cannot be quantized or an unknown method; return the weight's amax."""
+    if method not in ("rtn", "search"):
+        raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
+    if w.dim() != 2 or w.numel() == 0:
+        raise ValueError(f"{caller}: got shape {tuple(w.shape)}, expected a non-empty (M, K); reshape it")
+    if not w.is_floating_point():
+        raise ValueError(f"{caller}: got {w.dtype}, expected a float dtype; dequantize or cast it first")
+    amax = matrix_amax(w)
+    if not amax.is_meta and not amax.isfinite():
+        raise ValueError(f"{caller}: got NaN, or values that are infinite in float32, expected finite values; "
+                         f"check the source of the weight")
+    return amax
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -373,21 +388,6 @@ def dequantize_mxfp8(data: Tensor, block_scale: Tensor, shape: tuple[int, int] |
     rows, cols = data.shape
     scale = decode_e8m0(unswizzle(block_scale, rows, cols // MXFP8_BLOCK))  # (Mp, N)
     return crop("dequantize_mxfp8", decode_by_rows(data, scale, dtype), shape, MXFP8_BLOCK)
-
-
-def check_weight(caller, w, method):
-    """Raise ValueError for a weight that cannot be quantized or an unknown method; return the weight's amax."""
-    if method not in ("rtn", "search"):
-        raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
-    if w.dim() != 2 or w.numel() == 0:
-        raise ValueError(f"{caller}: got shape {tuple(w.shape)}, expected a non-empty (M, K); reshape it")
-    if not w.is_floating_point():
-        raise ValueError(f"{caller}: got {w.dtype}, expected a float dtype; dequantize or cast it first")
-    amax = matrix_amax(w)
-    if not amax.is_meta and not amax.isfinite():
-        raise ValueError(f"{caller}: got NaN, or values that are infinite in float32, expected finite values; "
-                         f"check the source of the weight")
-    return amax
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -93,6 +93,20 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name} {value!r}: expected one of {', '.join(choices)}")
 
 
+def check_file(path, most=math.inf):
+    """Raises OSError for a missing or unreadable file, ValueError for a path that is no regular file (a folder, a
+    device, a pipe) or a file of more bytes than `most`."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: is not a regular file")
+        if status.st_size > most:
+            raise ValueError(f"{path}: got {status.st_size} bytes, expected at most {most}")
+        open(path, "rb").close()
+    except OSError as error:
+        raise type(error)(explain(error)) from None
+
+
 # ----------------------------------------------------------------------------------------------------
 # Schedules: the sigmas of n steps
 # ----------------------------------------------------------------------------------------------------
@@ -954,7 +968,7 @@ def unquantized_activations(dit, active):
 
 
 @torch.inference_mode()
-def decode_videos(path, latents, settings, timings, team=wan_fp4.Ranks()):
+def decode_videos(path, latents, settings, timings, team):
     """Yields the video of each latents (1, 16, T, H, W), as generate does. In a team, all ranks must iterate, but
     only rank 0 gets the videos."""
     device = torch.device(settings.device)
@@ -1013,21 +1027,6 @@ def save_tensor(path, name, tensor, metadata):
 def read_tensor(path, name):
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
-
-
-def read_latents(path):
-    """The latents (1, 16, T, H, W) that a run leaves in OUT.latents.safetensors, and their metadata."""
-    metadata, stored = wan_fp4.read_header(path)
-    dtype, shape = stored.get("latents", ("", ()))
-    most = (1, 16, MOST_FRAMES[0] // 4 + 1, MOST_SIDE[0] // 8, MOST_SIDE[0] // 8)
-    if (len(stored) != 1 or dtype != "F32" or len(shape) != 5 or shape[:2] != (1, 16)
-            or not all(1 <= size <= top for size, top in zip(shape, most))):
-        got = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in list(stored.items())[:3])
-        raise ValueError(f"--decode {path}: got {got or 'no tensors'}, expected the tensor latents "
-                         f"(1, 16, T, H, W) that a run leaves in OUT{KEPT}")
-    latents = read_tensor(path, "latents")
-    check_finite(latents, f"--decode {path}: latents")
-    return latents, metadata
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1094,20 +1093,6 @@ NETWORKS = {  # by command-line flag
 MOST_ENTRIES = 20_000  # in a folder of models; --models / ends here
 
 
-def check_file(path, most=math.inf):
-    """Raises OSError for a missing or unreadable file, ValueError for a path that is no regular file (a folder, a
-    device, a pipe) or a file of more bytes than `most`."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: is not a regular file")
-        if status.st_size > most:
-            raise ValueError(f"{path}: got {status.st_size} bytes, expected at most {most}")
-        open(path, "rb").close()
-    except OSError as error:
-        raise type(error)(explain(error)) from None
-
-
 def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     """The networks' paths {flag: path}, and whether they are the demo's.
 
@@ -1132,7 +1117,7 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     return files | search(wanted, folder), demo
 
 
-def models_folder(models=None):
+def models_folder(models):
     """The folder `models`, or models/ beside this script. Raises FileNotFoundError if the former is missing."""
     if models is not None and not Path(models).is_dir():
         raise FileNotFoundError(f"--models {models}: no such folder")
@@ -1212,7 +1197,7 @@ def downloads(flags, folder):
     return "\n".join(lines)
 
 
-def find_rife(name, models=None):
+def find_rife(name, models):
     """The file of IFNet's weights: the path `name`, or a file of that name in the models folder; None if no name
     is given."""
     if not name:
@@ -1483,8 +1468,7 @@ def make_jobs(args, own, files, settings):
     outputs = name_outputs(wanted, args.output, settings.seed)
     sources = [*args.image, *files.values(), *(lora for lora, _ in args.lora), args.prompt_file, args.interpolate]
     for output in outputs:
-        check_video(output)
-        check_overwriting(output, sources)
+        check_output(output, sources)
         if (kept := kept_path(output)).exists():
             raise ValueError(f"{kept}: holds the latents of an interrupted run; finish its video with --decode, "
                              f"or delete the file")
@@ -1498,8 +1482,10 @@ def make_jobs(args, own, files, settings):
     return jobs
 
 
-def check_overwriting(output, sources):
-    """Raises ValueError if the output is one of the files that the run reads, under whatever name."""
+def check_output(output, sources):
+    """Raises what check_video raises, and ValueError if the output is one of the files that the run reads, under
+    whatever name."""
+    check_video(output)
     for source in filter(None, sources):
         if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
             raise ValueError(f"-o {output}: is {source}, which this run reads; give another name")
@@ -1639,11 +1625,25 @@ def decode_kept(args, ranks):
     output = args.output or str(path).removesuffix(KEPT)
     if output == str(path):
         raise ValueError(f"--decode {path}: this name does not tell the video's name; give it with -o")
-    check_video(output)
-    check_overwriting(output, [path, files["vae"], rife])
+    check_output(output, [path, files["vae"], rife])
     settings = Settings(interpolate=rife, device=args.device)
     for video in decode_videos(files["vae"], [latents], settings, {}, deal(ranks, videos=1)[0]):
         print(write_video(output, video, metadata))
+
+
+def read_latents(path):
+    """The latents (1, 16, T, H, W) that a run leaves in OUT.latents.safetensors, and their metadata."""
+    metadata, stored = wan_fp4.read_header(path)
+    dtype, shape = stored.get("latents", ("", ()))
+    most = (1, 16, MOST_FRAMES[0] // 4 + 1, MOST_SIDE[0] // 8, MOST_SIDE[0] // 8)
+    if (len(stored) != 1 or dtype != "F32" or len(shape) != 5 or shape[:2] != (1, 16)
+            or not all(1 <= size <= top for size, top in zip(shape, most))):
+        got = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in list(stored.items())[:3])
+        raise ValueError(f"--decode {path}: got {got or 'no tensors'}, expected the tensor latents "
+                         f"(1, 16, T, H, W) that a run leaves in OUT{KEPT}")
+    latents = read_tensor(path, "latents")
+    check_finite(latents, f"--decode {path}: latents")
+    return latents, metadata
 
 
 def check(device):

@@ -488,7 +488,7 @@ def join_ranks():
         if store.add("failures", 1) > 1:
             time.sleep(60)  # another rank failed first and reports it; end_after_failure ends this one
         print(f"rank {rank} ({platform.node()}): ", end="", file=sys.stderr, flush=True)
-        # Most errors of the gloo backend are plain RuntimeErrors, known only by the source file that they name
+        # The gloo backend also raises plain RuntimeErrors, which only their text identifies
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError("lost the connection to another rank; see torchrun's report on it") from None
         raise
@@ -1466,13 +1466,13 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
             linears.setdefault(layer, {})[suffix] = tensor
         elif name in parameters:
             check_parameter(f"{path}: {name}", tensor, parameters[name])
-            half = isinstance(module, CONVOLUTIONS) and not name.startswith(tuple(float32))
+            half = isinstance(module, CONVOLUTIONS) and not name.startswith(float32)
             state[name] = tensor if layer == "token_embedding" else tensor.to(dtype if half else torch.float32)
         else:
             state[name] = tensor  # assign_state reports it
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
-            compute = torch.float32 if name.startswith(tuple(float32)) else dtype
+            compute = torch.float32 if name.startswith(float32) else dtype
             layer = QuantLinear.from_tensors(f"{path}: {name}", linears.pop(name, {}), module.in_features,
                                              module.out_features, bias=module.bias is not None,
                                              compute_dtype=compute, mode=mode or default_mode(device),
