@@ -917,7 +917,7 @@ def load_dit(path, conditions, settings, team):
 @contextmanager
 def attention_kernel(name):
     """A context in which torch's attention uses the kernel cudnn, fa3 or fa4 wherever it applies, and another
-    one elsewhere: cross-attention has a bias, which few kernels take. Other names change nothing. Raises
+    one elsewhere: cross-attention has a bias, which not all kernels take. Other names change nothing. Raises
     ValueError if fa3 or fa4 is not installed."""
     if name == "cudnn":
         kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
