@@ -250,7 +250,7 @@ def image_channels(frame, transposed, settings):
     of a jpg of odd width unwritten.
     """
     width, height = frame.width, frame.height
-    scale = shrinking(*((height, width) if transposed else (width, height)), settings)
+    scale = shrinking(height, width, settings) if transposed else shrinking(width, height, settings)
     green, blue, red, alpha = (  # each (h, w) uint8, of rows of line_size bytes
         torch.frombuffer(plane, dtype=torch.uint8).view(plane.height, plane.line_size)[:, :plane.width]
         for plane in frame.reformat(format="gbrap").planes)
@@ -460,11 +460,8 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
     path, extension = check_video(path)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        if extension:
-            writer = write_container(hidden, width, height, extension, metadata)
-        else:
-            writer = write_folder(hidden)
-        with writer as write:
+        with (write_container(hidden, width, height, extension, metadata) if extension
+              else write_folder(hidden)) as write:
             yield write
         if path.is_dir():
             path.rmdir()  # check_video has made sure that it is empty

@@ -1689,9 +1689,8 @@ def parse_lora(text):
 
 
 def read_lora(path):
-    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. A layer with factors
-    also has "scale", the number alpha / r. Raises ValueError for a tensor that is none of these parts, and for
-    factors that do not fit together."""
+    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. Raises ValueError for a
+    tensor that is none of these parts."""
     layers = {}
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
@@ -1700,9 +1699,6 @@ def read_lora(path):
             raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, "
                              f"expected a name that ends in one of {endings}; a whole model is not a LoRA")
         layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
-    for layer, parts in layers.items():
-        if parts.keys() & {"up", "down", "alpha"}:
-            parts["scale"] = lora_scale(parts, f"{path}: {layer}")
     return layers
 
 
@@ -1726,11 +1722,13 @@ def lora_scale(parts, where):
 
 def lora_terms(path, strength):
     """Yields each term that a LoRA file adds to a parameter: (parameter's name, term's shape, scale, factors).
-    The term is scale * up @ down for the factors (up, down), or scale * difference for (difference,)."""
+    The term is scale * up @ down for the factors (up, down), or scale * difference for (difference,). Raises
+    ValueError for a file that is not a LoRA, and for factors that do not fit together."""
     for layer, parts in read_lora(path).items():
-        if "up" in parts:
+        if parts.keys() & {"up", "down", "alpha"}:
+            scale = strength * lora_scale(parts, f"{path}: {layer}")
             up, down = parts["up"], parts["down"]  # (M, r), (r, K)
-            yield f"{layer}.weight", (len(up), *down.shape[1:]), strength * parts["scale"], (up, down)
+            yield f"{layer}.weight", (len(up), *down.shape[1:]), scale, (up, down)
         for part in ("weight", "bias", "modulation"):
             if part in parts:
                 yield f"{layer}.{part}", tuple(parts[part].shape), strength, (parts[part],)
@@ -1741,7 +1739,7 @@ def check_loras(path, metadata, loras):
     needs a LoRA that is not among `loras` (convert.py: --lora-mode absorb)."""
     given = set()
     for file, strength in loras:
-        read_lora(file)
+        list(lora_terms(file, strength))  # checks the file
         if Path(file).suffix not in PICKLES:
             given.add((read_header(file)[0].get("lora_id"), strength))
     needed = metadata.get("needs_lora")
