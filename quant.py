@@ -154,7 +154,7 @@ def round_up(n, multiple):
 
 def pad_to(w, rows, cols):
     """Pad with zeros, below and to the right, to multiples of rows and cols."""
-    padding = (0, round_up(w.shape[1], cols) - w.shape[1], 0, round_up(w.shape[0], rows) - w.shape[0])
+    padding = (0, -w.shape[1] % cols, 0, -w.shape[0] % rows)
     return F.pad(w, padding) if any(padding) else w
 
 
@@ -166,6 +166,21 @@ def crop(caller, w, shape, multiple):
         raise ValueError(f"{caller}: got shape {tuple(shape)}, which does not pad to the stored "
                          f"{tuple(w.shape)}; pass this layer's (out_features, in_features)")
     return w[:shape[0], :shape[1]].contiguous()
+
+
+def check_weight(caller, w, method):
+    """Raise ValueError for a weight that cannot be quantized or an unknown method; return the weight's amax."""
+    if method not in ("rtn", "search"):
+        raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
+    if w.dim() != 2 or w.numel() == 0:
+        raise ValueError(f"{caller}: got shape {tuple(w.shape)}, expected a non-empty (M, K); reshape it")
+    if not w.is_floating_point():
+        raise ValueError(f"{caller}: got {w.dtype}, expected a float dtype; dequantize or cast it first")
+    amax = matrix_amax(w)
+    if not amax.is_meta and not amax.isfinite():
+        raise ValueError(f"{caller}: got NaN, or values that are infinite in float32, expected finite values; "
+                         f"check the source of the weight")
+    return amax
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -373,21 +388,6 @@ def dequantize_mxfp8(data: Tensor, block_scale: Tensor, shape: tuple[int, int] |
     rows, cols = data.shape
     scale = decode_e8m0(unswizzle(block_scale, rows, cols // MXFP8_BLOCK))  # (Mp, N)
     return crop("dequantize_mxfp8", decode_by_rows(data, scale, dtype), shape, MXFP8_BLOCK)
-
-
-def check_weight(caller, w, method):
-    """Raise ValueError for a weight that cannot be quantized or an unknown method; return the weight's amax."""
-    if method not in ("rtn", "search"):
-        raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
-    if w.dim() != 2 or w.numel() == 0:
-        raise ValueError(f"{caller}: got shape {tuple(w.shape)}, expected a non-empty (M, K); reshape it")
-    if not w.is_floating_point():
-        raise ValueError(f"{caller}: got {w.dtype}, expected a float dtype; dequantize or cast it first")
-    amax = matrix_amax(w)
-    if not amax.is_meta and not amax.isfinite():
-        raise ValueError(f"{caller}: got NaN, or values that are infinite in float32, expected finite values; "
-                         f"check the source of the weight")
-    return amax
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -696,17 +696,18 @@ class QuantLinear(nn.Module):
         layer.lora_scales = []
         return layer
 
-    def attach_lora(self, up: Tensor, down: Tensor, scale: float = 1.0):
+    def attach_lora(self, up: Tensor, down: Tensor, scale: float = 1.0, name: str = "attach_lora"):
         """Add the side branch y += scale * (x @ down.T) @ up.T. A layer can have any number of them.
 
         up (M, r) and down (r, K) are usually bfloat16; scale = strength * alpha / r. The branch sees x before
         pre_quant_scale, as in training (arXiv 2106.09685), and is not part of state_dict.
-        Raises ValueError if the shapes do not fit.
+        Raises ValueError, naming `name`, if the shapes do not fit.
         """
         expected = (self.out_features, down.shape[0]), (up.shape[-1], self.in_features)
         if (tuple(up.shape), tuple(down.shape)) != expected:
-            raise ValueError(f"attach_lora: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected "
-                             f"({self.out_features}, r) and (r, {self.in_features}); check their order")
+            raise ValueError(f"{name}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected "
+                             f"({self.out_features}, r) and (r, {self.in_features}); check their order, and that "
+                             f"the LoRA is for a model of this size")
         self.register_buffer(f"lora_up_{len(self.lora_scales)}", up, persistent=False)
         self.register_buffer(f"lora_down_{len(self.lora_scales)}", down, persistent=False)
         self.lora_scales.append(scale)
@@ -837,17 +838,13 @@ def quantize_rows(x, fmt, tensor_scale, activations):
     """
     if fmt == "mxfp8":
         return [(*by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None)]
-    tensor_scale = None if tensor_scale is None else tensor_scale.reshape(())
+    if tensor_scale is None and torch.compiler.is_compiling():
+        return [plain_nvfp4(x)]  # reads x once for the amax of the blocks and of all
+    tensor_scale = nvfp4_tensor_scale(matrix_amax(x)) if tensor_scale is None else tensor_scale.reshape(())
     if activations == "two-pass":
         data, block_scale, rest, rest_scale = by_rows(plain_two_pass, x, tensor_scale)
         return [(data, block_scale, tensor_scale), (rest, rest_scale, tensor_scale / E2M1_MAX)]
-    if activations == "four-over-six":
-        return [(*by_rows(plain_nvfp4, x, tensor_scale, "four-over-six"), tensor_scale)]
-    if torch.compiler.is_compiling():
-        return [plain_nvfp4(x, tensor_scale)]  # reads x once for the amax of the blocks and of all
-    if tensor_scale is None:
-        tensor_scale = nvfp4_tensor_scale(matrix_amax(x))
-    return [(*by_rows(plain_nvfp4, x, tensor_scale), tensor_scale)]
+    return [(*by_rows(plain_nvfp4, x, tensor_scale, activations), tensor_scale)]  # "nearest" is "rtn"
 
 
 def dequantize_activation(passes: list[tuple], shape: tuple[int, int]) -> Tensor:
@@ -967,17 +964,22 @@ def multiply_in_one_call(a, b, scale_a, scale_b, tensor_scale, bias):
     return F.scaled_mm(a, b, scale_a, scaling, scale_b, scaling, swizzle, swizzle, bias)
 
 
-@functools.cache
-def one_call_works(device, fmt):
-    """Whether multiply_in_one_call, tried on this device, gives what torch._scaled_mm and scale_and_add give."""
+def trial_layer(fmt, mode=None, activations=None):
+    """A small layer and an activation (160, 512) for it, to try a device with: the same at every call."""
     generator = torch.Generator().manual_seed(0)
     w, x = (torch.randn(rows, 512, generator=generator) for rows in (256, 160))
     stored = dict(zip(("weight", "weight_scale", "weight_scale_2"),
                       quantize_nvfp4(w) if fmt == "nvfp4" else quantize_mxfp8(w)))
     stored["comfy_quant"] = write_marker({"format": fmt})
-    layer = QuantLinear.from_tensors("trial", stored, 512, 256).to(device)
-    *operands, tensor_scale = scaled_mm_operands(quantize_activation(x.to(device), layer)[0], layer)
-    bias = 10 * w[:, 0].to(device)  # (M,)
+    return QuantLinear.from_tensors("trial", stored, 512, 256, mode=mode, activations=activations), x
+
+
+@functools.cache
+def one_call_works(device, fmt):
+    """Whether multiply_in_one_call, tried on this device, gives what torch._scaled_mm and scale_and_add give."""
+    layer, x = trial_layer(fmt)
+    *operands, tensor_scale = scaled_mm_operands(quantize_activation(x.to(device), layer.to(device))[0], layer)
+    bias = 10 * layer.dequantized(torch.float32)[:, 0]  # (M,)
     try:
         got = multiply_in_one_call(*operands, tensor_scale, bias).float()
     except (AttributeError, RuntimeError, TypeError, ValueError):  # an older torch, or no kernel

@@ -50,7 +50,7 @@ import shutil
 import stat
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from hashlib import sha256
@@ -87,6 +87,26 @@ def check_range(name, value, low, most, reason=""):
     if not low <= value <= most:
         raise ValueError(f"{name} {value}: expected {low} to {most}{f' ({reason})' if reason else ''}")
 
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_file(path, most=math.inf):
+    """Raises OSError for a missing or unreadable file, ValueError for a path that is no regular file (a folder, a
+    device, a pipe) or a file of more bytes than `most`."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: is not a regular file")
+        if status.st_size > most:
+            raise ValueError(f"{path}: got {status.st_size} bytes, expected at most {most}")
+        open(path, "rb").close()
+    except OSError as error:
+        raise type(error)(explain(error)) from None
+
+
 # ----------------------------------------------------------------------------------------------------
 # Schedules: the sigmas of n steps
 # ----------------------------------------------------------------------------------------------------
@@ -109,8 +129,7 @@ def sigmas(scheduler: str, steps: int, shift: float) -> torch.Tensor:
     They equal ComfyUI's schedulers of the same names. Raises ValueError for an unknown name, steps that are not
     1 to 1000, or a shift that is not positive.
     """
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler {scheduler!r}: expected one of {', '.join(SCHEDULERS)}")
+    check_choice("scheduler", scheduler, SCHEDULERS)
     check_range("steps", steps, 1, *MOST_STEPS)
     if not 0 < shift < math.inf:
         raise ValueError(f"shift {shift}: expected a positive number")
@@ -157,7 +176,7 @@ def sample_latents(denoise, noise, sigmas, sampler="lcm", generator=None) -> tor
     (n + 1,), as sigmas() gives them. generator: a CPU one, for the fresh noise of "lcm". Returns x at the last
     sigma, float32. Raises ValueError for an unknown sampler.
     """
-    check_sampler(sampler)
+    check_choice("sampler", sampler, SAMPLERS)
     x, levels = noise.float(), [float(sigma) for sigma in sigmas]
     for sigma, sigma_next in itertools.pairwise(levels):
         x = sampling_step(denoise, x, sigma, sigma_next, sampler, generator)
@@ -184,11 +203,6 @@ def sampling_step(denoise, x, sigma, sigma_next, sampler, generator=None):
     return end
 
 
-def check_sampler(sampler):
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
-
-
 # ----------------------------------------------------------------------------------------------------
 # The picture
 # ----------------------------------------------------------------------------------------------------
@@ -197,7 +211,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # EXIF orientation -> the axes of (3, h, w) to flip; orientations 5 to 8 are transposed first
 EXIF_FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
-
 
 # FFmpeg recognizes files by their contents: no playlist that opens other files or connections is let in
 IMAGE_OPTIONS = {"format_whitelist": "png_pipe,apng,jpeg_pipe,webp_pipe,gif,bmp_pipe,tiff_pipe",
@@ -237,7 +250,7 @@ def image_channels(frame, transposed, settings):
     of a jpg of odd width unwritten.
     """
     width, height = frame.width, frame.height
-    scale = shrinking(*((height, width) if transposed else (width, height)), settings)
+    scale = shrinking(height, width, settings) if transposed else shrinking(width, height, settings)
     green, blue, red, alpha = (  # each (h, w) uint8, of rows of line_size bytes
         torch.frombuffer(plane, dtype=torch.uint8).view(plane.height, plane.line_size)[:, :plane.width]
         for plane in frame.reformat(format="gbrap").planes)
@@ -398,7 +411,6 @@ CONTAINERS = {".mp4": ("mp4", "libx264", "yuv420p", {}, {"crf": "18", "x264-para
               ".gif": ("gif", "gif", "pal8", {"loop": "0"}, {}),
               ".webp": ("webp", "libwebp_anim", "bgra", {"loop": "0"}, {"quality": "90"})}
 
-
 KEPT = ".latents.safetensors"  # the latents of a video, beside it until it is written
 
 
@@ -428,6 +440,10 @@ def check_video(path):
     return path, extension
 
 
+def kept_path(output):
+    return Path(os.path.abspath(output) + KEPT)
+
+
 def part_name(path):
     """The name of a file while it is written, other than that of another run."""
     return f"{path}.{os.getpid()}.part"
@@ -444,11 +460,8 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
     path, extension = check_video(path)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        if extension:
-            writer = write_container(hidden, width, height, extension, metadata)
-        else:
-            writer = write_folder(hidden)
-        with writer as write:
+        with (write_container(hidden, width, height, extension, metadata) if extension
+              else write_folder(hidden)) as write:
             yield write
         if path.is_dir():
             path.rmdir()  # check_video has made sure that it is empty
@@ -707,11 +720,10 @@ class Settings:
         check_range("seed", self.seed, 0, 2**63 - 1)
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg {self.cfg}: expected a finite number, such as 1 or 5")
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention {self.attention!r}: expected one of {', '.join(ATTENTION)}")
-        if self.activations not in (None, *quant.ACTIVATIONS):
-            raise ValueError(f"activations {self.activations!r}: expected one of {', '.join(quant.ACTIVATIONS)}")
-        check_sampler(self.sampler)
+        check_choice("attention", self.attention, ATTENTION)
+        if self.activations is not None:
+            check_choice("activations", self.activations, quant.ACTIVATIONS)
+        check_choice("sampler", self.sampler, SAMPLERS)
         sigmas(self.scheduler, self.steps, self.shift)
 
 
@@ -736,35 +748,39 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
     loaders of wan_fp4 raise, and ValueError for NaN in the velocity or the latents.
     """
     device, timings = torch.device(settings.device), {} if timings is None else timings
-    levels = sigmas(settings.scheduler, settings.steps, settings.shift).tolist()
-    precise = (levels[0], levels[-2]) if settings.precise_steps else ()
     conditions = ranks.once(lambda: encode_conditions(images, prompts, files, settings, timings))
     team, mine = deal(ranks, len(conditions))
     latents = []
     with stage("sample", timings, device, files["dit"]), attention_kernel(settings.attention):
         dit = load_dit(files["dit"], conditions, settings, team)
         for i in mine:
-            c = conditions[i]
-
-            def velocity(x, sigma):
-                t = torch.full((1,), 1000 * sigma, device=device)
-                with unquantized_activations(dit, sigma in precise):
-                    if settings.cfg == 1:
-                        return dit(x, t, c.text, c.image, c.y)
-                    v, v_negative = both_velocities(dit, x, t, c, team)
-                return v_negative + settings.cfg * (v - v_negative)  # classifier-free guidance, arXiv 2207.12598
-
-            generator = torch.Generator().manual_seed(settings.seed)
-            x = torch.randn((1, 16, *c.y.shape[2:]), generator=generator).to(device)  # (1, 16, T, H, W)
-            for sigma, sigma_next in tqdm(list(itertools.pairwise(levels)), desc="sample", unit="step"):
-                x = sampling_step(velocity, x, sigma, sigma_next, settings.sampler, generator)
-                if sigma == levels[0] or sigma_next == levels[-1]:
-                    check_finite(x, f"the step from sigma {sigma:.3g}")
-            latents.append(x.cpu())
+            latents.append(make_latents(dit, conditions[i], settings, team).cpu())  # (1, 16, T, H, W)
             if on_latents and team.rank == 0:
                 on_latents(i, latents[-1])
         dit = None  # frees it before the VAE is loaded
     yield from decode_videos(files["vae"], latents, settings, timings, team)
+
+
+def make_latents(dit, c, settings, team):
+    """The latents (1, 16, T, H, W) of the video with the Conditions c."""
+    levels = sigmas(settings.scheduler, settings.steps, settings.shift).tolist()
+    precise = (levels[0], levels[-2]) if settings.precise_steps else ()
+
+    def velocity(x, sigma):
+        t = torch.full((1,), 1000 * sigma, device=x.device)
+        with unquantized_activations(dit, sigma in precise):
+            if settings.cfg == 1:
+                return dit(x, t, c.text, c.image, c.y)
+            v, v_negative = both_velocities(dit, x, t, c, team)
+        return v_negative + settings.cfg * (v - v_negative)  # classifier-free guidance, arXiv 2207.12598
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    x = torch.randn((1, 16, *c.y.shape[2:]), generator=generator).to(settings.device)  # (1, 16, T, H, W)
+    for sigma, sigma_next in tqdm(list(itertools.pairwise(levels)), desc="sample", unit="step"):
+        x = sampling_step(velocity, x, sigma, sigma_next, settings.sampler, generator)
+        if sigma == levels[0] or sigma_next == levels[-1]:
+            check_finite(x, f"the step from sigma {sigma:.3g}")
+    return x
 
 
 def check_finite(tensor, where):
@@ -830,14 +846,17 @@ def encode_text(path, prompts, device, cache=None, offload=False):
         ids = tokenize(tokenizer, prompt).to(device)  # (1, L)
         features[prompt] = umt5(ids, torch.ones_like(ids))  # (1, L, D)
         if cache:
-            try:
-                Path(cache).mkdir(parents=True, exist_ok=True)
-                save_tensor(kept[prompt], "text", features[prompt],
-                            {"prompt": prompt, "sha256": checksum(features[prompt])})
-            except OSError as error:  # the cache only saves time
-                print(f"sample.py: warning: the prompt's features are not cached: {explain(error)}",
-                      file=sys.stderr)
+            write_cached(kept[prompt], prompt, features[prompt])
     return [features[prompt].to(device) for prompt in prompts]
+
+
+def write_cached(path, prompt, features):
+    """Make an entry of the cache, which only saves time: a failure is only a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensor(path, "text", features, {"prompt": prompt, "sha256": checksum(features)})
+    except OSError as error:
+        print(f"sample.py: warning: the prompt's features are not cached: {explain(error)}", file=sys.stderr)
 
 
 def read_cached(path):
@@ -895,10 +914,12 @@ def load_dit(path, conditions, settings, team):
 @contextmanager
 def attention_kernel(name):
     """A context in which torch's attention uses the kernel cudnn, fa3 or fa4 wherever it applies, and another
-    one elsewhere. Other names change nothing. Raises ValueError if fa3 or fa4 is not installed."""
+    one elsewhere: cross-attention has a bias, which not all kernels take. Other names change nothing. Raises
+    ValueError if fa3 or fa4 is not installed."""
     if name == "cudnn":
-        first = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
-        with sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                   SDPBackend.MATH]
+        with sdpa_kernel(kernels, set_priority=True):
             yield
     elif name in ("fa3", "fa4"):
         try:
@@ -936,13 +957,15 @@ def unquantized_activations(dit, active):
     modes = [layer.mode for layer in layers]
     for layer in layers:
         layer.mode = "dequantize"
-    yield
-    for layer, mode in zip(layers, modes):
-        layer.mode = mode
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes):
+            layer.mode = mode
 
 
 @torch.inference_mode()
-def decode_videos(path, latents, settings, timings, team=wan_fp4.Ranks()):
+def decode_videos(path, latents, settings, timings, team):
     """Yields the video of each latents (1, 16, T, H, W), as generate does. In a team, all ranks must iterate, but
     only rank 0 gets the videos."""
     device = torch.device(settings.device)
@@ -1001,21 +1024,6 @@ def save_tensor(path, name, tensor, metadata):
 def read_tensor(path, name):
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
-
-
-def read_latents(path):
-    """The latents (1, 16, T, H, W) that a run leaves in OUT.latents.safetensors, and their metadata."""
-    metadata, stored = wan_fp4.read_header(path)
-    dtype, shape = stored.get("latents", ("", ()))
-    most = (1, 16, MOST_FRAMES[0] // 4 + 1, MOST_SIDE[0] // 8, MOST_SIDE[0] // 8)
-    if (len(stored) != 1 or dtype != "F32" or len(shape) != 5 or shape[:2] != (1, 16)
-            or not all(1 <= size <= top for size, top in zip(shape, most))):
-        got = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in list(stored.items())[:3])
-        raise ValueError(f"--decode {path}: got {got or 'no tensors'}, expected the tensor latents "
-                         f"(1, 16, T, H, W) that a run leaves in OUT{KEPT}")
-    latents = read_tensor(path, "latents")
-    check_finite(latents, f"--decode {path}: latents")
-    return latents, metadata
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1079,22 +1087,7 @@ NETWORKS = {  # by command-line flag
         "vae.safetensors", "vae/wan_2.1_vae.safetensors", "254 MB",
         ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"))}
 
-
 MOST_ENTRIES = 20_000  # in a folder of models; --models / ends here
-
-
-def check_file(path, most=math.inf):
-    """Raises OSError for a missing or unreadable file, ValueError for a path that is no regular file (a folder, a
-    device, a pipe) or a file of more bytes than `most`."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: is not a regular file")
-        if status.st_size > most:
-            raise ValueError(f"{path}: got {status.st_size} bytes, expected at most {most}")
-        open(path, "rb").close()
-    except OSError as error:
-        raise type(error)(explain(error)) from None
 
 
 def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
@@ -1121,7 +1114,7 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     return files | search(wanted, folder), demo
 
 
-def models_folder(models=None):
+def models_folder(models):
     """The folder `models`, or models/ beside this script. Raises FileNotFoundError if the former is missing."""
     if models is not None and not Path(models).is_dir():
         raise FileNotFoundError(f"--models {models}: no such folder")
@@ -1201,8 +1194,11 @@ def downloads(flags, folder):
     return "\n".join(lines)
 
 
-def find_rife(name, models=None):
-    """The file of IFNet's weights: the path `name`, or a file of that name in the models folder."""
+def find_rife(name, models):
+    """The file of IFNet's weights: the path `name`, or a file of that name in the models folder; None if no name
+    is given."""
+    if not name:
+        return None
     folder = models_folder(models)
     if Path(name).is_file():
         found = [Path(name)]
@@ -1248,15 +1244,16 @@ def make_parser():
     add("--size", type=parse_size, metavar="WxH", help="size of the video, rounded to multiples of 16; the "
         "picture is cropped to it (default: the picture's aspect ratio, with the pixel area given in the model "
         "file, or that of 480 x 832)")
-    add("--steps", type=int, default=4, help="sampling steps (default: 4)")
-    add("--shift", type=float, default=5.0, help="above 1, more of the steps are at high noise (default: 5)")
-    add("--sampler", choices=SAMPLERS, default="lcm", help="lcm: for the distilled model; euler and heun: "
-        "for the base model, heun with two forward passes a step (default: lcm)")
-    add("--scheduler", choices=SCHEDULERS, default="normal", help="how the noise levels of the steps are "
-        "spaced; named as in ComfyUI (default: normal)")
-    add("--cfg", type=float, default=1.0, help="guidance scale; any value but 1 doubles the cost of a step "
-        "(default: 1)")
-    add("--negative", default="", help="what to avoid in the video; used only if --cfg is not 1")
+    add("--steps", type=int, default=Settings.steps, help="sampling steps (default: %(default)s)")
+    add("--shift", type=float, default=Settings.shift, help="above 1, more of the steps are at high noise "
+        "(default: %(default)g)")
+    add("--sampler", choices=SAMPLERS, default=Settings.sampler, help="lcm: for the distilled model; euler and "
+        "heun: for the base model, heun with two forward passes a step (default: %(default)s)")
+    add("--scheduler", choices=SCHEDULERS, default=Settings.scheduler, help="how the noise levels of the steps "
+        "are spaced; named as in ComfyUI (default: %(default)s)")
+    add("--cfg", type=float, default=Settings.cfg, help="guidance scale; any value but 1 doubles the cost of a "
+        "step (default: %(default)g)")
+    add("--negative", default=Settings.negative, help="what to avoid in the video; used only if --cfg is not 1")
     add("--offload", action="store_true", help="stream the blocks of the DiT and the text encoder from CPU "
         "memory (default: only if they do not fit the GPU)")
     add("--precise-steps", action="store_true", help="do not quantize activations in the first and the last "
@@ -1265,13 +1262,14 @@ def make_parser():
         "nearest: fastest; four-over-six: the better of two scales for every 16 values; two-pass: most accurate: "
         "a second product adds what rounding lost, so products take twice the time. Layers that the file marks "
         "for two-pass use it, unless nearest is given (default: nearest for all others)")
-    add("--attention", choices=ATTENTION, default="sdpa", help="sdpa: the kernel that torch chooses; fp8: "
-        "self-attention in 8 bits (E4M3), on GPUs of compute capability 8.9 (RTX 4090) or later, except in "
-        "blocks that the file lists as too sensitive; fp8-all: in all blocks; cudnn, fa3, fa4: in 16 bits, by "
-        "cuDNN or by FlashAttention 3 or 4, if installed (default: sdpa)")
+    add("--attention", choices=ATTENTION, default=Settings.attention, help="sdpa: the kernel that torch "
+        "chooses; fp8: self-attention in 8 bits (E4M3), on GPUs of compute capability 8.9 (RTX 4090) or later, "
+        "except in blocks that the file lists as too sensitive; fp8-all: in all blocks; cudnn, fa3, fa4: in 16 "
+        "bits, by cuDNN or by FlashAttention 3 or 4, if installed (default: %(default)s)")
     add("--emulate", action="store_true", help="compute on any device what the tensor cores of a Blackwell GPU "
         "would, to see the quality of quantized activations and of --attention fp8; slow")
-    add("--seed", type=int, default=0, help="seed of the noise; the same seed makes the same video (default: 0)")
+    add("--seed", type=int, default=Settings.seed, help="seed of the noise; the same seed makes the same video "
+        "(default: %(default)s)")
     add("--interpolate", metavar="RIFE_WEIGHTS", help="insert a frame between every two, so 81 become 161: the "
         "flownet.pkl of RIFE 4.25 or 4.26, or its name in the models folder")
     add("--decode", metavar="FILE", help=f"only decode the latents that an interrupted run left in OUT{KEPT}")
@@ -1300,13 +1298,13 @@ def parse_lora(text):
     return path, strength
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One video to make: what is its own, besides the Settings that all videos of a run share."""
     picture: str  # the picture's path
     image: torch.Tensor  # (3, h, w) in [0, 1]
     prompt: str
-    output: str
+    output: str  # claim may change it
     size: tuple[int, int]  # the video's (width, height)
     metadata: dict
     automatic: bool  # whether sample.py chose the output's name
@@ -1314,11 +1312,12 @@ class Job:
 
     @property
     def kept(self):  # where the latents are until the video is written
-        return Path(os.path.abspath(self.output) + KEPT)
+        return kept_path(self.output)
 
     def release(self):
         if self.claimed:
             self.kept.unlink(missing_ok=True)
+            self.claimed = False
 
 
 def main(argv=None):
@@ -1348,18 +1347,18 @@ def main(argv=None):
         announce(jobs, settings, demo)
 
         def keep(i, latents):
-            jobs[i] = keep_latents(jobs[i], latents, settings.seed, [job.output for job in jobs])
+            keep_latents(jobs[i], latents, settings.seed, [job.output for job in jobs])
 
         start, timings, written = time.perf_counter(), {}, []
         images, prompts = [job.image for job in jobs], [job.prompt for job in jobs]
         videos = generate(images, prompts, files, settings, keep, timings, ranks)
         for video, i in zip(videos, deal(ranks, len(jobs))[1]):
             with stage("write", timings, device):
-                write_video(jobs[i].output, video, jobs[i].metadata)
+                line = write_video(jobs[i].output, video, jobs[i].metadata)
             jobs[i].release()
-            written.append((jobs[i].output, jobs[i].size))
+            written.append(f"{line}, seed {settings.seed}")
         written = itertools.chain(*ranks.gather(written))
-        report(written, settings, timings, time.perf_counter() - start)
+        report(written, device, timings, time.perf_counter() - start)
 
 
 # What the libraries raise for damaged files, full disks and memory that does not suffice, besides ValueError and
@@ -1424,18 +1423,15 @@ def own_settings(path, loras):
 
 def own_number(own, key, path):
     """The DiT's own frames or area, or the default. Raises ValueError for a bad value in its header."""
-    text = own.get(key)
-    if text is None:
-        return getattr(Settings, key)
+    text = own.get(key, str(getattr(Settings, key)))
     try:
-        number = int(text) if re.fullmatch("[0-9]{1,9}", text) else None
-        if number is not None and Settings(**{key: number}):
-            return number
-        problem = f"got {text[:20]!r}, expected a whole number"
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise ValueError(f"got {text[:20]!r}, expected a whole number")
+        Settings(**{key: int(text)})  # checks its range
     except ValueError as error:
-        problem = str(error)
-    flag = "--size" if key == "area" else "--frames"
-    raise ValueError(f"{path}: {key} in its header: {problem}; give another with {flag}")
+        flag = "--size" if key == "area" else "--frames"
+        raise ValueError(f"{path}: {key} in its header: {error}; give another with {flag}") from None
+    return int(text)
 
 
 def cache_folder():
@@ -1452,9 +1448,8 @@ def make_settings(args, own, dit, demo):
         size=args.size, area=own_number(own, "area", dit) if args.size is None else AREA, steps=args.steps,
         shift=args.shift, sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative,
         seed=args.seed, precise_steps=args.precise_steps, loras=tuple(args.lora),
-        interpolate=find_rife(args.interpolate, args.models) if args.interpolate else None,
-        offload=args.offload, device=args.device, activations=args.activations, attention=args.attention,
-        emulate=args.emulate,
+        interpolate=find_rife(args.interpolate, args.models), offload=args.offload, device=args.device,
+        activations=args.activations, attention=args.attention, emulate=args.emulate,
         cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
 
 
@@ -1470,10 +1465,8 @@ def make_jobs(args, own, files, settings):
     outputs = name_outputs(wanted, args.output, settings.seed)
     sources = [*args.image, *files.values(), *(lora for lora, _ in args.lora), args.prompt_file, args.interpolate]
     for output in outputs:
-        check_video(output)
-        check_overwriting(output, sources)
-        kept = Path(os.path.abspath(output) + KEPT)
-        if kept.exists():
+        check_output(output, sources)
+        if (kept := kept_path(output)).exists():
             raise ValueError(f"{kept}: holds the latents of an interrupted run; finish its video with --decode, "
                              f"or delete the file")
     images = {path: read_image(path, settings) for path in args.image}
@@ -1486,8 +1479,10 @@ def make_jobs(args, own, files, settings):
     return jobs
 
 
-def check_overwriting(output, sources):
-    """Raises ValueError if the output is one of the files that the run reads, under whatever name."""
+def check_output(output, sources):
+    """Raises what check_video raises, and ValueError if the output is one of the files that the run reads, under
+    whatever name."""
+    check_video(output)
     for source in filter(None, sources):
         if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
             raise ValueError(f"-o {output}: is {source}, which this run reads; give another name")
@@ -1495,32 +1490,30 @@ def check_overwriting(output, sources):
 
 def claim(job, seed, taken):
     """Create the file for the job's latents, which reserves its video's name. If another run has taken an
-    automatic name in the meantime, the job gets a new one. Returns the job. Raises OSError."""
+    automatic name in the meantime, the job gets a new one. Raises OSError."""
     while True:
         try:
             job.kept.touch(exist_ok=False)
             if not (job.automatic and os.path.lexists(job.output)):
-                return replace(job, claimed=True)
+                job.claimed = True
+                return
             job.kept.unlink()
         except FileExistsError:
             if not job.automatic:
                 raise
-        folder = os.path.dirname(job.output)
-        job = replace(job, output=free_name(job.picture, job.prompt, seed, folder, taken))
+        job.output = free_name(job.picture, job.prompt, seed, os.path.dirname(job.output), taken)
 
 
 def keep_latents(job, latents, seed, taken):
-    """Save a video's latents until it is written. Returns the job, as claimed. A failure is only a warning."""
+    """Save a video's latents until it is written. If that fails, this is only a warning."""
     try:
-        job = claim(job, seed, taken)
+        claim(job, seed, taken)
         save_tensor(job.kept, "latents", latents, job.metadata)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
+        job.release()
+        if not isinstance(error, OSError):
+            raise
         print(f"sample.py: warning: the latents are not kept: {explain(error)}", file=sys.stderr)
-        job.release()
-    except BaseException:
-        job.release()
-        raise
-    return job
 
 
 def check_text(name, text):
@@ -1606,102 +1599,96 @@ def announce(jobs, settings, demo):
 
 
 def write_video(path, video, metadata):
-    """Write frames (F, h, w, 3) uint8 to a file or a folder."""
-    height, width = video.shape[1:3]
+    """Write frames (F, h, w, 3) uint8 to a file or a folder. Returns a line that says what was written."""
+    frames, height, width = video.shape[:3]
     with open_video(path, width, height, metadata) as write:
         for frame in video:
             write(frame)
+    return f"{path}: {width}x{height}, {frames} frames"
 
 
-def report(written, settings, timings, seconds):
-    """Print what was made, how long it took and how much memory."""
+def report(written, device, timings, seconds):
+    """Print how long the run took, how much memory it needed, and what was written."""
     stages = ", ".join(f"{name} {s:.1f}" for name, s in timings.items())
-    print(f"seconds: {stages}; in all {seconds:.1f}\npeak memory: {peak_memory(torch.device(settings.device))}")
-    frames = 2 * settings.frames - 1 if settings.interpolate else settings.frames
-    for output, (width, height) in written:
-        print(f"{output}: {width}x{height}, {frames} frames, seed {settings.seed}")
+    print(f"seconds: {stages}; in all {seconds:.1f}", f"peak memory: {peak_memory(device)}", *written, sep="\n")
 
 
 def decode_kept(args, ranks):
     """--decode: finish a video from the latents that an interrupted run left."""
     path = args.decode
     files, _ = find_files({"vae": args.vae}, args.models)
-    rife = find_rife(args.interpolate, args.models) if args.interpolate else None
+    rife = find_rife(args.interpolate, args.models)
     latents, metadata = read_latents(path)
     output = args.output or str(path).removesuffix(KEPT)
     if output == str(path):
         raise ValueError(f"--decode {path}: this name does not tell the video's name; give it with -o")
-    check_video(output)
-    check_overwriting(output, [path, files["vae"], rife])
+    check_output(output, [path, files["vae"], rife])
     settings = Settings(interpolate=rife, device=args.device)
     for video in decode_videos(files["vae"], [latents], settings, {}, deal(ranks, videos=1)[0]):
-        write_video(output, video, metadata)
-        print(f"{output}: {video.shape[2]}x{video.shape[1]}, {len(video)} frames")
+        print(write_video(output, video, metadata))
+
+
+def read_latents(path):
+    """The latents (1, 16, T, H, W) that a run leaves in OUT.latents.safetensors, and their metadata."""
+    metadata, stored = wan_fp4.read_header(path)
+    dtype, shape = stored.get("latents", ("", ()))
+    most = (1, 16, MOST_FRAMES[0] // 4 + 1, MOST_SIDE[0] // 8, MOST_SIDE[0] // 8)
+    if (len(stored) != 1 or dtype != "F32" or len(shape) != 5 or shape[:2] != (1, 16)
+            or not all(1 <= size <= top for size, top in zip(shape, most))):
+        got = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in list(stored.items())[:3])
+        raise ValueError(f"--decode {path}: got {got or 'no tensors'}, expected the tensor latents "
+                         f"(1, 16, T, H, W) that a run leaves in OUT{KEPT}")
+    latents = read_tensor(path, "latents")
+    check_finite(latents, f"--decode {path}: latents")
+    return latents, metadata
 
 
 def check(device):
     """--check: print which path each format takes on this device, and why; multiply once in each, and on tensor
     cores in each way to quantize activations. True if all products agree with those of the dequantized operands,
-    and 8-bit attention with its emulation."""
+    and 8-bit attention, if the device has it, with its emulation."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         reason = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor} (tensor cores need sm_100 or later)"
     else:
         reason = f"{device} has no tensor cores for it"
-    kinds = [("nvfp4", quant.quantize_nvfp4, None), ("mxfp8", quant.quantize_mxfp8, None)]
+    kinds = [("nvfp4", None), ("mxfp8", None)]
     if quant.default_mode(device) == "tensor_cores":  # elsewhere activations are not quantized
-        kinds += [("nvfp4", quant.quantize_nvfp4, activations) for activations in quant.ACTIVATIONS[1:]]
-    agree = [check_format(*kind, device, reason) for kind in kinds]
-    return all([*agree, check_fp8_attention(device)])
+        kinds += [("nvfp4", activations) for activations in quant.ACTIVATIONS[1:]]
+    good = [check_format(*kind, device, reason) for kind in kinds]
+    if wan_fp4.has_fp8_kernel(device):
+        qkv = [torch.randn(1, 2, 1000, 128, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        # The kernel's running maximum rounds the probabilities differently, by up to 6 %
+        good.append(agrees("fp8 attention", lambda: wan_fp4.fp8_attention(*(x.to(device) for x in qkv)),
+                           wan_fp4.fp8_attention(*qkv), "its emulation", 0.05))
+    return all(good)
 
 
-def check_fp8_attention(device):
-    """Print whether --attention fp8 agrees with its emulation on this device. True if it does, or if the device
-    does not have it."""
-    if not wan_fp4.has_fp8_kernel(device):
-        return True
-    q, k, v = (torch.randn(1, 2, 1000, 128, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    expected = wan_fp4.fp8_attention(q, k, v)  # (1, 2, 1000, 128)
+def check_format(fmt, activations, device, reason):
+    mode, dtype = quant.default_mode(device), quant.default_dtype(device)
+    plain, x = quant.trial_layer(fmt, "emulate" if mode == "tensor_cores" else "dequantize", activations)
+    x = x.to(dtype)  # as a real run feeds it
+    tested = quant.trial_layer(fmt, mode, activations)[0].to(device)
+    tested.compute_dtype = dtype
+    path = f"{quant.FORMAT_NAMES[fmt]}{f', {activations}' if activations else ''}: {mode.replace('_', ' ')}"
+    if mode == "tensor_cores":
+        same = quant.one_call_works(tested.weight.device, fmt)
+        path += f" (scale and bias {'in the same call' if same else 'in a second pass'})"
+    return agrees(f"{path}, because {reason}", lambda: tested(x.to(device)), plain(x.float()),
+                  "the dequantized product", 0.01)  # rounding to bfloat16 alone gives 0.002
+
+
+def agrees(what, compute, expected, reference, bound):
+    """Print whether compute() gives the expected tensor, and return it: the error's norm, relative to that of
+    `expected`, must be below the bound."""
     try:
-        y = wan_fp4.fp8_attention(q.to(device), k.to(device), v.to(device)).cpu()  # (1, 2, 1000, 128)
-    except RuntimeError as error:  # for instance without Triton
-        print(f"fp8 attention: FAILED: {error}")
+        y = compute().cpu().float()
+    except RuntimeError as error:  # for instance no Triton, or a build of torch without the kernel
+        print(f"{what}: FAILED: {error}")
         return False
     difference = ((y - expected).norm() / expected.norm()).item()
-    good = difference < 0.05  # the running maximum rounds the probabilities differently, by up to 6 %
-    print(f"fp8 attention: differs from its emulation by {difference:.1e}: {'good' if good else 'WRONG'}")
-    return good
-
-
-def check_format(fmt, quantize, activations, device, reason):
-    generator = torch.Generator().manual_seed(0)
-    w, x = torch.randn(256, 512, generator=generator), torch.randn(160, 512, generator=generator)
-    x = x.to(quant.default_dtype(device))  # as a real run feeds it
-    stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize(w)))
-    stored["comfy_quant"] = quant.write_marker({"format": fmt})
-
-    def layer(mode):
-        return quant.QuantLinear.from_tensors(fmt, stored, 512, 256, mode=mode, activations=activations)
-
-    mode = quant.default_mode(device)
-    expected = layer("emulate" if mode == "tensor_cores" else "dequantize")(x.float())  # (160, 256)
-    tested = layer(mode).to(device)
-    tested.compute_dtype = quant.default_dtype(device)
-    name = f"{quant.FORMAT_NAMES[fmt]}{f', {activations}' if activations else ''}"
-    path = f"{name}: {mode.replace('_', ' ')}, because {reason}"
-    try:
-        y = tested(x.to(device)).cpu().float()  # (160, 256)
-        if mode == "tensor_cores":
-            same = quant.one_call_works(tested.weight.device, fmt)
-            path += f"; scale and bias {'in the same call' if same else 'in a second pass'}"
-    except RuntimeError as error:  # for instance a build of torch without the kernel
-        print(f"{path}: FAILED: {error}")
-        return False
-    difference = ((y - expected).norm() / expected.norm()).item()
-    good = difference < 0.01  # rounding to bfloat16 alone gives 0.002
-    print(f"{path}; the product differs from the dequantized one by {difference:.1e}: "
-          f"{'good' if good else 'WRONG'}")
-    return good
+    print(f"{what}: differs from {reference} by {difference:.1e}: {'good' if difference < bound else 'WRONG'}")
+    return difference < bound
 
 
 if __name__ == "__main__":

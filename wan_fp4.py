@@ -488,6 +488,7 @@ def join_ranks():
         if store.add("failures", 1) > 1:
             time.sleep(60)  # another rank failed first and reports it; end_after_failure ends this one
         print(f"rank {rank} ({platform.node()}): ", end="", file=sys.stderr, flush=True)
+        # The gloo backend also raises plain RuntimeErrors, which only their text identifies
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError("lost the connection to another rank; see torchrun's report on it") from None
         raise
@@ -557,8 +558,9 @@ class TokenSplit:
 
 class SplitDiT(nn.Module):
     """A WanDiT that computes each velocity together with the other ranks of a process group. All of them must
-    call it with the same arguments; all get the same velocity. Raises ValueError if the number of heads is not a
-    multiple of R."""
+    call it with the same arguments; all get the same velocity. It changes the WanDiT's self-attention for good:
+    make it before the blocks are streamed, and call only it from then on. Raises ValueError if the number of
+    heads is not a multiple of R."""
 
     def __init__(self, dit, group):
         super().__init__()
@@ -568,9 +570,8 @@ class SplitDiT(nn.Module):
             raise ValueError(f"the model's {heads} heads: got {self.split.size} ranks that share them, expected "
                              f"{counts}; start torchrun with that many ranks (twice as many with --cfg), or make "
                              f"at least one video per rank")
-        for module in dit.modules():
-            if isinstance(module, SelfAttention):
-                module.attention = partial(self.split.attention, module.attention)
+        for block in dit.blocks:
+            block.self_attn.attention = partial(self.split.attention, block.self_attn.attention)
 
     def forward(self, x, t, text, image, y):
         grid = x.shape[2:]
@@ -1298,7 +1299,8 @@ def add_markers(tensors, markers, path):
     they disagree, because programs differ in which one they follow."""
     def meaning(marker, where):
         info = read_marker(marker, where)
-        return info["format"] + (" at full precision" if info.get("full_precision_matrix_mult") else "")
+        full = " at full precision" if info.get("full_precision_matrix_mult") else ""
+        return info["format"] + full + (" in two passes" if info.get("two_pass") else "")
 
     for name, marker in markers.items():
         if name.removesuffix("comfy_quant") + "weight" in tensors:
@@ -1464,13 +1466,13 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
             linears.setdefault(layer, {})[suffix] = tensor
         elif name in parameters:
             check_parameter(f"{path}: {name}", tensor, parameters[name])
-            half = isinstance(module, CONVOLUTIONS) and not name.startswith(tuple(float32))
+            half = isinstance(module, CONVOLUTIONS) and not name.startswith(float32)
             state[name] = tensor if layer == "token_embedding" else tensor.to(dtype if half else torch.float32)
         else:
             state[name] = tensor  # assign_state reports it
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
-            compute = torch.float32 if name.startswith(tuple(float32)) else dtype
+            compute = torch.float32 if name.startswith(float32) else dtype
             layer = QuantLinear.from_tensors(f"{path}: {name}", linears.pop(name, {}), module.in_features,
                                              module.out_features, bias=module.bias is not None,
                                              compute_dtype=compute, mode=mode or default_mode(device),
@@ -1687,9 +1689,8 @@ def parse_lora(text):
 
 
 def read_lora(path):
-    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. A layer with factors
-    also has "scale", the number alpha / r. Raises ValueError for a tensor that is none of these parts, and for
-    factors that do not fit together."""
+    """A LoRA file -> {official layer name: {part of LORA_PARTS: tensor}}, memory-mapped. Raises ValueError for a
+    tensor that is none of these parts."""
     layers = {}
     for name, tensor in read_tensors(path)[0].items():
         layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
@@ -1698,9 +1699,6 @@ def read_lora(path):
             raise ValueError(f"{path}: {repr(name)[1:-1][:200]}: got a tensor that is no part of a LoRA, "
                              f"expected a name that ends in one of {endings}; a whole model is not a LoRA")
         layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
-    for layer, parts in layers.items():
-        if parts.keys() & {"up", "down", "alpha"}:
-            parts["scale"] = lora_scale(parts, f"{path}: {layer}")
     return layers
 
 
@@ -1724,11 +1722,13 @@ def lora_scale(parts, where):
 
 def lora_terms(path, strength):
     """Yields each term that a LoRA file adds to a parameter: (parameter's name, term's shape, scale, factors).
-    The term is scale * up @ down for the factors (up, down), or scale * difference for (difference,)."""
+    The term is scale * up @ down for the factors (up, down), or scale * difference for (difference,). Raises
+    ValueError for a file that is not a LoRA, and for factors that do not fit together."""
     for layer, parts in read_lora(path).items():
-        if "up" in parts:
+        if parts.keys() & {"up", "down", "alpha"}:
+            scale = strength * lora_scale(parts, f"{path}: {layer}")
             up, down = parts["up"], parts["down"]  # (M, r), (r, K)
-            yield f"{layer}.weight", (len(up), *down.shape[1:]), strength * parts["scale"], (up, down)
+            yield f"{layer}.weight", (len(up), *down.shape[1:]), scale, (up, down)
         for part in ("weight", "bias", "modulation"):
             if part in parts:
                 yield f"{layer}.{part}", tuple(parts[part].shape), strength, (parts[part],)
@@ -1739,7 +1739,7 @@ def check_loras(path, metadata, loras):
     needs a LoRA that is not among `loras` (convert.py: --lora-mode absorb)."""
     given = set()
     for file, strength in loras:
-        read_lora(file)
+        list(lora_terms(file, strength))  # checks the file
         if Path(file).suffix not in PICKLES:
             given.add((read_header(file)[0].get("lora_id"), strength))
     needed = metadata.get("needs_lora")
@@ -1754,46 +1754,36 @@ def attach_lora(model, path, strength: float = 1.0) -> str:
     Returns a line that says how much was used, and what was skipped and why. Raises ValueError if nothing fits,
     for wrong shapes, and for an up without its down. Never writes to a parameter's memory, which may be mapped.
     """
-    modules, layers = dict(model.named_modules()), read_lora(path)
-    branches, differences, skipped = [], [], []
-    for name, parts in layers.items():
-        where, module = f"{path}: {name}", modules.get(name)
-        if module is None:
-            skipped.append(f"{name} (no such layer)")
-            continue
-        if "up" in parts:
-            reason = add_branch(module, parts, strength, where)
-            (skipped if reason else branches).append(f"{name} ({reason})")
-        for part in ("weight", "bias", "modulation"):
-            if part in parts:
-                reason = add_difference(module, part, parts[part], strength, where)
-                (skipped if reason else differences).append(f"{name} ({reason})")
-    if not branches + differences:
+    modules, layers, used, skipped = dict(model.named_modules()), set(), [], []
+    for name, _, scale, factors in lora_terms(path, strength):
+        layer, _, part = name.rpartition(".")
+        layers.add(layer)
+        if reason := add_term(modules.get(layer), part, scale, factors, f"{path}: {layer}"):
+            skipped.append(f"{layer} ({reason})")
+        else:
+            used.append(len(factors))
+    if not used:
         usual = next(name for name in modules if name.endswith(".q"))
         raise ValueError(f"{path}: got {len(layers)} layers, none of which fits, the first "
                          f"{next(iter(skipped), 'none')}, expected names such as {usual}; "
                          f"use a LoRA for this kind of model")
-    used = f"{Path(path).name}: {len(branches)} layers"
-    used += f", {len(differences)} differences" if differences else ""
-    return used + (f", skipped {len(skipped)}: {skipped[0]}" if skipped else "")
+    differences = f", {used.count(1)} differences" if 1 in used else ""
+    more = f", skipped {len(skipped)}: {skipped[0]}" if skipped else ""
+    return f"{Path(path).name}: {used.count(2)} layers{differences}{more}"
 
 
-def add_branch(module, parts, strength, where):
-    """Attach up and down to a Linear. Returns "", or the reason why not."""
-    if not isinstance(module, QuantLinear):
-        return "not a Linear"
-    up, down = parts["up"].to(module.weight.device), parts["down"].to(module.weight.device)
-    if (up.shape, down.shape) != ((module.out_features, len(down)), (len(down), module.in_features)):
-        raise ValueError(f"{where}: got up {tuple(up.shape)} and down {tuple(down.shape)}, expected "
-                         f"({module.out_features}, r) and (r, {module.in_features}); "
-                         f"use a LoRA for a model of this size")
-    module.attach_lora(up, down, strength * parts["scale"])
-    return ""
-
-
-def add_difference(module, part, difference, strength, where):
-    """Add strength * difference to a parameter. Returns "", or the reason why not."""
-    old = getattr(module, part, None)
+def add_term(module, part, scale, factors, where):
+    """Add scale * up @ down beside a Linear, or scale * difference to a parameter. Returns "", or the reason why
+    not."""
+    if module is None:
+        return "no such layer"
+    if len(factors) == 2:
+        if not isinstance(module, QuantLinear):
+            return "not a Linear"
+        up, down = (factor.to(module.weight.device) for factor in factors)
+        module.attach_lora(up, down, scale, where)
+        return ""
+    old, difference = getattr(module, part, None), factors[0]
     if old is None:
         return f"has no {part}"
     if part == "weight" and getattr(module, "format", None):
@@ -1801,6 +1791,6 @@ def add_difference(module, part, difference, strength, where):
     if old.shape != difference.shape:
         raise ValueError(f"{where}: got a difference of shape {tuple(difference.shape)}, expected that of its "
                          f"{part}, {tuple(old.shape)}; use a LoRA for a model of this size")
-    new = old.float() + strength * difference.to(old.device).float()
+    new = old.float() + scale * difference.to(old.device).float()
     setattr(module, part, nn.Parameter(new.to(old.dtype), requires_grad=False))
     return ""
