@@ -49,6 +49,8 @@ import sample
 import wan_fp4
 
 REPOSITORY = Path(__file__).resolve().parent
+DEMO = REPOSITORY / "demo"
+PHOTO = DEMO / "photo.jpg"
 # The most bytes that a process has held; getrusage's figure begins with the parent's.
 PEAK = """
 def peak():
@@ -104,6 +106,15 @@ KINDS = "gaussian, odd, one row, zero blocks, all zero, subnormal, outlier, ties
 def same_bits(a, b):
     a_bytes, b_bytes = a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
     return a.shape == b.shape and a.dtype.itemsize == b.dtype.itemsize and torch.equal(a_bytes, b_bytes)
+
+
+def all_same_bits(got, expected):
+    return all(a is b is None or same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def same_tensors(got, expected):
+    """Whether two dicts {name: tensor} are equal."""
+    return got.keys() == expected.keys() and all(same_bits(got[name], expected[name]) for name in got)
 
 
 def example(kind, dtype):
@@ -396,10 +407,6 @@ def test_search_is_never_worse_than_rtn_in_any_block(kind, dtype):
 
 
 # The fast paths give the bits of the plain forms
-
-def all_same_bits(got, expected):
-    return all(a is b is None or same_bits(a, b) for a, b in zip(got, expected, strict=True))
-
 
 @pytest.fixture
 def seven_rows_at_a_time(monkeypatch):
@@ -833,14 +840,6 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, activations, shape,
     torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fmt, quantize", [("nvfp4", quant.quantize_nvfp4), ("mxfp8", quant.quantize_mxfp8)])
-def test_activations_are_quantized_as_weights_by_rtn(fmt, quantize):
-    x = torch.randn(128, 64)
-    layer, _ = make(fmt, in_features=64)
-    for got, expected in zip(*quant.quantize_activation(x, layer), quantize(x)):
-        assert same_bits(got, expected)
-
-
 def finer_activation(x, activations, **tensors):
     """x through an NVFP4 layer's quantize_activation, dequantized by comfy-kitchen; and the tensor scale."""
     layer, _ = make("nvfp4", in_features=x.shape[1], extra=tensors)
@@ -1062,12 +1061,6 @@ def saved(theirs, folder, metadata=None, shard_size="1GB"):
     return folder
 
 
-def holds(model, tensors):
-    """Whether the model's tensors are these, by name."""
-    state = model.state_dict()
-    return state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in state)
-
-
 # DiT
 
 def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, text=24, image=40):
@@ -1127,7 +1120,7 @@ def test_dit_equals_diffusers(frames, height, width, length, batch, size, shard_
     expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"]), i["image"]).sample
     assert relative_error(ours(**i), expected) < 1e-5
     # The names of our modules are the official ones, by diffusers' own table
-    assert holds(theirs, convert_wan_transformer_to_diffusers(dict(ours.state_dict())))
+    assert same_tensors(theirs.state_dict(), convert_wan_transformer_to_diffusers(dict(ours.state_dict())))
 
 
 def test_dit_timestep_embedding_is_that_of_diffusers():
@@ -1191,7 +1184,7 @@ def test_vae_equals_diffusers(frames, height, width, dims, tmp_path):
     expected = theirs.decode(latents * std + mean).sample
     assert expected.abs().lt(1).any() and relative_error(ours.decode(latents), expected) < 1e-4
     if dims == (1, 2, 4, 4):  # the only one that diffusers' table of official names knows
-        assert holds(theirs, convert_wan_vae_to_diffusers(dict(ours.state_dict())))
+        assert same_tensors(theirs.state_dict(), convert_wan_vae_to_diffusers(dict(ours.state_dict())))
 
 
 @torch.no_grad()
@@ -1223,7 +1216,7 @@ def test_weights_of_tiles_add_up_to_one(length, tile):
 
 @torch.no_grad()
 def test_vae_decodes_in_tiles_what_it_decodes_whole():
-    vae = wan_fp4.load_vae(REPOSITORY / "demo" / "vae.safetensors")
+    vae = wan_fp4.load_vae(DEMO / "vae.safetensors")
     noise = torch.rand(1, 3, 5, 12, 18, generator=torch.Generator().manual_seed(0))
     z = vae.encode(F.interpolate(noise, (5, 192, 288), mode="trilinear") * 2 - 1)  # (1, 16, 2, 24, 36)
     tiled = list(vae.decode_chunks(z, tile=2 * wan_fp4.TILE_OVERLAP))
@@ -1267,7 +1260,7 @@ def test_umt5_equals_transformers(length, size, shard_size, name, tmp_path):
     official = [f"blocks.{i}.{part}" for i in range(len(ours.blocks)) for part in UMT5_BLOCK]
     names = [f"{name}.weight" for name in ("token_embedding", *official, "norm")]
     tensors = [t for name, t in theirs.state_dict().items() if name != "encoder.embed_tokens.weight"]
-    assert holds(ours, dict(zip(names, tensors, strict=True)))
+    assert same_tensors(ours.state_dict(), dict(zip(names, tensors, strict=True)))
 
 
 def test_umt5_reads_scaled_fp8(tmp_path):
@@ -1491,7 +1484,7 @@ def test_every_attention_gets_what_fused_kernels_take(network, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     with torch.device("meta"):
-        model = getattr(wan_fp4, f"load_{network}")(REPOSITORY / "demo" / f"{network}.safetensors", "meta")
+        model = getattr(wan_fp4, f"load_{network}")(DEMO / f"{network}.safetensors", "meta")
         ids, side = torch.ones(2, 9, dtype=torch.long), getattr(model, "image_size", 0)
         model.token_embedding = torch.nn.Embedding(9, model.cfg.dim) if network == "umt5" else None
         {"dit": lambda: model(*demo_inputs(model.cfg, 900.0, "meta")), "umt5": lambda: model(ids, ids),
@@ -1640,7 +1633,7 @@ def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_pa
 def marked_in_header(path, formats=(), tensors=(), prefix="", **metadata):
     """Write the demo's DiT with the layers' markers in the header, changed by `formats` {layer: marker}, and
     without comfy_quant tensors but for `tensors` {layer: marker}."""
-    demo = REPOSITORY / "demo" / "dit.safetensors"
+    demo = DEMO / "dit.safetensors"
     weights = {name: tensor for name, tensor in load_file(demo).items() if not name.endswith(".comfy_quant")}
     weights |= {f"{layer}.comfy_quant": quant.write_marker(marker) for layer, marker in dict(tensors).items()}
     layers = {prefix + layer: marker for layer, marker in (read_layers(demo) | dict(formats)).items()}
@@ -1654,7 +1647,7 @@ def test_markers_in_the_header_alone_are_enough(prefix, tmp_path):
     """A layer that the file does not have is ignored."""
     path = marked_in_header(tmp_path / "x", {"blocks.99.ffn.0": {"format": "mxfp8"}}, prefix=prefix)
     got = wan_fp4.load_dit(path)
-    expected = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors")
+    expected = wan_fp4.load_dit(DEMO / "dit.safetensors")
     assert quant.describe(got) == quant.describe(expected) and "NVFP4" in quant.describe(got)
 
 
@@ -1713,7 +1706,7 @@ def test_a_damaged_quantization_metadata_is_refused(bad, tmp_path):
     ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(any\)")])
 def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_path):
     config = wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6)
-    file = dit_path if network == "dit" else REPOSITORY / "demo" / f"{network}.safetensors"
+    file = dit_path if network == "dit" else DEMO / f"{network}.safetensors"
     tensors = load_file(file) if file.exists() else wan_fp4.IFNet(config).state_dict()
     load = getattr(wan_fp4, f"load_{network}")
     save_file(tensors, tmp_path / network, {"head_dim": "32"})
@@ -1727,7 +1720,7 @@ def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_p
 @pytest.mark.parametrize("network", ["dit", "clip"])
 @pytest.mark.parametrize("head_dim", ["50", "0", "-1", "1", "x", "", "1e9", "9" * 5000])
 def test_wrong_head_widths_are_named(network, head_dim, tmp_path):
-    save_file(load_file(REPOSITORY / "demo" / f"{network}.safetensors"), tmp_path / "x", {"head_dim": head_dim})
+    save_file(load_file(DEMO / f"{network}.safetensors"), tmp_path / "x", {"head_dim": head_dim})
     with pytest.raises(ValueError, match=f"x: head width: got {head_dim[:50]}, expected an even divisor of"):
         getattr(wan_fp4, f"load_{network}")(tmp_path / "x")
 
@@ -1746,7 +1739,7 @@ def test_new_networks_start_at_the_official_scale():
 def test_linears_stay_as_stored_and_norms_are_float32(dit_path, tmp_path):
     save_file({n: t.bfloat16() for n, t in load_file(dit_path).items()}, tmp_path / "dit", {"head_dim": "32"})
     dit = wan_fp4.load_dit(tmp_path / "dit", dtype=torch.float16)
-    vae = wan_fp4.load_vae(REPOSITORY / "demo" / "vae.safetensors", dtype=torch.float16)
+    vae = wan_fp4.load_vae(DEMO / "vae.safetensors", dtype=torch.float16)
     block, norm, _, conv, *_ = dit.blocks[0], *vae.decoder.middle[0].residual
     assert block.ffn[0].weight.dtype == torch.bfloat16 and block.ffn[0].compute_dtype == torch.float16
     assert conv.weight.dtype == conv.bias.dtype == vae.dtype == dit.dtype == torch.float16
@@ -1800,13 +1793,10 @@ def demo_inputs(cfg, t, device="cpu"):
 
 
 @torch.no_grad()
-def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
+def test_streamed_blocks_compute_what_loaded_ones_do(lora_file):
     """On a CPU: what is copied where, not the overlap in time."""
-    path = REPOSITORY / "demo" / "dit.safetensors"
-    lora = tmp_path / "lora.safetensors"
-    dim = wan_fp4.load_dit(path).cfg.dim
-    save_file({"blocks.1.self_attn.q.lora_down.weight": torch.randn(2, dim),
-               "blocks.1.self_attn.q.lora_up.weight": torch.randn(dim, 2)}, lora)
+    path = DEMO / "dit.safetensors"
+    lora = lora_file(lora_factors("blocks.1.self_attn.q", torch.randn(192, 2), torch.randn(2, 192)))
     whole, streamed = (wan_fp4.load_dit(path, loras=[(lora, 0.5)], stream=stream) for stream in (False, True))
     sample.settle(streamed, 0, torch.device("cpu"), offload=True)
     assert isinstance(streamed.blocks, sample.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
@@ -1819,7 +1809,7 @@ def test_streamed_blocks_compute_what_loaded_ones_do(tmp_path):
 def test_settle_warns_where_even_streaming_will_not_fit(monkeypatch, capsys):
     for free, warned in ((2**20, True), (2**40, False)):
         monkeypatch.setattr(sample, "free_memory", lambda _, free=free: free)
-        umt5 = wan_fp4.load_umt5(REPOSITORY / "demo" / "umt5.safetensors", stream=True)
+        umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", stream=True)
         sample.settle(umt5, 2**30, torch.device("cpu"), offload=True)
         assert ("even when streaming" in capsys.readouterr().err) == warned
 
@@ -1859,7 +1849,7 @@ def test_the_14b_model_streams_within_8_gb(monkeypatch):
 
 @torch.no_grad()
 def test_the_text_encoder_streams_too(capsys):
-    path = REPOSITORY / "demo" / "umt5.safetensors"
+    path = DEMO / "umt5.safetensors"
     device = torch.device("cpu")
     whole, = sample.encode_text(path, ["zoom in"], "cpu")
     streamed, = sample.encode_text(path, ["zoom in"], device, offload=True)
@@ -1867,12 +1857,12 @@ def test_the_text_encoder_streams_too(capsys):
 
 
 def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere():
-    dit = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors", "meta", stream=True)
+    dit = wan_fp4.load_dit(DEMO / "dit.safetensors", "meta", stream=True)
     assert {p.device.type for p in dit.blocks.parameters()} == {"cpu"}
     assert {p.device.type for n, p in dit.named_parameters() if not n.startswith("blocks.")} == {"meta"}
     layer = dit.blocks[0].ffn[0]
     assert layer.compute_dtype == quant.default_dtype("meta") and layer.mode == quant.default_mode("meta")
-    umt5 = wan_fp4.load_umt5(REPOSITORY / "demo" / "umt5.safetensors", "meta")
+    umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", "meta")
     assert [n for n, p in umt5.named_parameters() if p.device.type == "cpu"] == ["token_embedding.weight"]
 
 
@@ -1880,7 +1870,7 @@ def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere():
                     reason="no GPU: that streaming on two CUDA streams gives the same values goes unchecked")
 @torch.no_grad()
 def test_streaming_on_a_gpu():
-    path = REPOSITORY / "demo" / "dit.safetensors"
+    path = DEMO / "dit.safetensors"
     whole, streamed = (wan_fp4.load_dit(path, "cuda", stream=stream) for stream in (False, True))
     sample.settle(streamed, 0, torch.device("cuda"), offload=True)
     arguments = demo_inputs(whole.cfg, 900.0, "cuda")
@@ -1897,6 +1887,11 @@ NAMINGS = {  # prefix, a self-attention q, up, down
     "peft in memory": ("", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
     "peft": ("base_model.model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
     "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight")}
+
+
+def lora_factors(layer, up, down):
+    """A LoRA's tensors for one layer, under ComfyUI's names."""
+    return {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down}
 
 
 @pytest.fixture
@@ -1951,8 +1946,7 @@ def test_lora_differences_are_added_to_what_they_name(with_and_without):
 
 def test_several_loras_add_up(dit_path, lora_file):
     up, down, name = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3, "blocks.0.cross_attn.k_img"
-    one, two = (lora_file({f"{name}.lora_up.weight": up * n, f"{name}.lora_down.weight": down}, name=str(n))
-                for n in (1, 2))
+    one, two = (lora_file(lora_factors(name, up * n, down), name=str(n)) for n in (1, 2))
     got, expected = (wan_fp4.load_dit(dit_path, loras=loras)(**dit_inputs(1, 4, 6, 5))
                      for loras in ([(one, 1.0), (two, -0.25)], [(one, 0.5)]))
     assert (got - expected).abs().max() < 1e-5
@@ -1969,8 +1963,7 @@ def test_lora_does_not_write_to_the_parameters_it_changes(dit, lora_file):
 
 def test_lora_factors_stay_as_stored(dit, lora_file):
     up, down = torch.randn(96, 2, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.float16)
-    wan_fp4.attach_lora(dit, lora_file({"blocks.0.ffn.0.lora_up.weight": up,
-                                        "blocks.0.ffn.0.lora_down.weight": down}))
+    wan_fp4.attach_lora(dit, lora_file(lora_factors("blocks.0.ffn.0", up, down)))
     layer = dit.blocks[0].ffn[0]
     assert same_bits(layer.lora_up_0, up) and same_bits(layer.lora_down_0, down)
 
@@ -2199,7 +2192,7 @@ def test_read_image_is_pillow(tmp_path, mode, ext):
 @pytest.mark.parametrize("width", [33, 447, 451])
 def test_read_image_fills_the_last_columns_of_an_odd_jpg(tmp_path, width):
     """With halved chroma and an even height FFmpeg's fast conversion left up to three columns unwritten."""
-    image = Image.open(REPOSITORY / "demo" / "photo.jpg").resize((width, 300))
+    image = Image.open(PHOTO).resize((width, 300))
     image.save(tmp_path / "a.jpg", quality=95, subsampling=2)
     expected = np.asarray(Image.open(tmp_path / "a.jpg")).astype(int)
     assert np.abs(as_uint8(sample.read_image(tmp_path / "a.jpg")) - expected).max() <= 25
@@ -2456,7 +2449,7 @@ def test_free_name(tmp_path, monkeypatch):
 # memory
 
 def test_decode_takes_tiles_when_memory_is_short(capsys):
-    vae = wan_fp4.load_vae(REPOSITORY / "demo" / "vae.safetensors")
+    vae = wan_fp4.load_vae(DEMO / "vae.safetensors")
     assert sample.decode_tile(vae, 16, 16, sample.free_memory(torch.device("cpu"))) is None
     assert capsys.readouterr().out == ""
     assert 16 <= sample.decode_tile(vae, 90, 160, 2**30) < 90
@@ -2656,14 +2649,12 @@ def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, tile, settings, 
     monkeypatch.setattr(sample, "decode_tile", lambda *_: tile)
     monkeypatch.setattr(sample, "check_finite", lambda *_: None)  # the CPU looks at the last step's result
     monkeypatch.setattr(wan_fp4, "flex_attention", lambda: wan_fp4.emulate_flex_attention)
-    factors = {f"blocks.0.self_attn.q.lora_{kind}.weight": torch.ones(shape)
-               for kind, shape in (("up", (192, 4)), ("down", (4, 192)))}
-    demo = {flag: REPOSITORY / "demo" / tiny for flag, (tiny, *_) in sample.NETWORKS.items()}
-    photo = sample.read_image(demo["dit"].parent / "photo.jpg")
+    factors = lora_factors("blocks.0.self_attn.q", torch.ones(192, 4), torch.ones(4, 192))
+    demo = {flag: DEMO / network.demo for flag, network in sample.NETWORKS.items()}
     settings = sample.Settings(frames=5, area=96 * 144, steps=2, device="cuda:0", **settings,
                                loras=[(lora_file(factors), 1.0)])
     with PretendedCuda() as mode:
-        video, = sample.generate([photo], ["pan left"], demo, settings)
+        video, = sample.generate([sample.read_image(PHOTO)], ["pan left"], demo, settings)
     assert video.shape[0] == 5 and video.device.type == "cpu" and steps == [0, 0]
 
 
@@ -2816,10 +2807,7 @@ def test_each_picture_and_prompt_is_encoded_once(place, fakes):
 
 def test_precise_steps_do_not_quantize_activations(place, fakes, monkeypatch):
     """Nor may they leave another mode behind."""
-    stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quant.quantize_nvfp4(torch.ones(16, 16))))
-    stored["comfy_quant"] = quant.write_marker({"format": "nvfp4"})
-    layer, modes = quant.QuantLinear.from_tensors("layer", stored, 16, 16, mode="emulate"), []
-    load_dit = wan_fp4.load_dit
+    (layer, _), modes, load_dit = make("nvfp4", mode="emulate"), [], wan_fp4.load_dit
 
     def load(*args, **kwargs):
         dit = load_dit(*args, **kwargs)
@@ -2892,7 +2880,7 @@ def test_a_damaged_cache_entry_is_a_miss(place, fakes, models, damage):
     command = "photo.png -o a.mp4 --frames 1 --size 64x48 --prompt pan-left"
     run(command)
     entry, = Path(os.environ["XDG_CACHE_HOME"], "wan-fp4").iterdir()
-    good, text = entry.read_bytes(), load_file(entry)["text"]
+    good, text, (metadata, _) = entry.read_bytes(), load_file(entry)["text"], wan_fp4.read_header(entry)
     entry.unlink()
     if damage == "truncated":
         entry.write_bytes(good[:-5])
@@ -2902,15 +2890,11 @@ def test_a_damaged_cache_entry_is_a_miss(place, fakes, models, damage):
         os.mkfifo(entry)
     else:
         save_file({"name": {"x": text}, "shape": {"text": text[0]}, "value": {"text": text * 2}}[damage], entry,
-                  wan_fp4_metadata(good))
+                  metadata)
     run(command)
     run(command)
     assert len(fakes.prompts) == (3 if damage == "folder" else 2)  # a folder cannot be replaced
     assert torch.equal(fakes.dit_calls[-1][2], text)
-
-
-def wan_fp4_metadata(data):
-    return json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
 
 
 @pytest.mark.parametrize("home", ["", "relative", "~"])
@@ -3300,7 +3284,7 @@ def test_damaged_files_give_a_video_or_one_line(tmp_path, monkeypatch, seed):
     """Bits flipped and ends cut off, of a picture, of latents and of each network of the demo."""
     monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
     monkeypatch.chdir(tmp_path)
-    rng, demo = random.Random(seed), REPOSITORY / "demo"
+    rng, demo = random.Random(seed), DEMO
     networks = {demo / network.demo: flag for flag, network in sample.NETWORKS.items()}
     save_file({"latents": torch.randn(1, 16, 1, 4, 4)}, "z.latents.safetensors")
     sources = [demo / "photo.jpg", *networks, tmp_path / "z.latents.safetensors"]
@@ -3388,7 +3372,7 @@ CLIP_NAMES = (
 
 def demo_tensors(name, renames=()):
     """A demo file's tensors, in float32 and renamed. comfy-kitchen dequantizes those in NVFP4."""
-    stored, tensors = load_file(REPOSITORY / "demo" / f"{name}.safetensors"), {}
+    stored, tensors = load_file(DEMO / f"{name}.safetensors"), {}
     for key, tensor in stored.items():
         if key.endswith(("_scale", "_scale_2", "comfy_quant", "spiece_model")):
             continue
@@ -3410,7 +3394,7 @@ def filled(model, tensors, absent=()):
 def library_text(prompt):
     """The prompt's features by transformers, padded with zeros to 512 tokens."""
     from transformers import UMT5Config, UMT5EncoderModel
-    model = load_file(REPOSITORY / "demo" / "umt5.safetensors")["spiece_model"].numpy().tobytes()
+    model = load_file(DEMO / "umt5.safetensors")["spiece_model"].numpy().tobytes()
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     tensors = demo_tensors("umt5", UMT5_NAMES)
     umt5 = filled(UMT5EncoderModel(UMT5Config(
@@ -3495,14 +3479,14 @@ def test_demo_latents_are_the_golden_ones(tmp_path):
     comfy-kitchen: its latents are computed here, and their statistics are committed as DEMO_LATENTS. After the
     demo has been retrained, replace these by the numbers that this test then prints.
     """
-    photo = REPOSITORY / "demo" / "photo.jpg"
-    Image.open(photo).convert("RGB").save(tmp_path / "photo.png")  # Pillow and FFmpeg decode a jpg differently
+    photo = Image.open(PHOTO).convert("RGB")
+    photo.save(tmp_path / "photo.png")  # Pillow and FFmpeg decode a jpg differently
     files, _ = sample.find_files(NOT_NAMED)
-    images = [sample.read_image(path) for path in (tmp_path / "photo.png", photo)]
+    images = [sample.read_image(path) for path in (tmp_path / "photo.png", PHOTO)]
     ours, settings = [], sample.Settings(frames=17, area=128 * 128)
     next(sample.generate(images, ["zoom in"] * 2, files, settings, lambda i, latents: ours.append(latents)))
 
-    theirs = library_latents(Image.open(photo).convert("RGB"))
+    theirs = library_latents(photo)
     assert relative_error(ours[0], theirs) < 5e-5
     assert relative_error(ours[1], theirs) < 0.03
     rows = theirs.mean((0, 2, 3, 4)), theirs.std((0, 2, 3, 4))
@@ -3512,7 +3496,7 @@ def test_demo_latents_are_the_golden_ones(tmp_path):
 
 
 def test_two_demo_runs_with_one_seed_give_the_same_bytes(tmp_path):
-    arguments = [REPOSITORY / "demo" / "photo.jpg", "--frames", "9", "-o"]
+    arguments = [PHOTO, "--frames", "9", "-o"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         sample.main([str(a) for a in (*arguments, tmp_path / f"{name}.mp4", "--seed", seed)])
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
@@ -3523,9 +3507,8 @@ def test_two_demo_runs_with_one_seed_give_the_same_bytes(tmp_path):
 
 def random_dit(path, **sizes):
     """Write a random DiT of 2 blocks, for 5 frames of about 48 x 32 from the demo's conditions."""
-    demo, g = REPOSITORY / "demo", torch.Generator().manual_seed(0)
-    text = wan_fp4.load_umt5(demo / "umt5.safetensors").cfg.dim
-    image = wan_fp4.load_clip(demo / "clip.safetensors").cfg.dim
+    g, text = torch.Generator().manual_seed(0), wan_fp4.load_umt5(DEMO / "umt5.safetensors").cfg.dim
+    image = wan_fp4.load_clip(DEMO / "clip.safetensors").cfg.dim
     cfg = wan_fp4.DiTConfig(ffn_dim=96, num_blocks=2, text_dim=text, image_dim=image, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -3569,9 +3552,8 @@ def alone(tmp_path_factory):
     folder, g = tmp_path_factory.mktemp("ranks"), torch.Generator().manual_seed(1)
     plain = random_dit(folder / "plain.safetensors", dim=96, head_dim=16)  # six heads
     convert.main(["-i", plain, "-o", folder / "nvfp4.safetensors", "--nvfp4"])
-    save_file({"blocks.1.self_attn.q.lora_down.weight": torch.randn(4, 96, generator=g),
-               "blocks.1.self_attn.q.lora_up.weight": torch.randn(96, 4, generator=g)},
-              folder / "lora.safetensors")
+    factors = torch.randn(96, 4, generator=g), torch.randn(4, 96, generator=g)
+    save_file(lora_factors("blocks.1.self_attn.q", *factors), folder / "lora.safetensors")
     return folder, made(folder, CASES, wan_fp4.Ranks())
 
 
@@ -3612,7 +3594,7 @@ def step(*args):
 if os.environ["RANK"] == "1":
     sample.sampling_step = step
 sample.main(sys.argv[1:])
-""", REPOSITORY / "demo" / "photo.jpg", "-o", tmp_path / "out.mp4", "--cfg", "2")
+""", PHOTO, "-o", tmp_path / "out.mp4", "--cfg", "2")
     assert 0 not in codes and time.monotonic() - start < 30
     lines = [line for line in "".join(errors).splitlines() if "error: " in line]
     assert len(lines) == 1 and "rank " in lines[0] and text in lines[0] and not list(tmp_path.iterdir())
@@ -3622,7 +3604,7 @@ sample.main(sys.argv[1:])
 def test_torchrun_refuses_heads_that_do_not_divide(tmp_path):
     """The demo has three."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [REPOSITORY / "sample.py", REPOSITORY / "demo" / "photo.jpg", "-o", tmp_path / "out.mp4"]
+    program = [REPOSITORY / "sample.py", PHOTO, "-o", tmp_path / "out.mp4"]
     done = subprocess.run(torchrun + program, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = [line for line in done.stderr.splitlines() if "sample.py: error: " in line]
@@ -3698,14 +3680,13 @@ def test_the_output_holds_the_source(tmp_path, prefix, dtype):
         assert linear.format == "nvfp4" and convert.snr(w, ours) > 21
         best = quant.quantize_nvfp4(w, method="search")
         parts = [stored[suffix] for suffix in ("weight", "weight_scale", "weight_scale_2")]
-        assert all(same_bits(a, b) for a, b in zip(best, parts))
+        assert all_same_bits(best, parts)
         theirs = ck.dequantize_nvfp4(parts[0], parts[2], parts[1], torch.float32)
         assert torch.equal(theirs[:w.shape[0], :w.shape[1]], ours)
         marker = {"format": "nvfp4", "group_size": 16, "orig_dtype": str(dtype), "orig_shape": list(w.shape)}
         assert json.loads(bytes(stored["comfy_quant"].tolist())) == marker
         assert read_layers(tmp_path / "m-nvfp4.safetensors")[layer] == marker
-    assert written.keys() == source.keys()
-    assert all(same_bits(written[name], source[name]) for name in source)
+    assert same_tensors(written, source)
     metadata, _ = wan_fp4.read_header(tmp_path / "m-nvfp4.safetensors")
     assert metadata["head_dim"] == "16" and metadata["prompt"] == "ein Bär"
     assert metadata["quantization_command"] == f"convert.py -i {model} --nvfp4"
@@ -3749,8 +3730,7 @@ def test_shards_convert_to_the_same_tensors(tmp_path, model):
     convert.main(["-i", index])
     expected = load_file(tmp_path / "m-nvfp4.safetensors")
     for path in (tmp_path / "Wan2.1-nvfp4.safetensors", shards / "m-nvfp4.safetensors"):
-        got = load_file(path)
-        assert got.keys() == expected.keys() and all(same_bits(got[name], expected[name]) for name in got)
+        assert same_tensors(load_file(path), expected)
 
 
 def test_diffusers_names_convert_to_the_same_tensors(tmp_path):
@@ -3760,8 +3740,7 @@ def test_diffusers_names_convert_to_the_same_tensors(tmp_path):
     diffusers = write_checkpoint(tmp_path / "diffusers.safetensors", tensors)
     for name, path in (("a", official), ("b", diffusers)):
         convert.main(["-i", path, "-o", tmp_path / name, "--nvfp4"])
-    a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
-    assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+    assert same_tensors(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
 
 
 def test_the_output_of_a_link_is_named_after_the_link(tmp_path, monkeypatch):
@@ -4099,8 +4078,7 @@ def test_loras_are_merged_before_the_model_is_analyzed_and_rounded(tmp_path, mod
     convert.main(["-i", model, "-o", tmp_path / "x", *flags])
     assert "b.safetensors at -2: merged into 5 tensors" in capsys.readouterr().out
     convert.main(["-i", tmp_path / "merged.safetensors", "-o", tmp_path / "y"])
-    x, y = load_file(tmp_path / "x"), load_file(tmp_path / "y")
-    assert x.keys() == y.keys() and all(same_bits(x[name], y[name]) for name in x)
+    assert same_tensors(load_file(tmp_path / "x"), load_file(tmp_path / "y"))
 
 
 @pytest.mark.parametrize("lora, text", [
@@ -4211,8 +4189,7 @@ def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsy
         assert same_bits(stored["weight_scale_2"], scales[0]) and same_bits(stored["input_scale"], scales[1])
         assert quant.read_marker(stored["comfy_quant"]) == header[layer] == {"format": "nvfp4"}
         assert len(stored) == 6
-    assert len(header) == 24 and after.keys() == before.keys()
-    assert all(same_bits(after[name], before[name]) for name in after)
+    assert len(header) == 24 and same_tensors(after, before)
     direct, repacked, plain = (wan_fp4.load_dit(path)(**dit_inputs(1, 4, 4, 5)) for path in (packed, out, exact))
     assert torch.equal(direct, repacked) and relative_error(direct, plain) < 1e-5
 
@@ -4247,9 +4224,6 @@ def test_repacking_refuses_flags_without_effect(lightx2v_dit, out, flags, text):
     fails(convert.main, ["-i", packed, "-o", out, *flags], f"{text}{packed} is NVFP4 already")
 
 
-PHOTO = REPOSITORY / "demo" / "photo.jpg"
-
-
 @pytest.mark.parametrize("flags, text", [
     # paths
     (["-i", "lost"], "lost: no such file"),
@@ -4275,7 +4249,7 @@ PHOTO = REPOSITORY / "demo" / "photo.jpg"
     (["-o", "cal.png", "--calib", "cal.png"], "cal.png: would overwrite cal.png"),
     (["-o", "cal", "--calib", "cal.part"], "cal: its temporary file cal.part would overwrite cal.part"),
     (["--plot", "cal.txt", "--calib", "cal.png"], "cal.txt: would overwrite cal.txt"),
-    (["--plot", REPOSITORY / "demo" / "vae.safetensors", "--calib", "cal.png"], "vae.safetensors: would over"),
+    (["--plot", DEMO / "vae.safetensors", "--calib", "cal.png"], "vae.safetensors: would over"),
     (["-o", "cal.png"], "cal.png: would overwrite a file of another kind"),
     (["--plot", "cal.png"], "cal.png: would overwrite a file of another kind"),
     (["-o", "fifo"], "fifo: cannot be written, it is not a regular file"),
@@ -4741,7 +4715,7 @@ def test_large_low_rank_is_randomized_and_nearly_the_best():
     s = torch.linalg.svdvals(error)
     assert 0.98 < shares[-1] / (s[:64].square().sum() / s.square().sum()) <= 1.0001
     assert torch.equal(state, torch.random.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip((up, down), convert.low_rank(error, 64)))
+    assert all_same_bits((up, down), convert.low_rank(error, 64)[:2])
 
 
 def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
@@ -5142,12 +5116,8 @@ def test_lora_ranks_go_where_they_save_most(source, walk):
 def test_output_errors_have_both_sides_rounded():
     """The oracle is comfy-kitchen's rounding of weight and activation, multiplied in float32."""
     w, x = torch.randn(64, 128), torch.randn(40, 128)
-    sides = []
-    for side in (w, x):
-        scale = side.abs().max() / 2688
-        data, block = ck.quantize_nvfp4(side, scale, pad_16x=True)
-        sides.append(ck.dequantize_nvfp4(data, scale, block, torch.float32)[:len(side)])
-    rtn = (sides[1] @ sides[0].T - x @ w.T).square().sum() / (x @ w.T).square().sum()
+    w_rounded, x_rounded = (through_nvfp4(side, side.abs().max() / 2688) for side in (w, x))
+    rtn = (x_rounded @ w_rounded.T - x @ w.T).square().sum() / (x @ w.T).square().sum()
     errors = convert.output_errors(w, x)
     assert 0.7 * rtn < errors["nvfp4"] < rtn  # a little less: the weight's scales are searched
     assert errors["bf16"] == 0 < errors["mxfp8_fpmm"] < errors["mxfp8"] < 0.2 * errors["nvfp4"]
@@ -5222,7 +5192,7 @@ def tiny(tmp_path_factory):
     save_file(wan_fp4.IFNet(wan_fp4.IFNetConfig((8,) * 5, 1, 6)).state_dict(), folder / "rife.safetensors")
     save_file({"latents": torch.randn(1, 16, 1, 4, 4)}, folder / "latents.safetensors")
     for name in ("umt5", "clip"):
-        shutil.copy(REPOSITORY / "demo" / f"{name}.safetensors", folder)
+        shutil.copy(DEMO / f"{name}.safetensors", folder)
     Image.effect_noise((48, 40), 90).convert("RGB").save(folder / "photo.png")
     convert.main([part.replace("out", str(folder / "nvfp4")) if part.startswith("out") else
                   part.replace("dit", str(folder / "dit")) for part in CONVERT])
@@ -5336,21 +5306,21 @@ def test_the_readme_s_python_runs_as_it_says():
 
 
 def test_demo_is_under_12_mb():
-    sizes = {file.name: file.stat().st_size for file in (REPOSITORY / "demo").iterdir() if file.is_file()}
+    sizes = {file.name: file.stat().st_size for file in (DEMO).iterdir() if file.is_file()}
     assert {"dit.safetensors", "photo.jpg"} <= set(sizes) and sum(sizes.values()) < 12e6
 
 
 def test_demo_dit_is_nvfp4():
-    dit = wan_fp4.load_dit(REPOSITORY / "demo" / "dit.safetensors")
+    dit = wan_fp4.load_dit(DEMO / "dit.safetensors")
     assert quant.describe(dit.blocks) == f"NVFP4 {12 * len(dit.blocks)} layers (dequantize)"
 
 
 def test_demo_videos_show_the_moves_asked_for(monkeypatch):
     """On a photo that the training has not seen, against the true moves over the larger photo."""
-    monkeypatch.syspath_prepend(REPOSITORY / "demo")
+    monkeypatch.syspath_prepend(DEMO)
     import evaluate
     import train
-    files, demo = sample.find_files(dict.fromkeys(sample.NETWORKS), None)
+    files, demo = sample.find_files(NOT_NAMED)
     assert demo
     frames, area = evaluate.shipped_size()
     asked = [train.phrases(move)[i % 4] for i, move in enumerate(train.MOVES)]
@@ -5367,7 +5337,7 @@ def test_demo_videos_show_the_moves_asked_for(monkeypatch):
 
 
 def test_demo_command_makes_a_video(tmp_path, capsys):
-    photo = REPOSITORY / "demo" / "photo.jpg"
+    photo = PHOTO
     sample.main([str(photo), "--prompt", "pan left", "-o", str(tmp_path / "out.mp4")])
     out, err = capsys.readouterr()
     assert "this is the demo model" in err and "seed 0" in out.splitlines()[-1]
