@@ -1035,11 +1035,11 @@ def saved(theirs, folder, metadata=None, shard_size="1GB"):
 
 # DiT
 
-def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, text=24, image=40):
+def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2):
     from diffusers import WanTransformer3DModel
     theirs = WanTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, in_channels=36, out_channels=16,
-        text_dim=text, freq_dim=256, ffn_dim=ffn, num_layers=layers, image_dim=image,
+        text_dim=24, freq_dim=256, ffn_dim=ffn, num_layers=layers, image_dim=40,
         added_kv_proj_dim=heads * head_dim)
     theirs = random_weights(theirs)
     # Angles reach 1000 radians, where float32, diffusers' choice, is off by 6e-5; officially it is float64
@@ -1047,20 +1047,20 @@ def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, text=24, image=40):
     return theirs
 
 
-def dit_file(theirs, path, prefix="", dtype=torch.float32, **metadata):
+def dit_file(theirs, path, dtype=torch.float32, **metadata):
     """A file under the official names, which test_dit_equals_diffusers proves."""
-    tensors = {prefix + wan_fp4.official_dit_name(name): tensor.to(dtype).contiguous()
+    tensors = {wan_fp4.official_dit_name(name): tensor.to(dtype).contiguous()
                for name, tensor in theirs.state_dict().items()}
     save_file(tensors, path, {"head_dim": str(theirs.config.attention_head_dim), **metadata})
     return path
 
 
-def dit_inputs(frames, height, width, length, text=24, image=40, batch=1):
+def dit_inputs(frames, height, width, length, batch=1):
     g = torch.Generator().manual_seed(frames + height)
     def r(*shape):
         return torch.randn(batch, *shape, generator=g)
-    return dict(x=r(16, frames, height, width), t=torch.tensor([717.3, 24.4][:batch]), text=r(length, text),
-                image=r(257, image), y=r(20, frames, height, width))
+    return dict(x=r(16, frames, height, width), t=torch.tensor([717.3, 24.4][:batch]), text=r(length, 24),
+                image=r(257, 40), y=r(20, frames, height, width))
 
 
 def padded(text):
@@ -1205,9 +1205,13 @@ def test_vae_refuses_other_frame_counts(small_vae):
 
 # UMT5
 
-# The official names of a block's tensors, in the order in which transformers lists its own
-UMT5_BLOCK = "attn.q attn.k attn.v attn.o pos_embedding.embedding norm1 ffn.gate.0 ffn.fc1 ffn.fc2 norm2".split()
-CLIP_BLOCK = "k v q attn.proj norm1 mlp.0 mlp.2 norm2".split()
+def official_umt5_names(theirs):
+    """{official name: transformers' name}, by the order in which transformers lists its tensors."""
+    block = "attn.q attn.k attn.v attn.o pos_embedding.embedding norm1 ffn.gate.0 ffn.fc1 ffn.fc2 norm2".split()
+    blocks = [f"blocks.{i}.{part}" for i in range(theirs.config.num_layers) for part in block]
+    official = [f"{name}.weight" for name in ("token_embedding", *blocks, "norm")]
+    names = [name for name in theirs.state_dict() if name != "encoder.embed_tokens.weight"]  # is shared.weight
+    return dict(zip(official, names, strict=True))
 
 
 def transformers_umt5(heads=4, inner=32, layers=2):
@@ -1229,10 +1233,9 @@ def test_umt5_equals_transformers(length, size, shard_size, name, tmp_path):
     out = ours(ids, mask)
     assert relative_error(out, theirs(ids, attention_mask=mask).last_hidden_state * mask[..., None]) < 1e-5
     assert out[1, length // 2:].eq(0).all()
-    official = [f"blocks.{i}.{part}" for i in range(len(ours.blocks)) for part in UMT5_BLOCK]
-    names = [f"{name}.weight" for name in ("token_embedding", *official, "norm")]
-    tensors = [t for name, t in theirs.state_dict().items() if name != "encoder.embed_tokens.weight"]
-    assert same_tensors(ours.state_dict(), dict(zip(names, tensors, strict=True)))
+    state = theirs.state_dict()
+    tensors = {official: state[name] for official, name in official_umt5_names(theirs).items()}
+    assert same_tensors(ours.state_dict(), tensors)
 
 
 def test_umt5_reads_scaled_fp8(tmp_path):
@@ -1256,6 +1259,14 @@ def test_umt5_reads_scaled_fp8(tmp_path):
 
 # CLIP
 
+def official_clip_names(theirs, blocks):
+    """{official name: transformers' name}, but for q, k and v, which officially are one tensor."""
+    names = "cls_embedding patch_embedding.weight pos_embedding pre_norm.weight pre_norm.bias".split()
+    names += [f"transformer.{i}.{part}.{suffix}" for i in range(blocks)
+              for part in "k v q attn.proj norm1 mlp.0 mlp.2 norm2".split() for suffix in ("weight", "bias")]
+    return dict(zip(names, theirs.state_dict()))
+
+
 @pytest.mark.parametrize("kind, dim, side, patch, metadata", [
     ("CLIPVisionModel", 64, 56, 14, {"head_dim": "16"}), ("CLIPVisionModel", 64, 64, 8, {"head_dim": "32"}),
     ("CLIPVisionModelWithProjection", 160, 56, 14, None)])
@@ -1270,15 +1281,12 @@ def test_clip_equals_transformers(kind, dim, side, patch, metadata, tmp_path):
     pixels = torch.randn(2, 3, side, side)
     assert relative_error(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2]) < 1e-5
     assert ours.image_size == side
-    block = [f"transformer.0.{part}.{suffix}" for part in CLIP_BLOCK for suffix in ("weight", "bias")]
-    names = "cls_embedding patch_embedding.weight pos_embedding pre_norm.weight pre_norm.bias".split() + block
-    tensors = dict(zip(names, theirs.state_dict().values()))
-    for suffix in ("weight", "bias"):
-        qkv = [tensors.pop(f"transformer.0.{part}.{suffix}") for part in ("q", "k", "v")]
-        tensors[f"transformer.0.attn.to_qkv.{suffix}"] = torch.cat(qkv)
-    state = {name: tensor for name, tensor in ours.state_dict().items() if "transformer.1." not in name}
-    assert state.keys() == tensors.keys()
-    assert all(torch.equal(state[name].squeeze(), tensors[name]) for name in state)
+    state = theirs.state_dict()
+    tensors = {official: state[name] for official, name in official_clip_names(theirs, blocks=2).items()}
+    for i, suffix in itertools.product((0, 1), ("weight", "bias")):
+        qkv = [tensors.pop(f"transformer.{i}.{part}.{suffix}") for part in "qkv"]
+        tensors[f"transformer.{i}.attn.to_qkv.{suffix}"] = torch.cat(qkv)
+    assert same_tensors({name: tensor.squeeze() for name, tensor in ours.state_dict().items()}, tensors)
     file = tmp_path / "model.safetensors"
     stored = {name: tensor for name, tensor in load_file(file).items() if "0.self_attn.k_proj.weight" not in name}
     save_file(stored, file, metadata)
@@ -1582,48 +1590,35 @@ def test_bare_names_have_no_prefix(prefix):
         assert wan_fp4.bare_name(f"{prefix}visual.transformer.0.mlp.0.bias") == "transformer.0.mlp.0.bias"
 
 
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
-@torch.no_grad()
-def test_load_dit_reads_quantized_files_with_any_prefix(prefix, dit_path, tmp_path):
-    exact, stored = load_file(dit_path), {}
-    for name, w in list(exact.items()):
-        if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
-            data, block_scale, tensor_scale = quant.quantize_nvfp4(w)
-            exact[name] = quant.dequantize_nvfp4(data, block_scale, tensor_scale, w.shape)
-            stored |= {prefix + name: data, f"{prefix}{name}_scale": block_scale,
-                       f"{prefix}{name}_scale_2": tensor_scale, prefix + name.replace(".weight", ".comfy_quant"):
-                       quant.write_marker({"format": "nvfp4"})}
-        else:
-            stored[prefix + name] = w
-    save_file(stored, tmp_path / "quantized.safetensors", {"head_dim": "32"})
-    save_file(exact, tmp_path / "plain.safetensors", {"head_dim": "32"})
-    quantized, plain = (wan_fp4.load_dit(tmp_path / f"{name}.safetensors") for name in ("quantized", "plain"))
-    assert quantized.blocks[0].ffn[0].format == "nvfp4" and plain.blocks[0].ffn[0].format is None
-    assert relative_error(quantized(**dit_inputs(1, 4, 4, 5)), plain(**dit_inputs(1, 4, 4, 5))) < 1e-5
+NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
 
 
-def marked_in_header(path, formats=(), tensors=(), prefix="", **metadata):
-    """Write the demo's DiT with the layers' markers in the header, changed by `formats` {layer: marker}, and
-    without comfy_quant tensors but for `tensors` {layer: marker}."""
-    demo = DEMO / "dit.safetensors"
-    weights = {name: tensor for name, tensor in load_file(demo).items() if not name.endswith(".comfy_quant")}
+def marked(path, tensors=(), header=(), prefix="", **metadata):
+    """Write the demo's DiT with only these markers {layer: marker}, in tensors and in the header."""
+    weights = {name: tensor for name, tensor in load_file(DEMO / "dit.safetensors").items()
+               if not name.endswith(".comfy_quant")}
     weights |= {f"{layer}.comfy_quant": quant.write_marker(marker) for layer, marker in dict(tensors).items()}
-    layers = {prefix + layer: marker for layer, marker in (read_layers(demo) | dict(formats)).items()}
-    metadata = {"head_dim": "32", "_quantization_metadata": json.dumps({"layers": layers})} | metadata
-    save_file({prefix + name: tensor for name, tensor in weights.items()}, path, metadata)
+    layers = {prefix + layer: marker for layer, marker in dict(header).items()}
+    if layers:
+        metadata["_quantization_metadata"] = json.dumps({"layers": layers})
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, path, {"head_dim": "64"} | metadata)
     return path
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_markers_in_the_header_alone_are_enough(prefix, tmp_path):
-    """A layer that the file does not have is ignored."""
-    path = marked_in_header(tmp_path / "x", {"blocks.99.ffn.0": {"format": "mxfp8"}}, prefix=prefix)
-    got = wan_fp4.load_dit(path)
+def demo_markers():
+    return read_layers(DEMO / "dit.safetensors")
+
+
+@pytest.mark.parametrize("place", ["tensors", "header"])
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
+@torch.no_grad()
+def test_load_dit_reads_markers_in_tensors_or_the_header_under_any_prefix(place, prefix, tmp_path):
+    """A layer that the file does not have is ignored in the header."""
+    markers = demo_markers() | ({"blocks.99.ffn.0": MXFP8} if place == "header" else {})
+    got = wan_fp4.load_dit(marked(tmp_path / "x", prefix=prefix, **{place: markers}))
     expected = wan_fp4.load_dit(DEMO / "dit.safetensors")
-    assert quant.describe(got) == quant.describe(expected) and "NVFP4" in quant.describe(got)
-
-
-NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
+    inputs = demo_inputs(got.cfg, 900.0)
+    assert torch.equal(got(*inputs), expected(*inputs)) and "NVFP4" in quant.describe(got)
 
 
 @pytest.mark.parametrize("header, tensor, text", [
@@ -1633,14 +1628,14 @@ NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
     ([5], None, r"in the header's _quantization_metadata: got b'\[5\]', expected a format")])
 def test_headers_that_disagree_with_the_tensors_are_refused(header, tensor, text, tmp_path):
     tensors = {"blocks.0.ffn.0": tensor} if tensor else {}
-    path = marked_in_header(tmp_path / "x", {"blocks.0.ffn.0": header}, tensors)
+    path = marked(tmp_path / "x", tensors, demo_markers() | {"blocks.0.ffn.0": header})
     with pytest.raises(ValueError, match=f"x: blocks.0.ffn.0.comfy_quant.*{text}"):
         wan_fp4.load_dit(path)
 
 
 @pytest.mark.parametrize("bad", ["{", "5", '{"layers": 5}', "[" * 10 ** 5])
 def test_a_damaged_quantization_metadata_is_refused(bad, tmp_path):
-    path = marked_in_header(tmp_path / "x", _quantization_metadata=bad)
+    path = marked(tmp_path / "x", _quantization_metadata=bad)
     with pytest.raises(ValueError, match="x: _quantization_metadata in its header: got '.*, expected JSON with"):
         wan_fp4.load_dit(path)
 
@@ -1764,16 +1759,18 @@ def demo_inputs(cfg, t, device="cpu"):
     return x, torch.tensor([t], device=device), text, image, y
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: streaming on two CUDA streams goes unchecked"))])
 @torch.no_grad()
-def test_streamed_blocks_compute_what_loaded_ones_do(lora_file):
+def test_streamed_blocks_compute_what_loaded_ones_do(device, lora_file):
     """On a CPU: what is copied where, not the overlap in time."""
-    path = DEMO / "dit.safetensors"
     lora = lora_file(lora_factors("blocks.1.self_attn.q", torch.randn(192, 2), torch.randn(2, 192)))
-    whole, streamed = (wan_fp4.load_dit(path, loras=[(lora, 0.5)], stream=stream) for stream in (False, True))
-    sample.settle(streamed, 0, torch.device("cpu"), offload=True)
+    whole, streamed = (wan_fp4.load_dit(DEMO / "dit.safetensors", device, loras=[(lora, 0.5)], stream=stream)
+                       for stream in (False, True))
+    sample.settle(streamed, 0, torch.device(device), offload=True)
     assert isinstance(streamed.blocks, sample.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
-    for t in (900.0, 100.0):
-        arguments = demo_inputs(whole.cfg, t)
+    for t in (900.0, 100.0) * (10 if device == "cuda" else 1):
+        arguments = demo_inputs(whole.cfg, t, device)
         assert torch.equal(streamed(*arguments), whole(*arguments))
     assert quant.describe(streamed) == quant.describe(whole)
 
@@ -1836,18 +1833,6 @@ def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere():
     assert layer.compute_dtype == quant.default_dtype("meta") and layer.mode == quant.default_mode("meta")
     umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", "meta")
     assert [n for n, p in umt5.named_parameters() if p.device.type == "cpu"] == ["token_embedding.weight"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(),
-                    reason="no GPU: that streaming on two CUDA streams gives the same values goes unchecked")
-@torch.no_grad()
-def test_streaming_on_a_gpu():
-    path = DEMO / "dit.safetensors"
-    whole, streamed = (wan_fp4.load_dit(path, "cuda", stream=stream) for stream in (False, True))
-    sample.settle(streamed, 0, torch.device("cuda"), offload=True)
-    arguments = demo_inputs(whole.cfg, 900.0, "cuda")
-    for _ in range(20):
-        assert torch.equal(streamed(*arguments), whole(*arguments))
 
 
 # LoRA
@@ -1940,27 +1925,20 @@ def test_lora_factors_stay_as_stored(dit, lora_file):
     assert same_bits(layer.lora_up_0, up) and same_bits(layer.lora_down_0, down)
 
 
-def test_lora_says_what_it_skipped(tmp_path, lora_file):
-    """Of a LoRA for a quantized model: a whole difference of a weight, a layer that is not there."""
-    convert.main(["-i", dit_file(diffusers_dit(), tmp_path / "dit", dtype=torch.bfloat16), "-o",
-                  tmp_path / "q", "--nvfp4"])
-    lora = {"blocks.0.ffn.0.lora_up.weight": torch.zeros(96, 2), "blocks.0.ffn.0.diff": torch.zeros(96, 64),
-            "blocks.0.ffn.0.lora_down.weight": torch.zeros(2, 64), "blocks.0.norm9.diff": torch.zeros(64)}
-    line, = wan_fp4.load_dit(tmp_path / "q", loras=[(lora_file(lora), 1.0)]).loras
-    assert line.endswith("1 layers, skipped 2: blocks.0.ffn.0 (its weight is quantized: a difference cannot "
-                         "be added)")
-
-
-@pytest.mark.parametrize("name, suffixes, reason", [
-    ("blocks.7.ffn.0", ("lora_up.weight", "lora_down.weight"), "no such layer"),
-    ("patch_embedding", ("lora_up.weight", "lora_down.weight"), "not a Linear"),
-    ("blocks.0.self_attn.norm_q", ("diff_b",), "has no bias"),
-    ("blocks.0.ffn.1", ("diff",), "has no weight"),
-    ("blocks.0.ffn.0", ("diff_m",), "has no modulation")])
-def test_lora_says_why_it_skipped(name, suffixes, reason, dit, lora_file):
-    lora = {f"{name}.{suffix}": torch.zeros(64, 64) for suffix in suffixes}
-    line = wan_fp4.attach_lora(dit, lora_file(lora | {"blocks.0.ffn.0.diff_b": torch.zeros(96)}))
-    assert line == f"lora: 0 layers, 1 differences, skipped 1: {name} ({reason})"
+@pytest.mark.parametrize("names, skipped", [
+    (["blocks.7.ffn.0.lora_up.weight", "blocks.7.ffn.0.lora_down.weight"], "1: blocks.7.ffn.0 (no such layer)"),
+    (["patch_embedding.lora_up.weight", "patch_embedding.lora_down.weight"], "1: patch_embedding (not a Linear)"),
+    (["blocks.0.self_attn.norm_q.diff_b"], "1: blocks.0.self_attn.norm_q (has no bias)"),
+    (["blocks.0.ffn.1.diff"], "1: blocks.0.ffn.1 (has no weight)"),
+    (["blocks.0.ffn.0.diff_m"], "1: blocks.0.ffn.0 (has no modulation)"),
+    (["blocks.0.ffn.0.diff", "blocks.0.norm9.diff"],
+     "2: blocks.0.ffn.0 (its weight is quantized: a difference cannot be added)")])
+def test_lora_says_what_it_skipped_and_why(names, skipped, lora_file):
+    """Of a LoRA for the demo's quantized model. The first is named."""
+    dit = wan_fp4.load_dit(DEMO / "dit.safetensors")
+    fits = lora_factors("blocks.0.ffn.0", torch.zeros(768, 2), torch.zeros(2, 192))
+    line = wan_fp4.attach_lora(dit, lora_file(fits | {name: torch.zeros(64, 64) for name in names}))
+    assert line == f"lora: 1 layers, skipped {skipped}"
 
 
 @pytest.mark.parametrize("lora, error", [
@@ -1970,25 +1948,21 @@ def test_lora_says_why_it_skipped(name, suffixes, reason, dit, lora_file):
     ({"blocks.0.ffn.0.lora_up.weight": (96, 2)}, "blocks.0.ffn.0: got up alone"),
     ({"blocks.0.ffn.0.lora_A.weight": (2, 64), "blocks.0.ffn.0.alpha": ()}, "got down and alpha alone"),
     ({"blocks.0.ffn.0.alpha": ()}, "got alpha alone"),
-    ({"blocks.0.ffn.0.lora_up.weight": (90, 2), "blocks.0.ffn.0.lora_down.weight": (2, 64)},
+    (lora_factors("blocks.0.ffn.0", (90, 2), (2, 64)),
      r"blocks.0.ffn.0: got up \(90, 2\) and down \(2, 64\), expected \(96, r\) and \(r, 64\)"),
-    ({"blocks.0.ffn.0.lora_up.weight": (96, 3), "blocks.0.ffn.0.lora_down.weight": (2, 64)}, "got up .96, 3."),
-    ({"blocks.0.ffn.0.lora_up.weight": (), "blocks.0.ffn.0.lora_down.weight": ()}, r"got up \(\) and"),
-    ({"blocks.0.ffn.0.lora_up.weight": (96, 0), "blocks.0.ffn.0.lora_down.weight": (0, 64)}, "got up .96, 0."),
+    (lora_factors("blocks.0.ffn.0", (96, 3), (2, 64)), "got up .96, 3."),
+    (lora_factors("blocks.0.ffn.0", (), ()), r"got up \(\) and"),
+    (lora_factors("blocks.0.ffn.0", (96, 0), (0, 64)), "got up .96, 0."),
+    *((lora_factors("blocks.0.ffn.0", (96, 2), (2, 64)) | {"blocks.0.ffn.0.alpha": alpha},
+       "blocks.0.ffn.0: got alpha .*, expected one finite number; download the LoRA")
+      for alpha in ((2,), (0,), torch.tensor(math.nan))),
     ({"blocks.0.ffn.0.diff_b": (90,)}, r"expected that of its bias, \(96,\)"),
     ({"blocks.0.ffn.0.weight": (96, 64)}, "is no part of a LoRA")])
 def test_loras_that_are_refused(lora, error, dit_path, lora_file):
-    path = lora_file({name: torch.zeros(shape) for name, shape in lora.items()})
+    path = lora_file({name: torch.zeros(shape) if isinstance(shape, tuple) else shape
+                      for name, shape in lora.items()})
     with pytest.raises(ValueError, match=error):
         wan_fp4.load_dit(dit_path, loras=[(path, 1.0)])
-
-
-@pytest.mark.parametrize("alpha", [torch.ones(2), torch.ones(0), torch.tensor(math.nan)])
-def test_a_lora_whose_alpha_is_not_one_number_is_refused(alpha, dit, lora_file):
-    name = "blocks.0.ffn.0"
-    lora = {f"{name}.lora_up.weight": torch.ones(96, 2), f"{name}.lora_down.weight": torch.ones(2, 64)}
-    with pytest.raises(ValueError, match=f"{name}: got alpha .*, expected one finite number; download the LoRA"):
-        wan_fp4.attach_lora(dit, lora_file(lora | {f"{name}.alpha": alpha}))
 
 
 def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path, lora_file):
@@ -3329,21 +3303,8 @@ def test_check_fails_for_a_product_that_is_wrong_or_cannot_run(monkeypatch, caps
 
 # the whole path, by the libraries
 
-UMT5_NAMES = (
-    (r"^token_embedding", "shared"), (r"^norm", "encoder.final_layer_norm"), (r"^blocks", "encoder.block"),
-    (r"pos_embedding\.embedding", "layer.0.SelfAttention.relative_attention_bias"),
-    (r"\.attn", ".layer.0.SelfAttention"), (r"\.norm1", ".layer.0.layer_norm"),
-    (r"\.norm2", ".layer.1.layer_norm"), (r"ffn\.gate\.0", "layer.1.DenseReluDense.wi_0"),
-    (r"ffn\.fc1", "layer.1.DenseReluDense.wi_1"), (r"ffn\.fc2", "layer.1.DenseReluDense.wo"))
-CLIP_NAMES = (
-    (r"^cls_embedding", "embeddings.class_embedding"), (r"^patch", "embeddings.patch"),
-    (r"^pos_embedding", "embeddings.position_embedding.weight"), (r"^pre_norm", "pre_layrnorm"),
-    (r"^transformer", "encoder.layers"), (r"\.norm", ".layer_norm"), (r"attn\.proj", "self_attn.out_proj"),
-    (r"mlp\.0", "mlp.fc1"), (r"mlp\.2", "mlp.fc2"))
-
-
-def demo_tensors(name, renames=()):
-    """A demo file's tensors, in float32 and renamed. comfy-kitchen dequantizes those in NVFP4."""
+def demo_tensors(name):
+    """A demo file's tensors, in float32. comfy-kitchen dequantizes those in NVFP4."""
     stored, tensors = load_file(DEMO / f"{name}.safetensors"), {}
     for key, tensor in stored.items():
         if key.endswith(("_scale", "_scale_2", "comfy_quant", "spiece_model")):
@@ -3351,8 +3312,6 @@ def demo_tensors(name, renames=()):
         if f"{key}_scale" in stored:
             scales = stored[f"{key}_scale_2"], stored[f"{key}_scale"]
             tensor = ck.dequantize_nvfp4(tensor, *scales, torch.float32)
-        for ours, theirs in renames:
-            key = re.sub(ours, theirs, key)
         tensors[key] = tensor.float()
     return tensors
 
@@ -3368,10 +3327,11 @@ def library_text(prompt):
     from transformers import UMT5Config, UMT5EncoderModel
     model = load_file(DEMO / "umt5.safetensors")["spiece_model"].numpy().tobytes()
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tensors = demo_tensors("umt5", UMT5_NAMES)
-    umt5 = filled(UMT5EncoderModel(UMT5Config(
-        vocab_size=len(tensors["shared.weight"]), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)),
-        tensors, ["encoder.embed_tokens.weight"])
+    tensors = demo_tensors("umt5")
+    umt5 = UMT5EncoderModel(UMT5Config(vocab_size=len(tensors["token_embedding.weight"]), d_model=64, d_kv=16,
+                                       d_ff=128, num_layers=2, num_heads=4))
+    names = official_umt5_names(umt5).items()
+    filled(umt5, {name: tensors[official] for official, name in names}, ["encoder.embed_tokens.weight"])
     text = umt5(torch.tensor([[*tokenizer.encode(prompt), tokenizer.eos_id()]])).last_hidden_state
     return F.pad(text, (0, 0, 0, 512 - text.shape[1]))
 
@@ -3386,16 +3346,15 @@ def library_pixels(photo, width, height):
 def library_image(photo):
     """The picture's tokens by transformers."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    tensors = demo_tensors("clip", CLIP_NAMES)
-    for name in [name for name in tensors if "to_qkv" in name]:
-        for x, part in zip("qkv", tensors.pop(name).chunk(3)):
-            tensors[name.replace("attn.to_qkv", f"self_attn.{x}_proj")] = part
-    for name in ("class_embedding", "position_embedding.weight"):
-        tensors[f"embeddings.{name}"] = tensors[f"embeddings.{name}"].squeeze()
     clip = CLIPVisionModel(CLIPVisionConfig(
         hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, image_size=112,
         patch_size=14, hidden_act="gelu"))
-    filled(clip, tensors, ["post_layernorm.weight", "post_layernorm.bias"])
+    tensors, shapes = demo_tensors("clip"), {name: tensor.shape for name, tensor in clip.state_dict().items()}
+    for name in [name for name in tensors if "to_qkv" in name]:
+        tensors |= {name.replace("attn.to_qkv", x): part for x, part in zip("qkv", tensors.pop(name).chunk(3))}
+    names = official_clip_names(clip, blocks=3).items()
+    filled(clip, {name: tensors[official].view(shapes[name]) for official, name in names},
+           ["post_layernorm.weight", "post_layernorm.bias"])
     mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
     pixels = (library_pixels(photo, 112, 112) - mean[:, None, None]) / std[:, None, None]
     return clip(pixels, output_hidden_states=True).hidden_states[-2]
@@ -3410,7 +3369,8 @@ def library_condition(photo, frames, width, height):
         level, i = divmod(int(match[1]), 3)
         return f"decoder.upsamples.{4 * level + (3 if i == 2 else i)}."
     vae = AutoencoderKLWan(base_dim=16, dim_mult=[1, 2, 4, 5], num_res_blocks=1)
-    tensors = demo_tensors("vae", [(r"^decoder\.upsamples\.(\d+)\.", renumbered)])
+    tensors = {re.sub(r"^decoder\.upsamples\.(\d+)\.", renumbered, name): tensor
+               for name, tensor in demo_tensors("vae").items()}
     filled(vae, convert_wan_vae_to_diffusers(tensors))
     video = F.pad(library_pixels(photo, width, height)[:, :, None] * 2 - 1, (0, 0, 0, 0, 0, frames - 1))
     mean, std = (torch.tensor(values)[:, None, None, None] for values in
