@@ -1062,6 +1062,13 @@ def dit_inputs(frames, height, width, length, batch=1):
                 image=r(257, 40), y=r(20, frames, height, width))
 
 
+def demo_inputs(cfg, t, device="cpu"):
+    x, y = torch.randn(1, 16, 2, 4, 4, device=device), torch.randn(1, 20, 2, 4, 4, device=device)
+    text = torch.randn(1, 3, cfg.text_dim, device=device)
+    image = torch.randn(1, 65, cfg.image_dim, device=device)
+    return x, torch.tensor([t], device=device), text, image, y
+
+
 def padded(text):
     return F.pad(text, (0, 0, 0, 512 - text.shape[1]))
 
@@ -1749,62 +1756,6 @@ assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
     run_python(code)
 
 
-# Blocks streamed from CPU memory
-
-def demo_inputs(cfg, t, device="cpu"):
-    x, y = torch.randn(1, 16, 2, 4, 4, device=device), torch.randn(1, 20, 2, 4, 4, device=device)
-    text = torch.randn(1, 3, cfg.text_dim, device=device)
-    image = torch.randn(1, 65, cfg.image_dim, device=device)
-    return x, torch.tensor([t], device=device), text, image, y
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: streaming on two CUDA streams goes unchecked"))])
-@torch.no_grad()
-def test_streamed_blocks_compute_what_loaded_ones_do(device, lora_file):
-    """On a CPU: what is copied where, not the overlap in time."""
-    lora = lora_file(lora_factors("blocks.1.self_attn.q", torch.randn(192, 2), torch.randn(2, 192)))
-    whole, streamed = (wan_fp4.load_dit(DEMO / "dit.safetensors", device, loras=[(lora, 0.5)], stream=stream)
-                       for stream in (False, True))
-    sample.settle(streamed, 0, torch.device(device), offload=True)
-    assert isinstance(streamed.blocks, sample.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
-    for t in (900.0, 100.0) * (10 if device == "cuda" else 1):
-        arguments = demo_inputs(whole.cfg, t, device)
-        assert torch.equal(streamed(*arguments), whole(*arguments))
-    assert quant.describe(streamed) == quant.describe(whole)
-
-
-def test_settle_warns_where_even_streaming_will_not_fit(monkeypatch, capsys):
-    for free, warned in ((2**20, True), (2**40, False)):
-        monkeypatch.setattr(sample, "free_memory", lambda _, free=free: free)
-        umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", stream=True)
-        sample.settle(umt5, 2**30, torch.device("cpu"), offload=True)
-        assert ("even when streaming" in capsys.readouterr().err) == warned
-
-
-def test_the_14b_model_streams_within_8_gb(monkeypatch):
-    """By arithmetic, on the meta device: the estimates that sample.py chooses by are no smaller."""
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    fullsize = importlib.import_module("fullsize")
-    tokens = math.prod(fullsize.GRID) // 4
-    for mode, rank, activations in (("dequantize", 0, None), ("dequantize", 64, None), ("tensor_cores", 0, None),
-                                    ("tensor_cores", 64, "two-pass")):
-        working = fullsize.dit_working(mode, fullsize.GRID, rank, activations)
-        assert 4e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
-    vae = types.SimpleNamespace(cfg=wan_fp4.VAEConfig(), dtype=torch.bfloat16)
-    assert sample.decode_tile(vae, *fullsize.GRID[1:], fullsize.vae_working(fullsize.GRID) - 1) is not None
-    assert fullsize.vae_working(fullsize.GRID) < 4e9
-
-
-@torch.no_grad()
-def test_the_text_encoder_streams_too(capsys):
-    path = DEMO / "umt5.safetensors"
-    device = torch.device("cpu")
-    whole, = sample.encode_text(path, ["zoom in"], "cpu")
-    streamed, = sample.encode_text(path, ["zoom in"], device, offload=True)
-    assert torch.equal(whole, streamed) and "UMT5Encoder: blocks of 0.00 GiB" in capsys.readouterr().out
-
-
 def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere():
     dit = wan_fp4.load_dit(DEMO / "dit.safetensors", "meta", stream=True)
     assert {p.device.type for p in dit.blocks.parameters()} == {"cpu"}
@@ -1833,8 +1784,10 @@ def lora_factors(layer, up, down):
 
 @pytest.fixture
 def lora_file(tmp_path):
+    """Saves a LoRA's tensors; a shape stands for zeros."""
     def save(tensors, metadata=None, name="lora"):
-        save_file(tensors, tmp_path / name, metadata)
+        save_file({key: torch.zeros(value) if isinstance(value, tuple) else value
+                   for key, value in tensors.items()}, tmp_path / name, metadata)
         return tmp_path / name
     return save
 
@@ -1916,8 +1869,8 @@ def test_lora_factors_stay_as_stored(dit, lora_file):
 def test_lora_says_what_it_skipped_and_why(names, skipped, lora_file):
     """Of a LoRA for the demo's quantized model. The first is named."""
     dit = wan_fp4.load_dit(DEMO / "dit.safetensors")
-    fits = lora_factors("blocks.0.ffn.0", torch.zeros(768, 2), torch.zeros(2, 192))
-    line = wan_fp4.attach_lora(dit, lora_file(fits | {name: torch.zeros(64, 64) for name in names}))
+    fits = lora_factors("blocks.0.ffn.0", (768, 2), (2, 192))
+    line = wan_fp4.attach_lora(dit, lora_file(fits | dict.fromkeys(names, (64, 64))))
     assert line == f"lora: 1 layers, skipped {skipped}"
 
 
@@ -1939,10 +1892,8 @@ def test_lora_says_what_it_skipped_and_why(names, skipped, lora_file):
     ({"blocks.0.ffn.0.diff_b": (90,)}, r"expected that of its bias, \(96,\)"),
     ({"blocks.0.ffn.0.weight": (96, 64)}, "is no part of a LoRA")])
 def test_loras_that_are_refused(lora, error, dit_path, lora_file):
-    path = lora_file({name: torch.zeros(shape) if isinstance(shape, tuple) else shape
-                      for name, shape in lora.items()})
     with pytest.raises(ValueError, match=error):
-        wan_fp4.load_dit(dit_path, loras=[(path, 1.0)])
+        wan_fp4.load_dit(dit_path, loras=[(lora_file(lora), 1.0)])
 
 
 def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path, lora_file):
@@ -2372,7 +2323,7 @@ def test_free_name(tmp_path, monkeypatch):
     assert sample.free_name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
 
 
-# memory
+# memory: what fits, and blocks streamed from CPU memory
 
 def test_decode_takes_tiles_when_memory_is_short(capsys):
     vae = wan_fp4.load_vae(DEMO / "vae.safetensors")
@@ -2397,6 +2348,53 @@ needed = peak() - before
 assert sample.decode_tile(vae, side, side, needed) is None, needed
 assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
 """)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: streaming on two CUDA streams goes unchecked"))])
+@torch.no_grad()
+def test_streamed_blocks_compute_what_loaded_ones_do(device, lora_file):
+    """On a CPU: what is copied where, not the overlap in time."""
+    lora = lora_file(lora_factors("blocks.1.self_attn.q", torch.randn(192, 2), torch.randn(2, 192)))
+    whole, streamed = (wan_fp4.load_dit(DEMO / "dit.safetensors", device, loras=[(lora, 0.5)], stream=stream)
+                       for stream in (False, True))
+    sample.settle(streamed, 0, torch.device(device), offload=True)
+    assert isinstance(streamed.blocks, sample.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
+    for t in (900.0, 100.0) * (10 if device == "cuda" else 1):
+        arguments = demo_inputs(whole.cfg, t, device)
+        assert torch.equal(streamed(*arguments), whole(*arguments))
+    assert quant.describe(streamed) == quant.describe(whole)
+
+
+def test_settle_warns_where_even_streaming_will_not_fit(monkeypatch, capsys):
+    for free, warned in ((2**20, True), (2**40, False)):
+        monkeypatch.setattr(sample, "free_memory", lambda _, free=free: free)
+        umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", stream=True)
+        sample.settle(umt5, 2**30, torch.device("cpu"), offload=True)
+        assert ("even when streaming" in capsys.readouterr().err) == warned
+
+
+def test_the_14b_model_streams_within_8_gb(monkeypatch):
+    """By arithmetic, on the meta device: the estimates that sample.py chooses by are no smaller."""
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    fullsize = importlib.import_module("fullsize")
+    tokens = math.prod(fullsize.GRID) // 4
+    for mode, rank, activations in (("dequantize", 0, None), ("dequantize", 64, None), ("tensor_cores", 0, None),
+                                    ("tensor_cores", 64, "two-pass")):
+        working = fullsize.dit_working(mode, fullsize.GRID, rank, activations)
+        assert 4e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
+    vae = types.SimpleNamespace(cfg=wan_fp4.VAEConfig(), dtype=torch.bfloat16)
+    assert sample.decode_tile(vae, *fullsize.GRID[1:], fullsize.vae_working(fullsize.GRID) - 1) is not None
+    assert fullsize.vae_working(fullsize.GRID) < 4e9
+
+
+@torch.no_grad()
+def test_the_text_encoder_streams_too(capsys):
+    path = DEMO / "umt5.safetensors"
+    device = torch.device("cpu")
+    whole, = sample.encode_text(path, ["zoom in"], "cpu")
+    streamed, = sample.encode_text(path, ["zoom in"], device, offload=True)
+    assert torch.equal(whole, streamed) and "UMT5Encoder: blocks of 0.00 GiB" in capsys.readouterr().out
 
 
 class Clocks:
@@ -3920,8 +3918,7 @@ def test_loras_are_merged_before_the_model_is_analyzed_and_rounded(tmp_path, mod
     ({"blocks.0.ffn.0.diff_b": torch.full((HIDDEN,), 3e38)}, "lora: blocks.0.ffn.0.bias: gives NaN or inf")])
 def test_loras_that_cannot_be_merged(lora, text, model, lora_file):
     """Nor does anything stay behind, even of a sum that overflows."""
-    path = lora_file({name: torch.zeros(shape) if isinstance(shape, tuple) else shape
-                      for name, shape in lora.items()})
+    path = lora_file(lora)
     before = set(model.parent.iterdir())
     fails(convert.main, ["-i", model, "--merge-lora", f"{path}:9"], text)
     assert set(model.parent.iterdir()) == before
@@ -4004,14 +4001,7 @@ def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsy
     before, after = load_file(packed), load_file(out)
     for layer in header:
         stored, source = layer_tensors(after, layer), layer_tensors(before, layer)
-        data, swapped = (x["weight"].tolist() for x in (source, stored))
-        assert swapped == [[byte % 16 * 16 + byte // 16 for byte in row] for row in data]
-        assert all(same_bits(stored[suffix], source[suffix]) for suffix in ("weight_scale", "bias"))
-        a, b = (source[name] for name in pair)
-        scales = (a * b, 1 / b) if pair[0] == "alpha" else (1 / a, b / 2688)
-        assert same_bits(stored["weight_scale_2"], scales[0]) and same_bits(stored["input_scale"], scales[1])
-        assert quant.read_marker(stored["comfy_quant"]) == header[layer] == {"format": "nvfp4"}
-        assert len(stored) == 6
+        assert same_tensors(stored, quant.from_lightx2v(layer, source)) and header[layer] == {"format": "nvfp4"}
     assert len(header) == 24 and same_tensors(after, before)
     direct, repacked, plain = (wan_fp4.load_dit(path)(**dit_inputs(1, 4, 4, 5)) for path in (packed, out, exact))
     assert torch.equal(direct, repacked) and relative_error(direct, plain) < 1e-5
@@ -4148,10 +4138,11 @@ def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
     assert sorted(folder.iterdir()) == before
 
 
-def test_flags_with_underscores_are_the_same_flags():
-    def parse(flags):
-        return convert.parse_args(convert.make_parser(), ["-i", "x_y", *shlex.split(flags)])
+def parse(flags):
+    return convert.parse_args(convert.make_parser(), ["-i", "x_y", *shlex.split(flags)])
 
+
+def test_flags_with_underscores_are_the_same_flags():
     dashes = "--custom-type mxfp8 --save-quant-metadata --comfy-quant --lora-target a_b --exclude-layers c_d"
     assert parse("--custom_type=mxfp8 --save_quant_metadata --comfy_quant --lora_target a_b "
                  "--exclude_layers=c_d") == parse(dashes)
@@ -4203,7 +4194,7 @@ def percentages(lines):
 
 def plan_of(shapes, flags):
     """The plan that --nvfp4, --custom-layers and so on give."""
-    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(flags)])
+    args = parse(flags)
     return convert.plan(shapes, args.base, args.custom_type, args.custom_layers, args.exclude_layers)
 
 
@@ -4218,7 +4209,7 @@ def test_the_recipe_gives_its_table_at_full_size(full_shapes):
 
 
 def test_plan_recipe_is_the_command_of_the_model_card(full_shapes):
-    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(RECIPE)])
+    args = parse(RECIPE)
     assert (args.custom_layers, args.exclude_layers) == (convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
     assert (args.base, args.custom_type, args.lora_target) == ("nvfp4", "mxfp8", convert.RECIPE_TARGET)
 
@@ -4237,9 +4228,9 @@ def test_printed_flags_tell_fpmm_layers_from_others():
         r'--nvfp4 --custom-type mxfp8 --custom-layers "blocks\.(0|1)\.ffn\.2\.weight" '
         r'--exclude-layers "blocks\.(0)\.self_attn\.k\.weight" '
         r'--fpmm-layers "blocks\.(0)\.ffn\.0\.weight|blocks\.(0)\.ffn\.2\.weight"')
-    args = convert.parse_args(convert.make_parser(), ["-i", "x", *shlex.split(convert.flags(formats))])
     plain = {name: convert.unmarked(fmt) for name, fmt in formats.items()}
-    assert convert.mark(plain, convert.matching(args.fpmm_layers, plain, "--fpmm-layers")) == formats
+    marked = convert.matching(parse(convert.flags(formats)).fpmm_layers, plain, "--fpmm-layers")
+    assert convert.mark(plain, marked) == formats
 
 
 def test_custom_wins_over_exclude_and_may_name_embeddings():
