@@ -2760,17 +2760,6 @@ def test_emulate_and_fp8_attention_reach_the_dit(place, fakes, monkeypatch, caps
     assert everywhere == [False, True]
 
 
-@pytest.mark.parametrize("flag, value, text", [
-    ("--attention", "fp8", "cpu does not multiply in 8 bits"),
-    ("--attention", "fp8-all", "to see its quality, add --emulate"),
-    ("--attention", "cudnn", "got device cpu, expected a CUDA GPU"),
-    ("--attention", "fa3", "got device cpu, expected a CUDA GPU"),
-    ("--activations", "two-pass", "--activations two-pass: cpu does not quantize activations")])
-def test_what_the_device_lacks_is_refused(flag, value, text, place):
-    fails(sample.main, ["photo.png", flag, value], text)
-    assert sorted(os.listdir(place)) == ["demo", "photo.png"]
-
-
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
 def test_flash_attention_that_is_not_installed_is_refused(name):
     with pytest.raises(ValueError, match=f"--attention {name}: No module named .*; install the FlashAttention"):
@@ -3070,7 +3059,7 @@ def test_networks_may_be_folders_of_shards(place, spiece):
 # the command line
 
 REFUSED = {  # arguments: what the one line says
-    "": "the following arguments are required: image",
+    # numbers
     "photo.png --frames 80": "frames 80: expected 4k + 1; the nearest are 77 and 81",
     "photo.png --frames 1000000001": "frames 1000000001: expected 1 to 4093 (Wan has 1024 positions in time",
     "photo.png --frames x": "--frames",
@@ -3083,31 +3072,32 @@ REFUSED = {  # arguments: what the one line says
     "photo.png --size 00x64": "'00x64': expected WIDTHxHEIGHT",
     "photo.png --size 16x17000": "size: side 17008: expected 16 to 16384 (Wan has 1024 positions along each side",
     "photo.png --size 16000x16000": "area 256000000: expected 256 to 35651584",
+    "photo.png --size 64": "'64': expected WIDTHxHEIGHT",
+    "photo.png --size 0x64": "'0x64': expected WIDTHxHEIGHT",
+    "photo.png --shift -1": "shift -1.0: expected a positive number",
+    "photo.png --seed -1": "seed -1: expected 0 to 9223372036854775807",
+    # choices, and what the device does not have
+    "photo.png --sampler dpm": "'lcm', 'euler', 'heun'",
+    "photo.png --scheduler karras": "'normal', 'simple', 'linear_quadratic'",
+    "photo.png --device mps": "--device mps: only cpu and cuda are supported",
+    "photo.png --device meta": "--device meta: only cpu and cuda are supported",
+    "photo.png --device toaster": "--device toaster: ",
+    "photo.png --attention fp8 --device cpu": "cpu does not multiply in 8 bits",
+    "photo.png --attention fp8-all --device cpu": "to see its quality, add --emulate",
+    "photo.png --attention cudnn --device cpu": "got device cpu, expected a CUDA GPU",
+    "photo.png --attention fa3 --device cpu": "got device cpu, expected a CUDA GPU",
+    "photo.png --activations two-pass --device cpu": "--activations two-pass: cpu does not quantize activations",
+    # prompts
     "photo.png --prompt \udcff": "prompt: got bytes that are not UTF-8",
     "photo.png --negative \udcff": "--negative: got bytes that are not UTF-8",
     "photo.png --prompt-file latin": "--prompt-file latin: got bytes that are not UTF-8",
-    "photo.png --device mps": "--device mps: only cpu and cuda are supported",
-    "photo.png --device meta": "--device meta: only cpu and cuda are supported",
+    "photo.png photo.png --prompt-file three.txt": "got 2 pictures and 3 prompts; expected as many prompts as",
+    "photo.png --prompt-file blank.txt": "--prompt-file blank.txt: got no text, expected one prompt a line",
+    "photo.png --prompt-file lost.txt": "lost.txt",
+    # the video's name
     "photo.png -o fifo": "fifo: is not a regular file; give another name",
     f"photo.png -o {'a' * 240}.mp4": "aaa.mp4: file name too long",  # with the ending for the latents
     "photo.png -o kept.mp4": "kept.mp4.latents.safetensors: holds the latents of an interrupted run",
-    "fifo": "fifo: is not a regular file",
-    "photo.png --interpolate text.png": "text.png: ",
-    "--decode channels": "got latents F32 (1, 17, 1, 2, 2), expected the tensor latents (1, 16, T, H, W)",
-    "--decode nan": "--decode nan: latents: got NaN or infinity",
-    "sdp.jpg": "sdp.jpg: not a readable image",
-    "photo.png --shift -1": "shift -1.0: expected a positive number",
-    "photo.png --sampler dpm": "'lcm', 'euler', 'heun'",
-    "photo.png --scheduler karras": "'normal', 'simple', 'linear_quadratic'",
-    "photo.png --size 64": "'64': expected WIDTHxHEIGHT",
-    "photo.png --size 0x64": "'0x64': expected WIDTHxHEIGHT",
-    "photo.png --device toaster": "--device toaster: ",
-    "photo.png --seed -1": "seed -1: expected 0 to 9223372036854775807",
-    "missing.png": "missing.png: no such file",
-    "demo": "demo: is not a regular file",
-    "text.png": "text.png: not a readable image; expected png, jpg or still webp",
-    "empty.png": "empty.png: not a readable image",
-    "film.mp4": "film.mp4: not a readable image",
     "photo.png -o a.avi": "a.avi: unknown extension '.avi', expected .mp4, .gif, .webp; for a folder",
     "photo.png -o no/a.mp4": "no: no such folder",
     "photo.png -o demo": "demo: is a folder that is not empty; give another name",
@@ -3115,9 +3105,16 @@ REFUSED = {  # arguments: what the one line says
     "photo.webp -o photo.webp": "-o photo.webp: is photo.webp, which this run reads",
     "photo.png --prompt-file text.webp -o ./text.webp": "-o ./text.webp: is text.webp, which this run reads",
     "photo.png photo.png -o a.mp4": "-o a.mp4: no such folder; 2 videos need an existing folder",
-    "photo.png photo.png --prompt-file three.txt": "got 2 pictures and 3 prompts; expected as many prompts as",
-    "photo.png --prompt-file blank.txt": "--prompt-file blank.txt: got no text, expected one prompt a line",
-    "photo.png --prompt-file lost.txt": "lost.txt",
+    # pictures
+    "": "the following arguments are required: image",
+    "fifo": "fifo: is not a regular file",
+    "sdp.jpg": "sdp.jpg: not a readable image",
+    "missing.png": "missing.png: no such file",
+    "demo": "demo: is not a regular file",
+    "text.png": "text.png: not a readable image; expected png, jpg or still webp",
+    "empty.png": "empty.png: not a readable image",
+    "film.mp4": "film.mp4: not a readable image",
+    # networks
     "photo.png --models nowhere": "--models nowhere: no such folder",
     "photo.png --dit lost.safetensors": "--dit lost.safetensors: no such file",
     "photo.png --dit text.safetensors": "text.safetensors: not a safetensors file",
@@ -3126,7 +3123,11 @@ REFUSED = {  # arguments: what the one line says
     "photo.png --lora model.safetensors:inf": "expected a finite strength",
     "photo.png --lora model.safetensors": "model.safetensors: blocks.0.ffn.0.weight: ",  # a model, not a LoRA
     "photo.png --lora text.safetensors": "text.safetensors: not a safetensors file",
+    "photo.png --interpolate text.png": "text.png: ",
     "photo.png --interpolate flownet.pkl": "--interpolate flownet.pkl: no such file, here or in ",
+    # latents
+    "--decode channels": "got latents F32 (1, 17, 1, 2, 2), expected the tensor latents (1, 16, T, H, W)",
+    "--decode nan": "--decode nan: latents: got NaN or infinity",
     "--decode lost.latents.safetensors": "lost.latents.safetensors: no such file",
     "--decode model.safetensors": "got blocks.0.ffn.0.weight F32 (2, 2), expected the tensor latents",
     "--decode latents": "--decode latents: this name does not tell the video's name; give it with -o",
