@@ -551,9 +551,6 @@ def test_codecs_refuse_what_does_not_fit(call, message):
 
 # QuantLinear
 
-LAYERS = ["nvfp4", "mxfp8", "float8_e4m3fn", None]
-
-
 def stored(fmt, out_features=40, in_features=56, bias=True, seed=0, **marker):
     """The tensors of a layer as a checkpoint holds them, written by comfy-kitchen; and their weight."""
     g = torch.Generator().manual_seed(seed)
@@ -591,7 +588,7 @@ def through_nvfp4(x, scale):
     return ck.dequantize_nvfp4(data, scale, block_scale, torch.float32)[:x.shape[0], :x.shape[1]]
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=["nvfp4", "mxfp8", "float8_e4m3fn", None])
 def fmt(request):
     return request.param
 
@@ -5071,16 +5068,20 @@ def keeps_the_contract(tiny, tmp_path, monkeypatch):
     return run
 
 
+GIVEN_BY = {"dit": "--dit", "nvfp4": "--dit", "vae": "--vae", "umt5": "--text-encoder", "clip": "--clip",
+            "rife": "--interpolate", "nvfp4_lora": "--lora", "latents": "--decode"}
+
+
 @pytest.mark.parametrize("seed", range(150))
 def test_damaged_files(seed, keeps_the_contract):
     rng = random.Random(seed)
-    name = rng.choice("dit nvfp4 vae umt5 clip rife nvfp4_lora latents convert photo".split())
-    damage(rng, Path("photo.jpg" if name == "photo" else f"{'dit' if name == 'convert' else name}.safetensors"))
-    flag = {"rife": "--interpolate", "nvfp4_lora": "--lora", "nvfp4": "--dit", "umt5": "--text-encoder",
-            "latents": "--decode"}.get(name, f"--{name}")
-    argv = {"convert": CONVERT, "photo": sample_argv(), "latents": sample_argv(flag, name)[1:]}.get(
-        name, sample_argv(flag, name))
-    keeps_the_contract(convert.main if name == "convert" else sample.main, argv)
+    name = rng.choice([*GIVEN_BY, "convert", "photo"])
+    damage(rng, Path({"convert": "dit.safetensors", "photo": "photo.jpg"}.get(name, f"{name}.safetensors")))
+    argv = sample_argv(GIVEN_BY[name], name) if name in GIVEN_BY else sample_argv()
+    if name == "convert":
+        keeps_the_contract(convert.main, CONVERT)
+    else:
+        keeps_the_contract(sample.main, argv[1:] if name == "latents" else argv)
 
 
 @pytest.mark.parametrize("seed", range(60))
