@@ -5168,7 +5168,7 @@ def test_the_readme_s_python_runs_as_it_says():
 
 
 def test_demo_is_under_12_mb():
-    sizes = {file.name: file.stat().st_size for file in (DEMO).iterdir() if file.is_file()}
+    sizes = {file.name: file.stat().st_size for file in DEMO.iterdir() if file.is_file()}
     assert {"dit.safetensors", "photo.jpg"} <= set(sizes) and sum(sizes.values()) < 12e6
 
 
