@@ -798,8 +798,8 @@ def describe(model: nn.Module) -> str:
 def compiled_on_cuda(function):
     """A decorator for elementwise functions: on CUDA, torch.compile fuses their passes over memory.
 
-    The first argument must be a tensor. On other devices, within a larger compiled graph, and for gradients, which
-    a compiled function propagates only once, the function runs as it is.
+    The first argument must be a tensor. The function runs as it is on other devices, within a larger compiled
+    graph, and for gradients, which a compiled function propagates only once.
     """
     @functools.wraps(function)
     def run(x, *arguments):

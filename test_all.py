@@ -499,6 +499,19 @@ def test_compiled_elementwise_functions_compute_what_the_plain_ones_do(dtype):
         assert torch.allclose(got, expected, rtol=2e-6 if got.dtype == torch.float32 else 2 ** -7, atol=2e-6)
 
 
+def test_elementwise_functions_on_cuda_are_not_compiled_for_gradients(monkeypatch):
+    """A compiled function propagates them only once, and convert.py --calib needs several draws."""
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    used = []
+    monkeypatch.setattr(quant, "compiled", lambda function, device: used.append(function) or function)
+    for needs_grad in (True, False):
+        x = torch.randn(1, 60, 96).as_subclass(OnCuda).requires_grad_(needs_grad)
+        y = wan_fp4.layer_norm(x, torch.ones(96), torch.zeros(96), torch.bfloat16)
+        assert y.requires_grad == needs_grad and bool(used) != needs_grad
+
+
 @pytest.mark.parametrize("scale, bias", list(itertools.product((None, 1.003), (None, *FLOATS[:2]))))
 def test_the_product_is_scaled_in_float32_and_rounded_once(scale, bias):
     y = torch.randn(7, 40).bfloat16()
@@ -1627,6 +1640,7 @@ def test_load_dit_reads_markers_in_tensors_or_the_header_under_any_prefix(place,
 @pytest.mark.parametrize("header, tensor, text", [
     (MXFP8, NVFP4, "got nvfp4 in the tensor and mxfp8 in the header's _quantization_metadata, expected the same"),
     (NVFP4 | {"full_precision_matrix_mult": True}, NVFP4, "got nvfp4 in the tensor and nvfp4 at full precision"),
+    (NVFP4 | {"two_pass": True}, NVFP4, "got nvfp4 in the tensor and nvfp4 in two passes"),
     ({"format": "int3"}, None, "in the header's _quantization_metadata: got .*int3"),
     ([5], None, r"in the header's _quantization_metadata: got b'\[5\]', expected a format")])
 def test_headers_that_disagree_with_the_tensors_are_refused(header, tensor, text, tmp_path):
@@ -4830,6 +4844,19 @@ def test_gradient_scores_are_what_a_rounded_layer_does_to_the_latents(small_dit,
         assert scores[f"{name}.weight"] == pytest.approx(sum(moved) / 4, rel=0.5)
         dit.set_submodule(name, old)
     assert walk.flops["blocks.0.ffn.0.weight"] == 4 * 2 * 12 * 64 * 96  # 4 steps of 2 x 2 x 3 tokens
+
+
+def test_gradient_scores_are_the_same_with_activations_in_cpu_memory(walk, monkeypatch):
+    scores, moves = walk.gradient_scores(draws=1), []
+
+    class Saved(torch.autograd.graph.save_on_cpu):
+        def __init__(self):
+            super().__init__()
+            moves.append(self)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Saved)
+    monkeypatch.setattr(walk, "cramped", lambda tokens: True)
+    assert walk.gradient_scores(draws=1) == scores and moves
 
 
 @pytest.mark.parametrize("share, chosen", [(0, "k"), (0.1, "k"), (0.2, "kb"), (0.45, "kb"), (0.6, "kab"),

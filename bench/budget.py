@@ -4,6 +4,7 @@
 by the rate that a good kernel reaches; everything else takes the bytes that it moves, divided by the memory's
 bandwidth. A compiled elementwise function moves each of its tensors once.
 """
+import math
 import re
 
 import fullsize  # also puts the project's folder on sys.path
@@ -13,14 +14,16 @@ import wan_fp4
 
 TOKENS, TEXT, IMAGE = 32760, 32, 257  # of the video, a prompt, the image tower
 CFG = wan_fp4.DiTConfig()
-# Bytes/s of the memory, FLOP/s of the formats and of attention: as published, times the share that is reached
+# Bytes/s of the memory, FLOP/s of the formats and of attention: as published, times the share that is reached;
+# bytes/s over PCIe; bytes of memory
 GPUS = {"B200": dict(bandwidth=8e12 * 0.85, nvfp4=9e15 * 0.65, mxfp8=4.5e15 * 0.7, bf16=2.25e15 * 0.7,
-                     attention=2.25e15 * 0.62),
+                     attention=2.25e15 * 0.62, pcie=64e9 * 0.8, memory=180e9),
         "RTX 5090": dict(bandwidth=1.79e12 * 0.9, nvfp4=1.676e15 * 0.75, mxfp8=838e12 * 0.75, bf16=209.5e12 * 0.8,
-                         attention=209.5e12 * 0.83),
+                         attention=209.5e12 * 0.83, pcie=64e9 * 0.8, memory=32e9),
         "RTX 5060": dict(bandwidth=448e9 * 0.9, nvfp4=307e12 * 0.8, mxfp8=153e12 * 0.8, bf16=38.4e12 * 0.85,
-                         attention=38.4e12 * 0.85)}
+                         attention=38.4e12 * 0.85, pcie=32e9 * 0.8, memory=8e9)}
 QUANTIZER = {"nvfp4": 2.66, "mxfp8": 1.59}  # times the activation's bytes: bench/fullsize.py --activation
+SAVED = 8.8 * 2 ** 30, 3.3 * 2 ** 30  # for convert.py's gradients in a block: activations, errors of its layers
 FOUR_OVER_SIX, TWO_PASS = 3.5, 4.0  # the same of NVFP4, by sample.py --activations
 
 
@@ -88,6 +91,22 @@ def finer_activations(formats, shapes, gpu, times, second):
     return seconds
 
 
+def calibration(shapes, flops, moved, gpu):
+    """Seconds of convert.py --calib for one picture, besides rounding. Each of the four steps takes six forwards
+    in bf16 (one to sample, one to compare the layers' outputs, two for the gradients, two while blocks are
+    rounded), each layer's product once more, and four backward passes: the products, attention 2.5 times, and the
+    elementwise functions, not compiled, three times. A step reads the weights three times over PCIe. Where the
+    memory holds less than twice what a block saves, that goes to CPU memory, and back for each backward pass."""
+    linears = (flops["nvfp4"] + flops["mxfp8"] + flops["bf16"]) / gpu["bf16"]
+    attention, elementwise = flops["attention"] / gpu["attention"], moved["elementwise"] / gpu["bandwidth"]
+    step = 6 * (linears + attention + elementwise) + linears + 4 * (linears + 2.5 * attention + 3 * elementwise)
+    weights = 2 * sum(math.prod(shape) for shape in shapes.values())
+    step += 3 * weights / gpu["pcie"]
+    if gpu["memory"] < 2 * sum(SAVED):
+        step += 5 * CFG.num_blocks * sum(SAVED) / (gpu["pcie"] / 2)  # half the rate, as the memory is not pinned
+    return 4 * step
+
+
 def main():
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in wan_fp4.WanDiT().named_parameters()}
@@ -108,6 +127,7 @@ def main():
     for way, times in (("four-over-six", FOUR_OVER_SIX), ("two-pass", TWO_PASS)):
         adds = [finer_activations(formats, shapes, gpu, times, way == "two-pass") for gpu in GPUS.values()]
         table += [(f"{way} adds", "", adds)]
+    table += [("--calib, each picture", "", [calibration(shapes, flops, moved, gpu) for gpu in GPUS.values()])]
     for kind, amount, seconds in table:
         print(f"{kind:32}{amount:>12}" + "".join(f"{s:12.2f}" for s in seconds))
 
