@@ -428,7 +428,7 @@ def train_latents(args):
     save(HERE / "vae.safetensors", vae.state_dict(), torch.float16)
     vae = wan_fp4.load_vae(HERE / "vae.safetensors", args.device, torch.bfloat16 if args.fast else None)
     start, views = time.time(), []
-    for i in range(args.steps or 900):
+    for i in range(args.steps or 600):
         h, w = rng.choice(SIZES)
         photo, window = random_view(photos, h, w, rng)
         moves, looks = rng.sample(range(len(MOVES)), 4), rng.random()
@@ -633,7 +633,7 @@ def train_dit(args, distil=False):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     torch.manual_seed(args.seed)
     nets = networks(tokenizer)
-    path, steps, lr = ("distil.pt", 900, 3e-4) if distil else ("dit.pt", 5000, 1.5e-3)
+    path, steps, lr = ("distil.pt", 500, 3e-4) if distil else ("dit.pt", 2500, 1.5e-3)
     if distil and not (WORK / path).exists():
         nets.load_state_dict(average_of(WORK / "dit.pt"))
     run = Trainer(nets, WORK / path, args.steps or steps, lr, args.seed, device)
