@@ -3530,303 +3530,7 @@ def out(tmp_path):
     return tmp_path / "out.safetensors"
 
 
-# What is written
-
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_output_holds_the_source(tmp_path, prefix, dtype):
-    model = write_checkpoint(tmp_path / "m.safetensors", checkpoint(dtype, prefix), head_dim="16",
-                             prompt="ein Bär")
-    convert.main(["-i", model, "--nvfp4"])
-    written, source = load_file(tmp_path / "m-nvfp4.safetensors"), checkpoint(dtype)
-    linears = {f"blocks.{n}.{layer}" for n in range(2) for layer in LINEARS}
-    for layer in linears:
-        w, stored = source.pop(f"{layer}.weight"), layer_tensors(written, layer)
-        assert same_bits(stored["bias"], source.pop(f"{layer}.bias"))
-        linear = quant.QuantLinear.from_tensors(layer, stored, w.shape[1], w.shape[0])
-        ours = linear.dequantized(torch.float32)
-        assert linear.format == "nvfp4" and convert.snr(w, ours) > 21
-        best = quant.quantize_nvfp4(w, method="search")
-        parts = [stored[suffix] for suffix in ("weight", "weight_scale", "weight_scale_2")]
-        assert all_same_bits(best, parts)
-        theirs = ck.dequantize_nvfp4(parts[0], parts[2], parts[1], torch.float32)
-        assert torch.equal(theirs[:w.shape[0], :w.shape[1]], ours)
-        marker = {"format": "nvfp4", "group_size": 16, "orig_dtype": str(dtype), "orig_shape": list(w.shape)}
-        assert json.loads(bytes(stored["comfy_quant"].tolist())) == marker
-        assert read_layers(tmp_path / "m-nvfp4.safetensors")[layer] == marker
-    assert same_tensors(written, source)
-    metadata, _ = wan_fp4.read_header(tmp_path / "m-nvfp4.safetensors")
-    assert metadata["head_dim"] == "16" and metadata["prompt"] == "ein Bär"
-    assert metadata["quantization_command"] == f"convert.py -i {model} --nvfp4"
-    assert json.loads(metadata["_quantization_metadata"])["format_version"] == "1.0"
-
-
-def test_simple_is_what_comfy_kitchen_writes(model, out):
-    convert.main(["-i", model, "-o", out, "--nvfp4", "--simple"])
-    written = load_file(out)
-    for layer in LINEARS:
-        w, stored = checkpoint()[f"blocks.1.{layer}.weight"], layer_tensors(written, f"blocks.1.{layer}")
-        tensor_scale = w.abs().amax().float() / (448 * 6)
-        data, scale = ck.quantize_nvfp4(w, tensor_scale, pad_16x=True)
-        assert same_bits(stored["weight"], data) and same_bits(stored["weight_scale"], scale)
-        assert same_bits(stored["weight_scale_2"], tensor_scale)
-
-
-def test_tensors_are_aligned_and_fill_the_file(model, out):
-    convert.main(["-i", model, "-o", out])
-    raw = out.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    entries = json.loads(raw[8:8 + length])
-    entries.pop("__metadata__")
-    offsets = sorted(entry["data_offsets"] for entry in entries.values())
-    assert length % 8 == 0 and offsets[0][0] == 0 and offsets[-1][1] == len(raw) - 8 - length
-    assert all(end == begin for (_, end), (begin, _) in zip(offsets, offsets[1:]))
-    assert all(entry["data_offsets"][0] % convert.DTYPES[entry["dtype"]].itemsize == 0
-               for entry in entries.values())
-
-
-def test_shards_convert_to_the_same_tensors(tmp_path, model):
-    tensors, shards = checkpoint(), tmp_path / "Wan2.1"
-    shards.mkdir()
-    places = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(places.values()):
-        save_file({name: tensors[name] for name in places if places[name] == file}, shards / file)
-    convert.main(["-i", model])
-    convert.main(["-i", shards])
-    index = shards / "m.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    convert.main(["-i", index])
-    expected = load_file(tmp_path / "m-nvfp4.safetensors")
-    for path in (tmp_path / "Wan2.1-nvfp4.safetensors", shards / "m-nvfp4.safetensors"):
-        assert same_tensors(load_file(path), expected)
-
-
-def test_diffusers_names_convert_to_the_same_tensors(tmp_path):
-    theirs = diffusers_dit()
-    official = dit_file(theirs, tmp_path / "official.safetensors", dtype=torch.bfloat16)
-    tensors = {f"transformer.{name}": tensor.bfloat16() for name, tensor in theirs.state_dict().items()}
-    diffusers = write_checkpoint(tmp_path / "diffusers.safetensors", tensors)
-    for name, path in (("a", official), ("b", diffusers)):
-        convert.main(["-i", path, "-o", tmp_path / name, "--nvfp4"])
-    assert same_tensors(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
-
-
-def test_the_output_of_a_link_is_named_after_the_link(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "0123abcd")
-    (tmp_path / "Wan2.1.safetensors").symlink_to("0123abcd")
-    monkeypatch.chdir(tmp_path)
-    convert.main(["-i", "Wan2.1.safetensors"])
-    assert (tmp_path / "Wan2.1-nvfp4.safetensors").exists()
-
-
-@pytest.mark.parametrize("fmt, least", [("nvfp4", 21), ("mxfp8", 30), ("bf16", 999)])
-def test_quantize_weight_gives_what_quant_linear_takes(fmt, least):
-    w = torch.randn(72, 200).bfloat16()
-    layer = quant.QuantLinear.from_tensors("x", convert.quantize_weight(w, fmt), 200, 72)
-    assert layer.format == (None if fmt == "bf16" else fmt)
-    assert convert.snr(w, layer.dequantized(torch.float32)) > least
-
-
-def test_converts_without_torchs_compiler(model):
-    """Importing it takes a second."""
-    program = "import sys, convert; convert.main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
-    run_python(program, "-i", model, "--extract-lora", "--lora-rank", "4")
-
-
-def test_the_report_names_types_sizes_and_the_file(model, capsys):
-    convert.main(["-i", model])
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("ffn.0            NVFP4        2    21.") for line in lines)
-    assert "MiB -> " in lines[-1] and lines[-1].endswith("m-nvfp4.safetensors")
-
-
-# Memory and interruptions
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
-def test_memory_holds_a_few_weights_not_the_model(tmp_path):
-    """For 540 MB more in the file, the peak of the process rises by less than a third of that."""
-    program = f"import sys, convert\n{PEAK}\nconvert.main(sys.argv[1:])\nprint(peak())"
-    peaks, sizes = [], []
-    for blocks in (8, 40):  # both keep all threads busy, which hold a few weights each
-        tensors = checkpoint(torch.float32, blocks=blocks, linears={"self_attn.q": (2048, 2048)})
-        file = write_checkpoint(tmp_path / "m", tensors)
-        peaks.append(int(run_python(program, "-i", file, "-o", tmp_path / "out", "--simple").split()[-1]))
-        sizes.append(file.stat().st_size)
-    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3
-
-
-def interrupt(patch, failure, after):
-    """Make convert fail at its weight number `after`; returns the list of weights that were rounded."""
-    rounded, quantize = [], convert.quantize_weight
-
-    def count_and_fail(w, *args, **kwargs):
-        rounded.append(w)
-        if len(rounded) == after:
-            raise failure
-        return quantize(w, *args, **kwargs)
-
-    patch.setattr(convert, "quantize_weight", count_and_fail)
-    return rounded
-
-
-@pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    """interrupted(failure) stops a conversion half way: its argv, its error output, and the bytes that its two
-    files should have."""
-    def stop(failure=KeyboardInterrupt()):
-        model = write_checkpoint(tmp_path / "m.safetensors", a="1", b="2", c="3", d="4", e="5")
-        files = tmp_path / "out.safetensors", tmp_path / "out_lora.safetensors"
-        argv = ["-i", model, "-o", files[0], "--nvfp4", "--extract-lora", "--lora-rank", "4"]
-        convert.main(argv)
-        complete = {file: file.read_bytes() for file in files}
-        for file in files:
-            file.write_text("old")
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            interrupt(patch, failure, 6)
-            convert.main(argv)
-        assert all(file.read_text() == "old" for file in files)
-        return argv, complete, stopped.value.code
-    return stop
-
-
-@pytest.mark.parametrize("failure, code, text", [
-    (KeyboardInterrupt(), 130, "run the same command with --resume"),
-    (OSError("disk full"), 2, "convert.py: error: disk full"), (ValueError("x"), 2, "convert.py: error: x"),
-    (OSError(5, "Input/output error", "m.safetensors"), 2, "error: m.safetensors: Input/output error")])
-def test_an_interrupted_run_resumes_to_the_same_bytes(interrupted, monkeypatch, capsys, failure, code, text):
-    argv, complete, got = interrupted(failure)
-    assert got == code and text in capsys.readouterr().err
-    rounded = interrupt(monkeypatch, None, after=math.inf)
-    convert.main([*argv, "--resume"])
-    assert 0 < len(rounded) <= 10 - 4  # of ten weights, four were done, and perhaps one that ran ahead
-    assert all(file.read_bytes() == data for file, data in complete.items())
-    assert len(list(argv[1].parent.iterdir())) == 3  # no .part, no journal
-
-
-def test_resume_redoes_what_the_disk_lost(interrupted, out):
-    argv, complete, _ = interrupted()
-    for file, data in complete.items():
-        with open(f"{file}.part", "r+b") as part:  # zeros where tensors were
-            part.seek(8 + int.from_bytes(data[:8], "little"))
-            part.write(bytes(len(data) // 3))
-    journal = out.with_name("out.safetensors.journal")
-    journal.write_text(journal.read_text()[:-7])  # an incomplete line
-    convert.main([*argv, "--resume"])
-    assert all(file.read_bytes() == data for file, data in complete.items())
-
-
-@pytest.mark.parametrize("damage", [
-    lambda lines: [lines[0], b"5", *lines[1:]], lambda lines: [*lines[:2], *lines[1:]], lambda lines: [],
-    lambda lines: [lines[0], lines[1].replace(b"blocks.0", b"blocks.1"), *lines[2:]],
-    lambda lines: [*lines, b"\xff\xfe"], lambda lines: [lines[0], b"[]", b'["x", {}, [[7, "y", 0]]]'],
-    lambda lines: [lines[0][:9]], lambda lines: [b"", *lines[1:]],
-], ids=["no entry", "duplicate", "empty", "wrong name", "not UTF-8", "wrong types", "half a line", "no identity"])
-def test_resume_survives_a_damaged_journal(interrupted, out, damage):
-    argv, complete, _ = interrupted()
-    journal = out.with_name("out.safetensors.journal")
-    journal.write_bytes(b"\n".join(damage(journal.read_bytes().splitlines())))
-    convert.main([*argv, "--resume"])
-    assert all(file.read_bytes() == data for file, data in complete.items())
-    assert not journal.exists()
-
-
-def test_resume_refuses_another_run(interrupted, out):
-    argv, _, _ = interrupted()
-    fails(convert.main, [*argv, "--simple", "--resume"], "out.safetensors.journal belongs to another run")
-    journal = out.with_name("out.safetensors.journal")
-    state = os.stat(argv[1])
-    os.utime(argv[1], ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # the same shapes, perhaps other values
-    fails(convert.main, [*argv, "--resume"], "out.safetensors.journal belongs to another run (the source")
-    journal.unlink()
-    fails(convert.main, [*argv, "--resume"], "nothing to resume")
-
-
-@pytest.mark.skipif(convert.fcntl is None, reason="no file locks here")
-@pytest.mark.parametrize("shared", ["out.safetensors", "lora.safetensors"])
-def test_two_runs_do_not_share_a_file(model, out, monkeypatch, shared):
-    """In the middle of a conversion, a second process is refused, and the first is not harmed."""
-    flags = ["--nvfp4", "--extract-lora", "--lora-rank", "4", "--lora-output", out.with_name("lora.safetensors")]
-    other = out if shared == out.name else out.with_name("other.safetensors")
-    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", other, *flags]
-    quantize, second = convert.quantize_weight, []
-
-    def start_second(*args, **kwargs):
-        if not second:
-            second.append(None)
-            second.append(subprocess.run(command, capture_output=True, text=True))
-        return quantize(*args, **kwargs)
-
-    monkeypatch.setattr(convert, "quantize_weight", start_second)
-    convert.main(["-i", model, "-o", out, *flags])
-    holder = f"process {os.getpid()} is writing" if sys.platform == "linux" else "is writing"
-    assert second[1].returncode == 2 and f"{shared}.part: {holder}" in second[1].stderr
-    assert len(load_file(out)) == len(checkpoint()) + 3 * 10  # complete
-
-
-def test_a_file_that_was_renamed_meanwhile_is_not_locked(tmp_path):
-    """It is another run's finished output."""
-    output = convert.Output(tmp_path / "x", {"a": (torch.uint8, (1,))}, {})
-    with open(output.part, "wb") as file:
-        output.part.rename(output.path)
-        with pytest.raises(ValueError, match="is writing this file"):
-            convert.lock(file, output.part)
-
-
-def test_a_full_disk_is_reported_with_the_file(model, out, monkeypatch):
-    def write(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(convert.Output, "write", write)
-    fails(convert.main, ["-i", model, "-o", out, "--nvfp4"], f"error: {out}: No space left on device")
-    assert not out.exists()
-    monkeypatch.setattr(convert.os, "replace", write)
-    plot = out.with_name("plan.svg")
-    plot.write_text("old")
-    fails(convert.main, ["-i", model, "--dry-run", "--plot", plot], "No space left on device")
-    assert plot.read_text() == "old" and not out.with_name("plan.svg.part").exists()
-
-
-@pytest.mark.parametrize("error, text", [
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Free memory on the GPU, or give"),
-    (RuntimeError("shape '[2]' is invalid\nat ..."), "error: shape '[2]' is invalid"),
-    (convert.safetensors.SafetensorError("header too large"), "error: header too large"),
-    (PermissionError(13, "Permission denied", "m"), "error: m: Permission denied")])
-def test_convert_reports_library_errors_in_one_line(model, monkeypatch, error, text):
-    def run(*_):
-        raise error
-    monkeypatch.setattr(convert, "run", run)
-    fails(convert.main, ["-i", model], text)
-
-
-def test_names_that_are_not_text(model, tmp_path):
-    """The command is in the header, which must be valid UTF-8."""
-    out = tmp_path / os.fsdecode(b"\xff.safetensors")
-    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", out, "--simple"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    readable = out.rename(tmp_path / "out.safetensors")
-    assert "?.safetensors" in wan_fp4.read_header(readable)[0]["quantization_command"]
-
-
-def test_output_writes_only_what_its_header_says(tmp_path):
-    empty = torch.ones(0, dtype=torch.uint8)
-    output = convert.Output(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (0,))}, {})
-    output.open()
-    output.begin()
-    for name, tensor in [("a", torch.ones(3)), ("b", empty.float())]:
-        with pytest.raises(ValueError, match=f"x: {name}: got .* expected"):
-            output.write(name, tensor)
-    output.write("b", empty)
-    with pytest.raises(ValueError, match="1 tensors were never written, for example a"):
-        output.flush()
-    assert not (tmp_path / "x").exists()
-
-
-def test_too_little_disk_is_reported_before_the_start(model, monkeypatch):
-    usage = convert.shutil.disk_usage(model.parent)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    fails(convert.main, ["-i", model], "of the disk are free")
-
-
-# Bad input
+# Sources that are refused
 
 def damaged(value):
     tensors = checkpoint()
@@ -3864,304 +3568,6 @@ def test_sources_that_are_refused(tmp_path, out, tensors, text):
 def test_its_own_output_is_refused_as_a_source(model, out):
     convert.main(["-i", model, "-o", out])
     fails(convert.main, ["-i", out], "already quantized")
-
-
-# LoRAs merged and joined
-
-def two_loras(folder, naming="ComfyUI", dtype=torch.float32):
-    """Two LoRA files for checkpoint(), with factors, whole differences and a layer that is not there, their
-    strengths, and what they add to each tensor, in float64."""
-    prefix, query, up_name, down_name = NAMINGS[naming]
-    g, total, loras = torch.Generator().manual_seed(1), {}, []
-    def add(name, difference):
-        total[name] = total.get(name, 0) + difference
-    for file, strength, rank, alpha in (("a", 0.5, 4, 2.0), ("b", -2.0, 8, None)):
-        up, down = (torch.randn(s, generator=g).mul(0.1).to(dtype) for s in ((WIDTH, rank), (rank, WIDTH)))
-        tensors = {f"{prefix}blocks.1.{query}.{up_name}": up, f"{prefix}blocks.1.{query}.{down_name}": down}
-        if alpha:
-            tensors[f"{prefix}blocks.1.{query}.alpha"] = torch.tensor(alpha)
-        add("blocks.1.self_attn.q.weight", strength * (alpha or rank) / rank * up.double() @ down.double())
-        for layer, ending, part, shape in (("blocks.0.ffn.2", "diff", "weight", (WIDTH, HIDDEN)),
-                                           ("blocks.0.ffn.2", "diff_b", "bias", (WIDTH,)),
-                                           ("blocks.1.self_attn.norm_q", "diff", "weight", (WIDTH,)),
-                                           ("blocks.0", "diff_m", "modulation", (1, 6, WIDTH))):
-            tensors[f"{prefix}{layer}.{ending}"] = torch.randn(shape, generator=g).mul(0.1).to(dtype)
-            add(f"{layer}.{part}", strength * tensors[f"{prefix}{layer}.{ending}"].double())
-        tensors[f"{prefix}blocks.7.norm3.diff"] = torch.ones(WIDTH, dtype=dtype)
-        save_file(tensors, folder / f"{file}.safetensors")
-        loras.append((folder / f"{file}.safetensors", strength))
-    return loras, total
-
-
-@pytest.mark.parametrize("naming", NAMINGS)
-def test_merged_loras_are_their_sum_in_float64(naming, tmp_path):
-    loras, total = two_loras(tmp_path, naming)
-    source = convert.Source(write_checkpoint(tmp_path / "m.safetensors", checkpoint(torch.float32)))
-    for lora in loras:
-        assert source.merge(*lora).endswith("into 5 tensors, skipped 1: blocks.7.norm3.weight (no such tensor)")
-    for name, tensor in checkpoint(torch.float32).items():
-        expected = (tensor.double() + total[name]).float() if name in total else tensor
-        torch.testing.assert_close(source.tensor(name), expected, rtol=1e-6, atol=1e-7 * (name in total))
-
-
-def test_loras_are_merged_before_the_model_is_analyzed_and_rounded(tmp_path, model, capsys):
-    """The file is that of the merged model, which is in bf16 too."""
-    loras, _ = two_loras(tmp_path, dtype=torch.bfloat16)
-    source = convert.Source(model)
-    for lora in loras:
-        source.merge(*lora)
-    write_checkpoint(tmp_path / "merged.safetensors", {name: source.tensor(name) for name in source.shapes})
-    flags = [part for path, strength in loras for part in ("--merge-lora", f"{path}:{strength}")]
-    convert.main(["-i", model, "-o", tmp_path / "x", *flags])
-    assert "b.safetensors at -2: merged into 5 tensors" in capsys.readouterr().out
-    convert.main(["-i", tmp_path / "merged.safetensors", "-o", tmp_path / "y"])
-    assert same_tensors(load_file(tmp_path / "x"), load_file(tmp_path / "y"))
-
-
-@pytest.mark.parametrize("lora, text", [
-    ({"blocks.9.ffn.0.diff_b": (HIDDEN,)}, "none of which fits, the first blocks.9.ffn.0.bias (no such"),
-    ({"patch_embedding.lora_A.weight": (2, 36, 1, 2, 2), "patch_embedding.lora_B.weight": (WIDTH, 2, 1, 1, 1)},
-     "none of which fits, the first patch_embedding.weight (not a Linear)"),
-    ({}, "none of which fits, the first none"),
-    ({"blocks.0.ffn.0.diff_b": (9,)}, "ffn.0.bias: got a difference of shape (9,), expected (200,); use"),
-    ({"blocks.0.ffn.0.lora_A.weight": (2, 9), "blocks.0.ffn.0.lora_B.weight": (9, 2)}, "of shape (9, 9), exp"),
-    ({"blocks.0.ffn.0.lora_A.weight": (2, WIDTH)}, "got down alone"),
-    ({"blocks.0.ffn.0.weight": (HIDDEN, WIDTH)}, "is no part of a LoRA"),
-    ({"blocks.0.ffn.0.diff_b": torch.full((HIDDEN,), 3e38)}, "lora: blocks.0.ffn.0.bias: gives NaN or inf")])
-def test_loras_that_cannot_be_merged(lora, text, model, lora_file):
-    """Nor does anything stay behind, even of a sum that overflows."""
-    path = lora_file(lora)
-    before = set(model.parent.iterdir())
-    fails(convert.main, ["-i", model, "--merge-lora", f"{path}:9"], text)
-    assert set(model.parent.iterdir()) == before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_joined_loras_do_what_they_do_together(tmp_path, out, dtype, capsys):
-    loras, total = two_loras(tmp_path, "diffusers", dtype)
-    convert.main(["--concat-loras", *(f"{path}:{strength}" for path, strength in loras), "-o", out])
-    assert "2 LoRAs in one: 1 layers, 5 differences" in capsys.readouterr().out
-    joined, prefix = load_file(out), "diffusion_model."
-    up, down, alpha = (joined[name] for name in convert.lora_names("blocks.1.self_attn.q.weight"))
-    assert up.shape == (WIDTH, 12) and down.shape == (12, WIDTH) and alpha == 12
-    assert up.dtype == down.dtype == dtype
-    tolerance = {"rtol": 0, "atol": 0.01 if dtype == torch.bfloat16 else 1e-6}
-    torch.testing.assert_close(up.double() @ down.double(), total.pop("blocks.1.self_attn.q.weight"), **tolerance)
-    endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
-    for name, difference in total.items():
-        layer, _, part = name.rpartition(".")
-        torch.testing.assert_close(joined[f"{prefix}{layer}.{endings[part]}"].double(), difference, **tolerance)
-    assert len(joined) == 3 + len(total) + 1  # and the layer that checkpoint() does not have
-
-
-def test_joining_keeps_the_bits_at_strength_1_and_whose_part_it_is(tmp_path, out):
-    parts = torch.randn(40, 4).bfloat16(), torch.randn(4, 64).bfloat16(), torch.tensor(4.0)
-    for file, metadata in (("a", {"lora_id": "mine"}), ("b", None), ("c", {"lora_id": "other"})):
-        save_file(dict(zip(convert.lora_names("x.weight"), parts)), tmp_path / file, metadata)
-    convert.main(["--concat-loras", tmp_path / "a", tmp_path / "b", f"{tmp_path / 'c'}:0.5", "-o", out])
-    up, down, _ = (load_file(out)[name] for name in convert.lora_names("x.weight"))
-    assert same_bits(up[:, :8], torch.cat([parts[0]] * 2, 1)) and same_bits(down, torch.cat([parts[1]] * 3))
-    assert wan_fp4.read_header(out)[0]["lora_id"] == "mine"
-    flags = ["--concat-loras", tmp_path / "a", tmp_path / "c", "-o", tmp_path / "d"]
-    fails(convert.main, flags, "got mine and other")
-
-
-@pytest.mark.parametrize("flags, text", [
-    (["a"], "--concat-loras: got no output file"), (["lost", "-o", "x"], "lost: no such file"),
-    (["a", "-o", "x", "--nvfp4"], "--nvfp4: has no effect with --concat-loras"), (["a", "-o", "a"], "overwrite"),
-    (["a", "b", "-o", "x"], "b: w.weight: got a difference of shape (3,), expected (2,), as in the files before"),
-    (["a:inf", "-o", "x"], "a:inf: expected a finite strength"), (["a:1e39", "-o", "x"], "w.diff: gives NaN or"),
-    (["a", "-i", "m.safetensors"], "argument -i/--input: not allowed with argument --concat-loras")])
-def test_loras_that_cannot_be_joined(tmp_path, monkeypatch, flags, text):
-    monkeypatch.chdir(tmp_path)
-    for name, size in (("a", 2), ("b", 3)):
-        save_file({"w.diff": torch.ones(size)}, name)
-    fails(convert.main, ["--concat-loras", *flags], text)
-    assert sorted(os.listdir()) == ["a", "b"]
-
-
-# Repacking LightX2V's NVFP4
-
-@pytest.fixture(scope="module")
-def lightx2v_dit(tmp_path_factory):
-    """Writes a small DiT with the blocks' weights in LightX2V's layout, and the same with dequantized weights."""
-    folder = tmp_path_factory.mktemp("lightx2v")
-    source = load_file(dit_file(diffusers_dit(), folder / "x"))
-
-    def write(pair=PAIRS[0], change=()):
-        packed, exact = {}, {}
-        for name, w in source.items():
-            if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
-                tensors, exact[name] = lightx2v(w, pair, input_absmax=6.0)
-                packed |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in tensors.items()}
-            else:
-                packed[name] = exact[name] = w
-        packed = {name: tensor for name, tensor in (packed | dict(change)).items() if tensor is not None}
-        save_file(packed, folder / "packed", {"head_dim": "32"})
-        save_file(exact, folder / "exact", {"head_dim": "32"})
-        return folder / "packed", folder / "exact"
-    return write
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-@torch.no_grad()
-def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsys, pair):
-    packed, exact = lightx2v_dit(pair)
-    convert.main(["-i", packed, "-o", out, "--wan", "--comfy_quant"])
-    report, header = capsys.readouterr().out, read_layers(out)
-    assert "NVFP4 in LightX2V's layout; its 24 layers were repacked" in report and "without rounding" in report
-    before, after = load_file(packed), load_file(out)
-    for layer in header:
-        stored, source = layer_tensors(after, layer), layer_tensors(before, layer)
-        assert same_tensors(stored, quant.from_lightx2v(layer, source)) and header[layer] == {"format": "nvfp4"}
-    assert len(header) == 24 and same_tensors(after, before)
-    direct, repacked, plain = (wan_fp4.load_dit(path)(**dit_inputs(1, 4, 4, 5)) for path in (packed, out, exact))
-    assert torch.equal(direct, repacked) and relative_error(direct, plain) < 1e-5
-
-
-QUERY = "blocks.1.self_attn.q"
-
-
-@pytest.mark.parametrize("change, text", [
-    ({f"{QUERY}.input_absmax": None}, f"{QUERY}: got bias, weight, weight_global_scale, weight_scale, expected"),
-    ({f"{QUERY}.weight_scale": torch.ones(64, 4).to(torch.float8_e4m3fn)}, f"{QUERY}.weight_scale: got (64, 4)"),
-    ({f"{QUERY}.comfy_quant": quant.write_marker({"format": "nvfp4"})}, f"{QUERY}"),
-    ({f"{QUERY}.weight_global_scale": None, f"{QUERY}.input_absmax": None}, f"{QUERY}.weight: got torch.uint8, "),
-    ({f"{QUERY}.weight_global_scale": torch.tensor(0.0)}, f"{QUERY}: got weight_global_scale 0 and input_absmax"),
-    ({f"{QUERY}.weight_scale": torch.full((128, 4), math.nan).to(torch.float8_e4m3fn)}, "got NaN or infinite"),
-    ({f"{QUERY}{suffix}": tensor for suffix, tensor in {
-        ".weight_global_scale": None, ".input_absmax": None, ".weight_scale_2": torch.tensor(1.0),
-        ".comfy_quant": quant.write_marker({"format": "nvfp4"})}.items()}, f"{QUERY}."),  # a layer of ComfyUI's
-])
-def test_mixed_or_damaged_lightx2v_files_are_refused(lightx2v_dit, out, change, text):
-    packed, _ = lightx2v_dit(change=change)
-    fails(convert.main, ["-i", packed, "-o", out], text)
-    assert list(out.parent.iterdir()) == []
-    if "NaN" not in text:
-        with pytest.raises(ValueError, match=re.escape(QUERY)):
-            wan_fp4.load_dit(packed)
-
-
-@pytest.mark.parametrize("flags, text", [
-    (["--nvfp4"], "--nvfp4: "), (["--plan", "recipe"], "--plan: "), (["--extract-lora"], "--extract-lora: ")])
-def test_repacking_refuses_flags_without_effect(lightx2v_dit, out, flags, text):
-    packed, _ = lightx2v_dit()
-    fails(convert.main, ["-i", packed, "-o", out, *flags], f"{text}{packed} is NVFP4 already")
-
-
-@pytest.mark.parametrize("flags, text", [
-    # paths
-    (["-i", "lost"], "lost: no such file"),
-    (["-i", "empty"], ".safetensors file"),
-    (["-i", "damaged"], "damaged: not a safetensors file"),
-    (["-i", "index.json"], "lost.safetensors: no such file"),
-    (["-i", "other.json"], "other.json: got no weight_map"),
-    (["-o", "m.safetensors"], "would overwrite m.safetensors"),
-    (["-o", "link"], "link: would overwrite m.safetensors"),
-    (["-o", "empty"], "empty: cannot be written, it is a folder"),
-    (["-o", "no/x"], "no/x: cannot be written, its folder does not exist"),
-    (["--plot", "no/p.svg"], "no/p.svg: cannot be written, its folder does not exist"),
-    (["--extract-lora", "--lora-output", "m.safetensors"], "would overwrite m.safetensors"),
-    (["-o", "x", "--extract-lora", "--lora-output", "x"], "would overwrite x"),
-    (["--plot", "m.safetensors"], "would overwrite m.safetensors"),
-    (["--plot", "m-nvfp4.safetensors"], "m-nvfp4.safetensors: would overwrite /"),
-    (["-o", "x", "--extract-lora", "--lora-output", "x.part"], "x.part: would overwrite x.part"),
-    (["-o", "x", "--extract-lora", "--lora-output", "x.journal"], "x.journal: would overwrite x.journal"),
-    (["-o", "x", "--plot", "x.part"], "x.part: would overwrite x.part"),
-    (["-i", "m.part", "-o", "m"], "m: its temporary file m.part would overwrite m.part"),
-    (["-i", "m.journal", "-o", "m"], "m: its temporary file m.journal would overwrite m.journal"),
-    (["-i", "shards", "-o", "shards/m.safetensors.index.json"], "would overwrite shards/m.safetensors.index"),
-    (["-o", "cal.png", "--calib", "cal.png"], "cal.png: would overwrite cal.png"),
-    (["-o", "cal", "--calib", "cal.part"], "cal: its temporary file cal.part would overwrite cal.part"),
-    (["--plot", "cal.txt", "--calib", "cal.png"], "cal.txt: would overwrite cal.txt"),
-    (["--plot", DEMO / "vae.safetensors", "--calib", "cal.png"], "vae.safetensors: would over"),
-    (["-o", "cal.png"], "cal.png: would overwrite a file of another kind"),
-    (["--plot", "cal.png"], "cal.png: would overwrite a file of another kind"),
-    (["-o", "fifo"], "fifo: cannot be written, it is not a regular file"),
-    (["--plot", "fifo"], "fifo: cannot be written, it is not a regular file"),
-    (["-o", "x" * 250], "File name too long"),
-    # argparse
-    (["--nvpf4"], "error: --nvpf4: not supported here"),
-    (["--nv"], "error: --nv: not supported here"),  # no abbreviations
-    (["x.png"], "error: x.png: not supported here"),
-    (["--lr_gamma", "0.99", "--optimizer=prodigy"], "error: --lr_gamma: not supported here"),
-    (["--optimizer=prodigy"], "error: --optimizer: not supported here"),
-    (["-fpmm"], "error: -fpmm: not supported here"),
-    (["--nvfp4", "--mxfp8"], "error: argument --mxfp8: not allowed with argument --nvfp4"),
-    (["--custom-type", "int8"], "invalid choice: 'int8'"),
-    (["--size", "many"], "'many': expected a size such as 9.76GiB"),
-    (["--lora-rank", "0"], "argument --lora-rank: '0': expected a whole number from 1 to 1000000000"),
-    (["--num-iter", "9" * 5000], "expected a whole number"),
-    (["--seed", "9" * 19], "expected a whole number"),
-    (["--lora-rank=--"], "--lora-rank: got no value"),
-    (["--size", "0"], "'0': expected a size such as"),
-    (["--size", "9" * 400 + "GiB"], "expected a size such as"),
-    (["--size", "1..2"], "'1..2': expected a size such as"),
-    (["--exclude-layers", "\0"], "NUL character"),
-    (["--exclude-layers", "a{99999999999}"], "not a regular expression"),
-    # the plan
-    (["--custom-type", "mxfp8", "--custom-layers", "blocks.(0"], "'blocks.(0': not a regular expression"),
-    (["--custom-type", "mxfp8", "--custom-layers", "time_embedding"], "'time_embedding': matches none of"),
-    (["--custom-type", "mxfp8", "--custom-layers", "norm"], "'norm': matches none of"),
-    (["--exclude-layers", "*"], "--exclude-layers '*': not a regular expression"),
-    (["--exclude-layers", r"blocks\.99\."], "matches none of"),
-    (["--custom-layers", "ffn"], "give both or neither"),
-    (["--custom-type", "mxfp8"], "give both or neither"),
-    (["--plan", "score", "--exclude-layers", "ffn"], "--plan: chooses the format of every layer"),
-    (["--size", "1GB", "--nvfp4"], "--size: chooses the format of every layer"),
-    (["--size", "1GB", "--plan", "score"], "--plan score has a fixed size"),
-    (["--nvfp4", "--fpmm-layers", "norm3"], "--fpmm-layers 'norm3': matches none of"),
-    (["--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need 0.17 MiB"),
-    # rounding, calibration, LoRA
-    (["--device", "abacus"], "--device 'abacus': expected cpu, cuda or cuda:N"),
-    (["--device", "meta"], "--device 'meta': expected cpu"),
-    (["--device", "hpu"], "--device 'hpu': expected cpu"),
-    (["--plan", "measured"], "require --calib"),
-    (["--w4a16", "0.1"], "--w4a16, --two-pass, --models and networks: require --calib"),
-    (["--w4a16", "12"], "'12': expected a number from 0 to 1"),
-    (["--static-input-scale"], "require --calib"),
-    (["--calib", "lost.png"], "lost.png: no such file"),
-    (["--calib", PHOTO, "--models", "nowhere"], "nowhere: no such folder"),
-    (["--calib", PHOTO, "--vae", "lost"], "--vae lost: no such file"),
-    (["--clip", "lost"], "require --calib"),
-    (["--lora-target", "ffn"], "require --extract-lora"),
-    (["--lora-mode", "absorb"], "require --extract-lora"),
-    (["--extract-lora", "--lora-target", "norm3"], "--lora-target 'norm3': matches none of"),
-])
-def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
-    folder = model.parent
-    monkeypatch.chdir(folder)
-    (folder / "link").hardlink_to(model)
-    (folder / "empty").mkdir()
-    (folder / "damaged").write_bytes(model.read_bytes()[:-1])
-    (folder / "index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
-    (folder / "other.json").write_text("[]")
-    for name in ("m.part", "m.journal"):
-        shutil.copy(model, folder / name)
-    (folder / "shards").mkdir()
-    shutil.copy(model, folder / "shards")
-    index = {"weight_map": dict.fromkeys(checkpoint(), "m.safetensors")}
-    (folder / "shards" / "m.safetensors.index.json").write_text(json.dumps(index))
-    for name in ("cal.png", "cal.part", "cal.txt"):
-        (folder / name).write_bytes(b"x")
-    os.mkfifo(folder / "fifo")
-    before = sorted(folder.iterdir())
-    fails(convert.main, ["-i", "m.safetensors", *flags], text)
-    assert sorted(folder.iterdir()) == before
-
-
-def parse(flags):
-    return convert.parse_args(convert.make_parser(), ["-i", "x_y", *shlex.split(flags)])
-
-
-def test_flags_with_underscores_are_the_same_flags():
-    dashes = "--custom-type mxfp8 --save-quant-metadata --comfy-quant --lora-target a_b --exclude-layers c_d"
-    assert parse("--custom_type=mxfp8 --save_quant_metadata --comfy_quant --lora_target a_b "
-                 "--exclude_layers=c_d") == parse(dashes)
-
-
-def test_the_input_is_required():
-    fails(convert.main, [], "convert.py: error: one of the arguments -i/--input --concat-loras is required")
 
 
 # The plan
@@ -4986,6 +4392,602 @@ def test_a_model_of_other_encoders_is_refused(small_dit, tmp_path):
     tensors = load_file(small_dit) | {"text_embedding.0.weight": torch.zeros(64, 8)}
     model = write_checkpoint(tmp_path / "m.safetensors", tensors, head_dim="32", area="1024", frames="1")
     fails(convert.main, ["-i", model, "--calib", PHOTO], "expected 8 and")
+
+
+# What is written
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_output_holds_the_source(tmp_path, prefix, dtype):
+    model = write_checkpoint(tmp_path / "m.safetensors", checkpoint(dtype, prefix), head_dim="16",
+                             prompt="ein Bär")
+    convert.main(["-i", model, "--nvfp4"])
+    written, source = load_file(tmp_path / "m-nvfp4.safetensors"), checkpoint(dtype)
+    linears = {f"blocks.{n}.{layer}" for n in range(2) for layer in LINEARS}
+    for layer in linears:
+        w, stored = source.pop(f"{layer}.weight"), layer_tensors(written, layer)
+        assert same_bits(stored["bias"], source.pop(f"{layer}.bias"))
+        linear = quant.QuantLinear.from_tensors(layer, stored, w.shape[1], w.shape[0])
+        ours = linear.dequantized(torch.float32)
+        assert linear.format == "nvfp4" and convert.snr(w, ours) > 21
+        best = quant.quantize_nvfp4(w, method="search")
+        parts = [stored[suffix] for suffix in ("weight", "weight_scale", "weight_scale_2")]
+        assert all_same_bits(best, parts)
+        theirs = ck.dequantize_nvfp4(parts[0], parts[2], parts[1], torch.float32)
+        assert torch.equal(theirs[:w.shape[0], :w.shape[1]], ours)
+        marker = {"format": "nvfp4", "group_size": 16, "orig_dtype": str(dtype), "orig_shape": list(w.shape)}
+        assert json.loads(bytes(stored["comfy_quant"].tolist())) == marker
+        assert read_layers(tmp_path / "m-nvfp4.safetensors")[layer] == marker
+    assert same_tensors(written, source)
+    metadata, _ = wan_fp4.read_header(tmp_path / "m-nvfp4.safetensors")
+    assert metadata["head_dim"] == "16" and metadata["prompt"] == "ein Bär"
+    assert metadata["quantization_command"] == f"convert.py -i {model} --nvfp4"
+    assert json.loads(metadata["_quantization_metadata"])["format_version"] == "1.0"
+
+
+def test_simple_is_what_comfy_kitchen_writes(model, out):
+    convert.main(["-i", model, "-o", out, "--nvfp4", "--simple"])
+    written = load_file(out)
+    for layer in LINEARS:
+        w, stored = checkpoint()[f"blocks.1.{layer}.weight"], layer_tensors(written, f"blocks.1.{layer}")
+        tensor_scale = w.abs().amax().float() / (448 * 6)
+        data, scale = ck.quantize_nvfp4(w, tensor_scale, pad_16x=True)
+        assert same_bits(stored["weight"], data) and same_bits(stored["weight_scale"], scale)
+        assert same_bits(stored["weight_scale_2"], tensor_scale)
+
+
+def test_tensors_are_aligned_and_fill_the_file(model, out):
+    convert.main(["-i", model, "-o", out])
+    raw = out.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:8 + length])
+    entries.pop("__metadata__")
+    offsets = sorted(entry["data_offsets"] for entry in entries.values())
+    assert length % 8 == 0 and offsets[0][0] == 0 and offsets[-1][1] == len(raw) - 8 - length
+    assert all(end == begin for (_, end), (begin, _) in zip(offsets, offsets[1:]))
+    assert all(entry["data_offsets"][0] % convert.DTYPES[entry["dtype"]].itemsize == 0
+               for entry in entries.values())
+
+
+def test_shards_convert_to_the_same_tensors(tmp_path, model):
+    tensors, shards = checkpoint(), tmp_path / "Wan2.1"
+    shards.mkdir()
+    places = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in places if places[name] == file}, shards / file)
+    convert.main(["-i", model])
+    convert.main(["-i", shards])
+    index = shards / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    convert.main(["-i", index])
+    expected = load_file(tmp_path / "m-nvfp4.safetensors")
+    for path in (tmp_path / "Wan2.1-nvfp4.safetensors", shards / "m-nvfp4.safetensors"):
+        assert same_tensors(load_file(path), expected)
+
+
+def test_diffusers_names_convert_to_the_same_tensors(tmp_path):
+    theirs = diffusers_dit()
+    official = dit_file(theirs, tmp_path / "official.safetensors", dtype=torch.bfloat16)
+    tensors = {f"transformer.{name}": tensor.bfloat16() for name, tensor in theirs.state_dict().items()}
+    diffusers = write_checkpoint(tmp_path / "diffusers.safetensors", tensors)
+    for name, path in (("a", official), ("b", diffusers)):
+        convert.main(["-i", path, "-o", tmp_path / name, "--nvfp4"])
+    assert same_tensors(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
+
+
+def test_the_output_of_a_link_is_named_after_the_link(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "0123abcd")
+    (tmp_path / "Wan2.1.safetensors").symlink_to("0123abcd")
+    monkeypatch.chdir(tmp_path)
+    convert.main(["-i", "Wan2.1.safetensors"])
+    assert (tmp_path / "Wan2.1-nvfp4.safetensors").exists()
+
+
+@pytest.mark.parametrize("fmt, least", [("nvfp4", 21), ("mxfp8", 30), ("bf16", 999)])
+def test_quantize_weight_gives_what_quant_linear_takes(fmt, least):
+    w = torch.randn(72, 200).bfloat16()
+    layer = quant.QuantLinear.from_tensors("x", convert.quantize_weight(w, fmt), 200, 72)
+    assert layer.format == (None if fmt == "bf16" else fmt)
+    assert convert.snr(w, layer.dequantized(torch.float32)) > least
+
+
+def test_converts_without_torchs_compiler(model):
+    """Importing it takes a second."""
+    program = "import sys, convert; convert.main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
+    run_python(program, "-i", model, "--extract-lora", "--lora-rank", "4")
+
+
+def test_the_report_names_types_sizes_and_the_file(model, capsys):
+    convert.main(["-i", model])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ffn.0            NVFP4        2    21.") for line in lines)
+    assert "MiB -> " in lines[-1] and lines[-1].endswith("m-nvfp4.safetensors")
+
+
+# Memory and interruptions
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
+def test_memory_holds_a_few_weights_not_the_model(tmp_path):
+    """For 540 MB more in the file, the peak of the process rises by less than a third of that."""
+    program = f"import sys, convert\n{PEAK}\nconvert.main(sys.argv[1:])\nprint(peak())"
+    peaks, sizes = [], []
+    for blocks in (8, 40):  # both keep all threads busy, which hold a few weights each
+        tensors = checkpoint(torch.float32, blocks=blocks, linears={"self_attn.q": (2048, 2048)})
+        file = write_checkpoint(tmp_path / "m", tensors)
+        peaks.append(int(run_python(program, "-i", file, "-o", tmp_path / "out", "--simple").split()[-1]))
+        sizes.append(file.stat().st_size)
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3
+
+
+def interrupt(patch, failure, after):
+    """Make convert fail at its weight number `after`; returns the list of weights that were rounded."""
+    rounded, quantize = [], convert.quantize_weight
+
+    def count_and_fail(w, *args, **kwargs):
+        rounded.append(w)
+        if len(rounded) == after:
+            raise failure
+        return quantize(w, *args, **kwargs)
+
+    patch.setattr(convert, "quantize_weight", count_and_fail)
+    return rounded
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """interrupted(failure) stops a conversion half way: its argv, its error output, and the bytes that its two
+    files should have."""
+    def stop(failure=KeyboardInterrupt()):
+        model = write_checkpoint(tmp_path / "m.safetensors", a="1", b="2", c="3", d="4", e="5")
+        files = tmp_path / "out.safetensors", tmp_path / "out_lora.safetensors"
+        argv = ["-i", model, "-o", files[0], "--nvfp4", "--extract-lora", "--lora-rank", "4"]
+        convert.main(argv)
+        complete = {file: file.read_bytes() for file in files}
+        for file in files:
+            file.write_text("old")
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            interrupt(patch, failure, 6)
+            convert.main(argv)
+        assert all(file.read_text() == "old" for file in files)
+        return argv, complete, stopped.value.code
+    return stop
+
+
+@pytest.mark.parametrize("failure, code, text", [
+    (KeyboardInterrupt(), 130, "run the same command with --resume"),
+    (OSError("disk full"), 2, "convert.py: error: disk full"), (ValueError("x"), 2, "convert.py: error: x"),
+    (OSError(5, "Input/output error", "m.safetensors"), 2, "error: m.safetensors: Input/output error")])
+def test_an_interrupted_run_resumes_to_the_same_bytes(interrupted, monkeypatch, capsys, failure, code, text):
+    argv, complete, got = interrupted(failure)
+    assert got == code and text in capsys.readouterr().err
+    rounded = interrupt(monkeypatch, None, after=math.inf)
+    convert.main([*argv, "--resume"])
+    assert 0 < len(rounded) <= 10 - 4  # of ten weights, four were done, and perhaps one that ran ahead
+    assert all(file.read_bytes() == data for file, data in complete.items())
+    assert len(list(argv[1].parent.iterdir())) == 3  # no .part, no journal
+
+
+def test_resume_redoes_what_the_disk_lost(interrupted, out):
+    argv, complete, _ = interrupted()
+    for file, data in complete.items():
+        with open(f"{file}.part", "r+b") as part:  # zeros where tensors were
+            part.seek(8 + int.from_bytes(data[:8], "little"))
+            part.write(bytes(len(data) // 3))
+    journal = out.with_name("out.safetensors.journal")
+    journal.write_text(journal.read_text()[:-7])  # an incomplete line
+    convert.main([*argv, "--resume"])
+    assert all(file.read_bytes() == data for file, data in complete.items())
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: [lines[0], b"5", *lines[1:]], lambda lines: [*lines[:2], *lines[1:]], lambda lines: [],
+    lambda lines: [lines[0], lines[1].replace(b"blocks.0", b"blocks.1"), *lines[2:]],
+    lambda lines: [*lines, b"\xff\xfe"], lambda lines: [lines[0], b"[]", b'["x", {}, [[7, "y", 0]]]'],
+    lambda lines: [lines[0][:9]], lambda lines: [b"", *lines[1:]],
+], ids=["no entry", "duplicate", "empty", "wrong name", "not UTF-8", "wrong types", "half a line", "no identity"])
+def test_resume_survives_a_damaged_journal(interrupted, out, damage):
+    argv, complete, _ = interrupted()
+    journal = out.with_name("out.safetensors.journal")
+    journal.write_bytes(b"\n".join(damage(journal.read_bytes().splitlines())))
+    convert.main([*argv, "--resume"])
+    assert all(file.read_bytes() == data for file, data in complete.items())
+    assert not journal.exists()
+
+
+def test_resume_refuses_another_run(interrupted, out):
+    argv, _, _ = interrupted()
+    fails(convert.main, [*argv, "--simple", "--resume"], "out.safetensors.journal belongs to another run")
+    journal = out.with_name("out.safetensors.journal")
+    state = os.stat(argv[1])
+    os.utime(argv[1], ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # the same shapes, perhaps other values
+    fails(convert.main, [*argv, "--resume"], "out.safetensors.journal belongs to another run (the source")
+    journal.unlink()
+    fails(convert.main, [*argv, "--resume"], "nothing to resume")
+
+
+@pytest.mark.skipif(convert.fcntl is None, reason="no file locks here")
+@pytest.mark.parametrize("shared", ["out.safetensors", "lora.safetensors"])
+def test_two_runs_do_not_share_a_file(model, out, monkeypatch, shared):
+    """In the middle of a conversion, a second process is refused, and the first is not harmed."""
+    flags = ["--nvfp4", "--extract-lora", "--lora-rank", "4", "--lora-output", out.with_name("lora.safetensors")]
+    other = out if shared == out.name else out.with_name("other.safetensors")
+    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", other, *flags]
+    quantize, second = convert.quantize_weight, []
+
+    def start_second(*args, **kwargs):
+        if not second:
+            second.append(None)
+            second.append(subprocess.run(command, capture_output=True, text=True))
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(convert, "quantize_weight", start_second)
+    convert.main(["-i", model, "-o", out, *flags])
+    holder = f"process {os.getpid()} is writing" if sys.platform == "linux" else "is writing"
+    assert second[1].returncode == 2 and f"{shared}.part: {holder}" in second[1].stderr
+    assert len(load_file(out)) == len(checkpoint()) + 3 * 10  # complete
+
+
+def test_a_file_that_was_renamed_meanwhile_is_not_locked(tmp_path):
+    """It is another run's finished output."""
+    output = convert.Output(tmp_path / "x", {"a": (torch.uint8, (1,))}, {})
+    with open(output.part, "wb") as file:
+        output.part.rename(output.path)
+        with pytest.raises(ValueError, match="is writing this file"):
+            convert.lock(file, output.part)
+
+
+def test_a_full_disk_is_reported_with_the_file(model, out, monkeypatch):
+    def write(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(convert.Output, "write", write)
+    fails(convert.main, ["-i", model, "-o", out, "--nvfp4"], f"error: {out}: No space left on device")
+    assert not out.exists()
+    monkeypatch.setattr(convert.os, "replace", write)
+    plot = out.with_name("plan.svg")
+    plot.write_text("old")
+    fails(convert.main, ["-i", model, "--dry-run", "--plot", plot], "No space left on device")
+    assert plot.read_text() == "old" and not out.with_name("plan.svg.part").exists()
+
+
+@pytest.mark.parametrize("error, text", [
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Free memory on the GPU, or give"),
+    (RuntimeError("shape '[2]' is invalid\nat ..."), "error: shape '[2]' is invalid"),
+    (convert.safetensors.SafetensorError("header too large"), "error: header too large"),
+    (PermissionError(13, "Permission denied", "m"), "error: m: Permission denied")])
+def test_convert_reports_library_errors_in_one_line(model, monkeypatch, error, text):
+    def run(*_):
+        raise error
+    monkeypatch.setattr(convert, "run", run)
+    fails(convert.main, ["-i", model], text)
+
+
+def test_names_that_are_not_text(model, tmp_path):
+    """The command is in the header, which must be valid UTF-8."""
+    out = tmp_path / os.fsdecode(b"\xff.safetensors")
+    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", out, "--simple"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    readable = out.rename(tmp_path / "out.safetensors")
+    assert "?.safetensors" in wan_fp4.read_header(readable)[0]["quantization_command"]
+
+
+def test_output_writes_only_what_its_header_says(tmp_path):
+    empty = torch.ones(0, dtype=torch.uint8)
+    output = convert.Output(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (0,))}, {})
+    output.open()
+    output.begin()
+    for name, tensor in [("a", torch.ones(3)), ("b", empty.float())]:
+        with pytest.raises(ValueError, match=f"x: {name}: got .* expected"):
+            output.write(name, tensor)
+    output.write("b", empty)
+    with pytest.raises(ValueError, match="1 tensors were never written, for example a"):
+        output.flush()
+    assert not (tmp_path / "x").exists()
+
+
+def test_too_little_disk_is_reported_before_the_start(model, monkeypatch):
+    usage = convert.shutil.disk_usage(model.parent)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    fails(convert.main, ["-i", model], "of the disk are free")
+
+
+# LoRAs merged and joined
+
+def two_loras(folder, naming="ComfyUI", dtype=torch.float32):
+    """Two LoRA files for checkpoint(), with factors, whole differences and a layer that is not there, their
+    strengths, and what they add to each tensor, in float64."""
+    prefix, query, up_name, down_name = NAMINGS[naming]
+    g, total, loras = torch.Generator().manual_seed(1), {}, []
+    def add(name, difference):
+        total[name] = total.get(name, 0) + difference
+    for file, strength, rank, alpha in (("a", 0.5, 4, 2.0), ("b", -2.0, 8, None)):
+        up, down = (torch.randn(s, generator=g).mul(0.1).to(dtype) for s in ((WIDTH, rank), (rank, WIDTH)))
+        tensors = {f"{prefix}blocks.1.{query}.{up_name}": up, f"{prefix}blocks.1.{query}.{down_name}": down}
+        if alpha:
+            tensors[f"{prefix}blocks.1.{query}.alpha"] = torch.tensor(alpha)
+        add("blocks.1.self_attn.q.weight", strength * (alpha or rank) / rank * up.double() @ down.double())
+        for layer, ending, part, shape in (("blocks.0.ffn.2", "diff", "weight", (WIDTH, HIDDEN)),
+                                           ("blocks.0.ffn.2", "diff_b", "bias", (WIDTH,)),
+                                           ("blocks.1.self_attn.norm_q", "diff", "weight", (WIDTH,)),
+                                           ("blocks.0", "diff_m", "modulation", (1, 6, WIDTH))):
+            tensors[f"{prefix}{layer}.{ending}"] = torch.randn(shape, generator=g).mul(0.1).to(dtype)
+            add(f"{layer}.{part}", strength * tensors[f"{prefix}{layer}.{ending}"].double())
+        tensors[f"{prefix}blocks.7.norm3.diff"] = torch.ones(WIDTH, dtype=dtype)
+        save_file(tensors, folder / f"{file}.safetensors")
+        loras.append((folder / f"{file}.safetensors", strength))
+    return loras, total
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_merged_loras_are_their_sum_in_float64(naming, tmp_path):
+    loras, total = two_loras(tmp_path, naming)
+    source = convert.Source(write_checkpoint(tmp_path / "m.safetensors", checkpoint(torch.float32)))
+    for lora in loras:
+        assert source.merge(*lora).endswith("into 5 tensors, skipped 1: blocks.7.norm3.weight (no such tensor)")
+    for name, tensor in checkpoint(torch.float32).items():
+        expected = (tensor.double() + total[name]).float() if name in total else tensor
+        torch.testing.assert_close(source.tensor(name), expected, rtol=1e-6, atol=1e-7 * (name in total))
+
+
+def test_loras_are_merged_before_the_model_is_analyzed_and_rounded(tmp_path, model, capsys):
+    """The file is that of the merged model, which is in bf16 too."""
+    loras, _ = two_loras(tmp_path, dtype=torch.bfloat16)
+    source = convert.Source(model)
+    for lora in loras:
+        source.merge(*lora)
+    write_checkpoint(tmp_path / "merged.safetensors", {name: source.tensor(name) for name in source.shapes})
+    flags = [part for path, strength in loras for part in ("--merge-lora", f"{path}:{strength}")]
+    convert.main(["-i", model, "-o", tmp_path / "x", *flags])
+    assert "b.safetensors at -2: merged into 5 tensors" in capsys.readouterr().out
+    convert.main(["-i", tmp_path / "merged.safetensors", "-o", tmp_path / "y"])
+    assert same_tensors(load_file(tmp_path / "x"), load_file(tmp_path / "y"))
+
+
+@pytest.mark.parametrize("lora, text", [
+    ({"blocks.9.ffn.0.diff_b": (HIDDEN,)}, "none of which fits, the first blocks.9.ffn.0.bias (no such"),
+    ({"patch_embedding.lora_A.weight": (2, 36, 1, 2, 2), "patch_embedding.lora_B.weight": (WIDTH, 2, 1, 1, 1)},
+     "none of which fits, the first patch_embedding.weight (not a Linear)"),
+    ({}, "none of which fits, the first none"),
+    ({"blocks.0.ffn.0.diff_b": (9,)}, "ffn.0.bias: got a difference of shape (9,), expected (200,); use"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, 9), "blocks.0.ffn.0.lora_B.weight": (9, 2)}, "of shape (9, 9), exp"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, WIDTH)}, "got down alone"),
+    ({"blocks.0.ffn.0.weight": (HIDDEN, WIDTH)}, "is no part of a LoRA"),
+    ({"blocks.0.ffn.0.diff_b": torch.full((HIDDEN,), 3e38)}, "lora: blocks.0.ffn.0.bias: gives NaN or inf")])
+def test_loras_that_cannot_be_merged(lora, text, model, lora_file):
+    """Nor does anything stay behind, even of a sum that overflows."""
+    path = lora_file(lora)
+    before = set(model.parent.iterdir())
+    fails(convert.main, ["-i", model, "--merge-lora", f"{path}:9"], text)
+    assert set(model.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_joined_loras_do_what_they_do_together(tmp_path, out, dtype, capsys):
+    loras, total = two_loras(tmp_path, "diffusers", dtype)
+    convert.main(["--concat-loras", *(f"{path}:{strength}" for path, strength in loras), "-o", out])
+    assert "2 LoRAs in one: 1 layers, 5 differences" in capsys.readouterr().out
+    joined, prefix = load_file(out), "diffusion_model."
+    up, down, alpha = (joined[name] for name in convert.lora_names("blocks.1.self_attn.q.weight"))
+    assert up.shape == (WIDTH, 12) and down.shape == (12, WIDTH) and alpha == 12
+    assert up.dtype == down.dtype == dtype
+    tolerance = {"rtol": 0, "atol": 0.01 if dtype == torch.bfloat16 else 1e-6}
+    torch.testing.assert_close(up.double() @ down.double(), total.pop("blocks.1.self_attn.q.weight"), **tolerance)
+    endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
+    for name, difference in total.items():
+        layer, _, part = name.rpartition(".")
+        torch.testing.assert_close(joined[f"{prefix}{layer}.{endings[part]}"].double(), difference, **tolerance)
+    assert len(joined) == 3 + len(total) + 1  # and the layer that checkpoint() does not have
+
+
+def test_joining_keeps_the_bits_at_strength_1_and_whose_part_it_is(tmp_path, out):
+    parts = torch.randn(40, 4).bfloat16(), torch.randn(4, 64).bfloat16(), torch.tensor(4.0)
+    for file, metadata in (("a", {"lora_id": "mine"}), ("b", None), ("c", {"lora_id": "other"})):
+        save_file(dict(zip(convert.lora_names("x.weight"), parts)), tmp_path / file, metadata)
+    convert.main(["--concat-loras", tmp_path / "a", tmp_path / "b", f"{tmp_path / 'c'}:0.5", "-o", out])
+    up, down, _ = (load_file(out)[name] for name in convert.lora_names("x.weight"))
+    assert same_bits(up[:, :8], torch.cat([parts[0]] * 2, 1)) and same_bits(down, torch.cat([parts[1]] * 3))
+    assert wan_fp4.read_header(out)[0]["lora_id"] == "mine"
+    flags = ["--concat-loras", tmp_path / "a", tmp_path / "c", "-o", tmp_path / "d"]
+    fails(convert.main, flags, "got mine and other")
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["a"], "--concat-loras: got no output file"), (["lost", "-o", "x"], "lost: no such file"),
+    (["a", "-o", "x", "--nvfp4"], "--nvfp4: has no effect with --concat-loras"), (["a", "-o", "a"], "overwrite"),
+    (["a", "b", "-o", "x"], "b: w.weight: got a difference of shape (3,), expected (2,), as in the files before"),
+    (["a:inf", "-o", "x"], "a:inf: expected a finite strength"), (["a:1e39", "-o", "x"], "w.diff: gives NaN or"),
+    (["a", "-i", "m.safetensors"], "argument -i/--input: not allowed with argument --concat-loras")])
+def test_loras_that_cannot_be_joined(tmp_path, monkeypatch, flags, text):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("a", 2), ("b", 3)):
+        save_file({"w.diff": torch.ones(size)}, name)
+    fails(convert.main, ["--concat-loras", *flags], text)
+    assert sorted(os.listdir()) == ["a", "b"]
+
+
+# Repacking LightX2V's NVFP4
+
+@pytest.fixture(scope="module")
+def lightx2v_dit(tmp_path_factory):
+    """Writes a small DiT with the blocks' weights in LightX2V's layout, and the same with dequantized weights."""
+    folder = tmp_path_factory.mktemp("lightx2v")
+    source = load_file(dit_file(diffusers_dit(), folder / "x"))
+
+    def write(pair=PAIRS[0], change=()):
+        packed, exact = {}, {}
+        for name, w in source.items():
+            if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
+                tensors, exact[name] = lightx2v(w, pair, input_absmax=6.0)
+                packed |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in tensors.items()}
+            else:
+                packed[name] = exact[name] = w
+        packed = {name: tensor for name, tensor in (packed | dict(change)).items() if tensor is not None}
+        save_file(packed, folder / "packed", {"head_dim": "32"})
+        save_file(exact, folder / "exact", {"head_dim": "32"})
+        return folder / "packed", folder / "exact"
+    return write
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@torch.no_grad()
+def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsys, pair):
+    packed, exact = lightx2v_dit(pair)
+    convert.main(["-i", packed, "-o", out, "--wan", "--comfy_quant"])
+    report, header = capsys.readouterr().out, read_layers(out)
+    assert "NVFP4 in LightX2V's layout; its 24 layers were repacked" in report and "without rounding" in report
+    before, after = load_file(packed), load_file(out)
+    for layer in header:
+        stored, source = layer_tensors(after, layer), layer_tensors(before, layer)
+        assert same_tensors(stored, quant.from_lightx2v(layer, source)) and header[layer] == {"format": "nvfp4"}
+    assert len(header) == 24 and same_tensors(after, before)
+    direct, repacked, plain = (wan_fp4.load_dit(path)(**dit_inputs(1, 4, 4, 5)) for path in (packed, out, exact))
+    assert torch.equal(direct, repacked) and relative_error(direct, plain) < 1e-5
+
+
+QUERY = "blocks.1.self_attn.q"
+
+
+@pytest.mark.parametrize("change, text", [
+    ({f"{QUERY}.input_absmax": None}, f"{QUERY}: got bias, weight, weight_global_scale, weight_scale, expected"),
+    ({f"{QUERY}.weight_scale": torch.ones(64, 4).to(torch.float8_e4m3fn)}, f"{QUERY}.weight_scale: got (64, 4)"),
+    ({f"{QUERY}.comfy_quant": quant.write_marker({"format": "nvfp4"})}, f"{QUERY}"),
+    ({f"{QUERY}.weight_global_scale": None, f"{QUERY}.input_absmax": None}, f"{QUERY}.weight: got torch.uint8, "),
+    ({f"{QUERY}.weight_global_scale": torch.tensor(0.0)}, f"{QUERY}: got weight_global_scale 0 and input_absmax"),
+    ({f"{QUERY}.weight_scale": torch.full((128, 4), math.nan).to(torch.float8_e4m3fn)}, "got NaN or infinite"),
+    ({f"{QUERY}{suffix}": tensor for suffix, tensor in {
+        ".weight_global_scale": None, ".input_absmax": None, ".weight_scale_2": torch.tensor(1.0),
+        ".comfy_quant": quant.write_marker({"format": "nvfp4"})}.items()}, f"{QUERY}."),  # a layer of ComfyUI's
+])
+def test_mixed_or_damaged_lightx2v_files_are_refused(lightx2v_dit, out, change, text):
+    packed, _ = lightx2v_dit(change=change)
+    fails(convert.main, ["-i", packed, "-o", out], text)
+    assert list(out.parent.iterdir()) == []
+    if "NaN" not in text:
+        with pytest.raises(ValueError, match=re.escape(QUERY)):
+            wan_fp4.load_dit(packed)
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--nvfp4"], "--nvfp4: "), (["--plan", "recipe"], "--plan: "), (["--extract-lora"], "--extract-lora: ")])
+def test_repacking_refuses_flags_without_effect(lightx2v_dit, out, flags, text):
+    packed, _ = lightx2v_dit()
+    fails(convert.main, ["-i", packed, "-o", out, *flags], f"{text}{packed} is NVFP4 already")
+
+
+# The command line
+
+@pytest.mark.parametrize("flags, text", [
+    # paths
+    (["-i", "lost"], "lost: no such file"),
+    (["-i", "empty"], ".safetensors file"),
+    (["-i", "damaged"], "damaged: not a safetensors file"),
+    (["-i", "index.json"], "lost.safetensors: no such file"),
+    (["-i", "other.json"], "other.json: got no weight_map"),
+    (["-o", "m.safetensors"], "would overwrite m.safetensors"),
+    (["-o", "link"], "link: would overwrite m.safetensors"),
+    (["-o", "empty"], "empty: cannot be written, it is a folder"),
+    (["-o", "no/x"], "no/x: cannot be written, its folder does not exist"),
+    (["--plot", "no/p.svg"], "no/p.svg: cannot be written, its folder does not exist"),
+    (["--extract-lora", "--lora-output", "m.safetensors"], "would overwrite m.safetensors"),
+    (["-o", "x", "--extract-lora", "--lora-output", "x"], "would overwrite x"),
+    (["--plot", "m.safetensors"], "would overwrite m.safetensors"),
+    (["--plot", "m-nvfp4.safetensors"], "m-nvfp4.safetensors: would overwrite /"),
+    (["-o", "x", "--extract-lora", "--lora-output", "x.part"], "x.part: would overwrite x.part"),
+    (["-o", "x", "--extract-lora", "--lora-output", "x.journal"], "x.journal: would overwrite x.journal"),
+    (["-o", "x", "--plot", "x.part"], "x.part: would overwrite x.part"),
+    (["-i", "m.part", "-o", "m"], "m: its temporary file m.part would overwrite m.part"),
+    (["-i", "m.journal", "-o", "m"], "m: its temporary file m.journal would overwrite m.journal"),
+    (["-i", "shards", "-o", "shards/m.safetensors.index.json"], "would overwrite shards/m.safetensors.index"),
+    (["-o", "cal.png", "--calib", "cal.png"], "cal.png: would overwrite cal.png"),
+    (["-o", "cal", "--calib", "cal.part"], "cal: its temporary file cal.part would overwrite cal.part"),
+    (["--plot", "cal.txt", "--calib", "cal.png"], "cal.txt: would overwrite cal.txt"),
+    (["--plot", DEMO / "vae.safetensors", "--calib", "cal.png"], "vae.safetensors: would over"),
+    (["-o", "cal.png"], "cal.png: would overwrite a file of another kind"),
+    (["--plot", "cal.png"], "cal.png: would overwrite a file of another kind"),
+    (["-o", "fifo"], "fifo: cannot be written, it is not a regular file"),
+    (["--plot", "fifo"], "fifo: cannot be written, it is not a regular file"),
+    (["-o", "x" * 250], "File name too long"),
+    # argparse
+    (["--nvpf4"], "error: --nvpf4: not supported here"),
+    (["--nv"], "error: --nv: not supported here"),  # no abbreviations
+    (["x.png"], "error: x.png: not supported here"),
+    (["--lr_gamma", "0.99", "--optimizer=prodigy"], "error: --lr_gamma: not supported here"),
+    (["--optimizer=prodigy"], "error: --optimizer: not supported here"),
+    (["-fpmm"], "error: -fpmm: not supported here"),
+    (["--nvfp4", "--mxfp8"], "error: argument --mxfp8: not allowed with argument --nvfp4"),
+    (["--custom-type", "int8"], "invalid choice: 'int8'"),
+    (["--size", "many"], "'many': expected a size such as 9.76GiB"),
+    (["--lora-rank", "0"], "argument --lora-rank: '0': expected a whole number from 1 to 1000000000"),
+    (["--num-iter", "9" * 5000], "expected a whole number"),
+    (["--seed", "9" * 19], "expected a whole number"),
+    (["--lora-rank=--"], "--lora-rank: got no value"),
+    (["--size", "0"], "'0': expected a size such as"),
+    (["--size", "9" * 400 + "GiB"], "expected a size such as"),
+    (["--size", "1..2"], "'1..2': expected a size such as"),
+    (["--exclude-layers", "\0"], "NUL character"),
+    (["--exclude-layers", "a{99999999999}"], "not a regular expression"),
+    # the plan
+    (["--custom-type", "mxfp8", "--custom-layers", "blocks.(0"], "'blocks.(0': not a regular expression"),
+    (["--custom-type", "mxfp8", "--custom-layers", "time_embedding"], "'time_embedding': matches none of"),
+    (["--custom-type", "mxfp8", "--custom-layers", "norm"], "'norm': matches none of"),
+    (["--exclude-layers", "*"], "--exclude-layers '*': not a regular expression"),
+    (["--exclude-layers", r"blocks\.99\."], "matches none of"),
+    (["--custom-layers", "ffn"], "give both or neither"),
+    (["--custom-type", "mxfp8"], "give both or neither"),
+    (["--plan", "score", "--exclude-layers", "ffn"], "--plan: chooses the format of every layer"),
+    (["--size", "1GB", "--nvfp4"], "--size: chooses the format of every layer"),
+    (["--size", "1GB", "--plan", "score"], "--plan score has a fixed size"),
+    (["--nvfp4", "--fpmm-layers", "norm3"], "--fpmm-layers 'norm3': matches none of"),
+    (["--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need 0.17 MiB"),
+    # rounding, calibration, LoRA
+    (["--device", "abacus"], "--device 'abacus': expected cpu, cuda or cuda:N"),
+    (["--device", "meta"], "--device 'meta': expected cpu"),
+    (["--device", "hpu"], "--device 'hpu': expected cpu"),
+    (["--plan", "measured"], "require --calib"),
+    (["--w4a16", "0.1"], "--w4a16, --two-pass, --models and networks: require --calib"),
+    (["--w4a16", "12"], "'12': expected a number from 0 to 1"),
+    (["--static-input-scale"], "require --calib"),
+    (["--calib", "lost.png"], "lost.png: no such file"),
+    (["--calib", PHOTO, "--models", "nowhere"], "nowhere: no such folder"),
+    (["--calib", PHOTO, "--vae", "lost"], "--vae lost: no such file"),
+    (["--clip", "lost"], "require --calib"),
+    (["--lora-target", "ffn"], "require --extract-lora"),
+    (["--lora-mode", "absorb"], "require --extract-lora"),
+    (["--extract-lora", "--lora-target", "norm3"], "--lora-target 'norm3': matches none of"),
+])
+def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
+    folder = model.parent
+    monkeypatch.chdir(folder)
+    (folder / "link").hardlink_to(model)
+    (folder / "empty").mkdir()
+    (folder / "damaged").write_bytes(model.read_bytes()[:-1])
+    (folder / "index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
+    (folder / "other.json").write_text("[]")
+    for name in ("m.part", "m.journal"):
+        shutil.copy(model, folder / name)
+    (folder / "shards").mkdir()
+    shutil.copy(model, folder / "shards")
+    index = {"weight_map": dict.fromkeys(checkpoint(), "m.safetensors")}
+    (folder / "shards" / "m.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("cal.png", "cal.part", "cal.txt"):
+        (folder / name).write_bytes(b"x")
+    os.mkfifo(folder / "fifo")
+    before = sorted(folder.iterdir())
+    fails(convert.main, ["-i", "m.safetensors", *flags], text)
+    assert sorted(folder.iterdir()) == before
+
+
+def parse(flags):
+    return convert.parse_args(convert.make_parser(), ["-i", "x_y", *shlex.split(flags)])
+
+
+def test_flags_with_underscores_are_the_same_flags():
+    dashes = "--custom-type mxfp8 --save-quant-metadata --comfy-quant --lora-target a_b --exclude-layers c_d"
+    assert parse("--custom_type=mxfp8 --save_quant_metadata --comfy_quant --lora_target a_b "
+                 "--exclude_layers=c_d") == parse(dashes)
+
+
+def test_the_input_is_required():
+    fails(convert.main, [], "convert.py: error: one of the arguments -i/--input --concat-loras is required")
 
 
 # --------------------------------------------------------------------------------------------------
