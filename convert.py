@@ -1301,7 +1301,8 @@ def planned_size(args, source, formats, made):
     tensors = layout(source, formats, args.static_input_scale, args.pre_quant_scale)
     if args.two_pass is not None:  # which layers is not known yet; all would need the most
         formats = mark(formats, formats, "_two_pass")
-    return header(tensors | layout(source, formats), metadata(source, formats, made))[2]
+        tensors |= layout(source, formats)
+    return header(tensors, metadata(source, formats, made))[2]
 
 
 def raw_bytes(tensor):
