@@ -632,7 +632,7 @@ def train_dit(args, distil=False):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     torch.manual_seed(args.seed)
     nets = networks(tokenizer)
-    path, steps, lr = ("distil.pt", 1500, 6e-4) if distil else ("dit.pt", 3000, 1.5e-3)
+    path, steps, lr = ("distil.pt", 1200, 6e-4) if distil else ("dit.pt", 3000, 1.5e-3)
     if distil and not (WORK / path).exists():
         nets.load_state_dict(average_of(WORK / "dit.pt"))
     run = Trainer(nets, WORK / path, args.steps or steps, lr, args.seed, device)
