@@ -410,6 +410,7 @@ def tokenize(tokenizer, prompt: str) -> torch.Tensor:
 CONTAINERS = {".mp4": ("mp4", "libx264", "yuv420p", {}, {"crf": "18", "x264-params": "no-mbtree=1"}),
               ".gif": ("gif", "gif", "pal8", {"loop": "0"}, {}),
               ".webp": ("webp", "libwebp_anim", "bgra", {"loop": "0"}, {"quality": "90"})}
+PNG_FOLDER = "image2", "png", "rgb24", {"start_number": "0"}, {}  # without an extension
 
 KEPT = ".latents.safetensors"  # the latents of a video, beside it until it is written
 
@@ -460,8 +461,7 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
     path, extension = check_video(path)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with (write_container(hidden, width, height, extension, metadata) if extension
-              else write_folder(hidden)) as write:
+        with write_container(hidden, width, height, extension, metadata or {}) as write:
             yield write
         if path.is_dir():
             path.rmdir()  # check_video has made sure that it is empty
@@ -476,9 +476,15 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
 
 @contextmanager
 def write_container(path, width, height, extension, metadata):
-    name, codec, pixels, options, codec_options = CONTAINERS[extension]
-    with open(path, "wb") as file, av.open(file, "w", format=name, options=options) as container:
-        container.metadata.update(metadata or {})
+    name, codec, pixels, options, codec_options = CONTAINERS.get(extension, PNG_FOLDER)
+    if extension:
+        path.touch()  # av would create it only at the first frame
+        target = str(path)
+    else:
+        path.mkdir()
+        target = str(path).replace("%", "%%") + "/%04d.png"
+    with av.open(target, "w", format=name, options=options) as container:
+        container.metadata.update(metadata)
         stream = container.add_stream(codec, rate=FPS, options=codec_options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         if name == "mp4":  # otherwise players guess the color space from the size
@@ -518,23 +524,6 @@ def palette_graph(width, height):
     use.link_to(sink)
     graph.configure()
     return graph
-
-
-@contextmanager
-def write_folder(path):
-    path.mkdir()
-    frames = 0
-
-    def write(frame):
-        nonlocal frames
-        encoder = av.CodecContext.create("png", "w")
-        encoder.height, encoder.width = frame.shape[:2]
-        encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1, FPS)
-        packets = encoder.encode(pixels_to_frame(frame))
-        (path / f"{frames:04d}.png").write_bytes(b"".join(bytes(packet) for packet in packets))
-        frames += 1
-
-    yield write
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1383,14 +1372,14 @@ def explain(error):
     """An exception in one line: where, what, and what to do."""
     notes = getattr(error, "__notes__", [])
     where = f"{notes[0]}: " if notes else ""
-    if isinstance(error, av.error.FFmpegError) and isinstance(error.__context__, OSError):
-        error = error.__context__  # of the file that FFmpeg writes to
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
         kept = f"; the latents are kept: finish with --decode OUT{KEPT}" if where.startswith("decode") else ""
         return f"{where}out of memory; try --offload, fewer --frames or a smaller --size{kept}"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else where or f"{error.filename!r}: "
+        if error.filename and not isinstance(error, av.error.FFmpegError):  # FFmpeg names the temporary file
+            where = f"{error.filename}: "
+        where = where or f"{error.filename!r}: "
         return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
     if isinstance(error, ValueError | OSError):
         named = not notes or notes[0].rpartition(": ")[2] in str(error)
