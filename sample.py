@@ -432,7 +432,7 @@ def check_video(path):
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: is not a regular file; give another name")
     try:  # what can be created under the longest name that this run will need
-        longest = path.with_name(part_name(path.name + KEPT))
+        longest = hidden_path(kept_path(path))
         longest.touch()
         longest.unlink()
     except OSError as error:
@@ -445,9 +445,9 @@ def kept_path(output):
     return Path(os.path.abspath(output) + KEPT)
 
 
-def part_name(path):
-    """The name of a file while it is written, other than that of another run."""
-    return f"{path}.{os.getpid()}.part"
+def hidden_path(path):
+    """The path of a file or folder while it is written, other than that of another run."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
@@ -459,7 +459,7 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
     deleted on failure. metadata: title, comment and the like, for mp4. Raises what check_video raises.
     """
     path, extension = check_video(path)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    hidden = hidden_path(path)
     try:
         with write_container(hidden, width, height, extension, metadata or {}) as write:
             yield write
@@ -998,9 +998,9 @@ def double_frames(ifnet, video, device):
 
 def save_tensor(path, name, tensor, metadata):
     """Write one tensor as float32, through a temporary file. Raises OSError. (safetensors.torch needs numpy.)"""
-    tensor, part = tensor.float().contiguous().cpu(), Path(part_name(path))
-    where = dict(data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
-    spec = TensorSpec(dtype="float32", shape=list(tensor.shape), **where)
+    tensor, part = tensor.float().contiguous().cpu(), hidden_path(path)
+    spec = TensorSpec(dtype="float32", shape=list(tensor.shape), data_ptr=tensor.data_ptr(),
+                      data_len=tensor.nbytes)
     try:
         serialize_file({name: spec}, part, metadata)
         part.replace(path)
@@ -1297,16 +1297,12 @@ class Job:
     size: tuple[int, int]  # the video's (width, height)
     metadata: dict
     automatic: bool  # whether sample.py chose the output's name
-    claimed: bool = False  # whether the file of latents is its own
-
-    @property
-    def kept(self):  # where the latents are until the video is written
-        return kept_path(self.output)
+    kept: Path | None = None  # the file of its latents, between claim and release
 
     def release(self):
-        if self.claimed:
+        if self.kept:
             self.kept.unlink(missing_ok=True)
-            self.claimed = False
+            self.kept = None
 
 
 def main(argv=None):
@@ -1459,11 +1455,10 @@ def make_jobs(args, own, files, settings):
             raise ValueError(f"{kept}: holds the latents of an interrupted run; finish its video with --decode, "
                              f"or delete the file")
     images = {path: read_image(path, settings) for path in args.image}
-    jobs = []
+    automatic, jobs = not args.output or len(outputs) > 1, []
     for (path, prompt), output in zip(wanted, outputs):
         size = video_size(*images[path].shape[:0:-1], settings)
         metadata = describe(prompt, size, files["dit"], settings)
-        automatic = not args.output or len(outputs) > 1
         jobs.append(Job(path, images[path], prompt, output, size, metadata, automatic))
     return jobs
 
@@ -1481,12 +1476,13 @@ def claim(job, seed, taken):
     """Create the file for the job's latents, which reserves its video's name. If another run has taken an
     automatic name in the meantime, the job gets a new one. Raises OSError."""
     while True:
+        kept = kept_path(job.output)
         try:
-            job.kept.touch(exist_ok=False)
+            kept.touch(exist_ok=False)
             if not (job.automatic and os.path.lexists(job.output)):
-                job.claimed = True
+                job.kept = kept
                 return
-            job.kept.unlink()
+            kept.unlink()
         except FileExistsError:
             if not job.automatic:
                 raise
