@@ -726,8 +726,7 @@ class Conditions:
 
 
 @torch.inference_mode()
-def generate(images, prompts, files, settings=Settings(), on_latents=None, timings=None,
-             ranks=wan_fp4.Ranks()):
+def generate(images, prompts, files, settings=Settings(), on_latents=None, timings=None, ranks=wan_fp4.Ranks()):
     """Make a video from each picture and its prompt; iterate to get them, one after another: (F, h, w, 3) uint8
     on the CPU. Each network is loaded once, for all of them.
 
@@ -736,7 +735,7 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
     stage. ranks: they share the work; each gets only the videos that it must write (deal). Raises what the
     loaders of wan_fp4 raise, and ValueError for NaN in the velocity or the latents.
     """
-    device, timings = torch.device(settings.device), {} if timings is None else timings
+    device = torch.device(settings.device)
     conditions = ranks.once(lambda: encode_conditions(images, prompts, files, settings, timings))
     team, mine = deal(ranks, len(conditions))
     latents = []
@@ -780,8 +779,8 @@ def check_finite(tensor, where):
 
 @contextmanager
 def stage(name, timings, device, path=""):
-    """Add the seconds of a stage to timings[name], including the work that it queued, and free its memory. An
-    exception gets a note with the stage and the file of its network."""
+    """Add the seconds of a stage to timings[name] (if not None), including the work that it queued, and free its
+    memory. An exception gets a note with the stage and the file of its network."""
     start = time.perf_counter()
     try:
         yield
@@ -791,15 +790,15 @@ def stage(name, timings, device, path=""):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    timings[name] = timings.get(name, 0) + time.perf_counter() - start
+    if timings is not None:
+        timings[name] = timings.get(name, 0) + time.perf_counter() - start
 
 
 @torch.no_grad()
 def encode_conditions(images, prompts, files, settings, timings=None) -> list[Conditions]:
     """The conditions of each picture and its prompt. Each network is loaded once and encodes each distinct
     picture or prompt once. Arguments as for generate."""
-    device, timings = torch.device(settings.device), {} if timings is None else timings
-    guided = settings.cfg != 1
+    device, guided = torch.device(settings.device), settings.cfg != 1
     with stage("text", timings, device, files["text-encoder"]):
         wanted = [*prompts, settings.negative] if guided else prompts
         texts = encode_text(files["text-encoder"], wanted, device, settings.cache, settings.offload)
@@ -1132,9 +1131,9 @@ def scan(folder):
 
     Files are recognized by their tensors' names, so ComfyUI's, Wan's, diffusers' and flat folders all work.
     """
-    paths = sorted(walk(folder, (".safetensors", ".pth", ".index.json")))
     found, broken, sharded = {flag: [] for flag in NETWORKS}, [], set()
-    for path in sorted(paths, key=lambda p: p.suffix != ".json"):  # first the indices, which stand for shards
+    paths = walk(folder, (".safetensors", ".pth", ".index.json"))
+    for path in sorted(paths, key=lambda path: (path.suffix != ".json", path)):  # indices before their shards
         if path in sharded:
             continue
         try:
@@ -1609,7 +1608,7 @@ def decode_kept(args, ranks):
         raise ValueError(f"--decode {path}: this name does not tell the video's name; give it with -o")
     check_output(output, [path, files["vae"], rife])
     settings = Settings(interpolate=rife, device=args.device)
-    for video in decode_videos(files["vae"], [latents], settings, {}, deal(ranks, videos=1)[0]):
+    for video in decode_videos(files["vae"], [latents], settings, None, deal(ranks, videos=1)[0]):
         print(write_video(output, video, metadata))
 
 

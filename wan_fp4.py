@@ -762,7 +762,7 @@ class Encoder(nn.Module):
             if level < len(cfg.temporal_downsample):
                 layers.append(Downsample(c, cfg.temporal_downsample[level]))
         self.downsamples = nn.Sequential(*layers)
-        self.num_full = cfg.num_res_blocks + (not any(cfg.temporal_downsample[:1]))  # layers at full size
+        self.num_full = cfg.num_res_blocks + 1  # layers at full size; the last one halves it
         self.middle = middle_layers(c)
         self.head = head_layers(c, 2 * cfg.z_dim)
 
