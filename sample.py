@@ -83,7 +83,7 @@ MOST_AREA = 139264 * 256, "the largest picture of any H.264 level"
 
 
 def check_range(name, value, low, most, reason=""):
-    """The one check of numbers. Raises ValueError for a value outside low to most, and for NaN."""
+    """Raises ValueError for a value outside low to most, and for NaN."""
     if not low <= value <= most:
         raise ValueError(f"{name} {value}: expected {low} to {most}{f' ({reason})' if reason else ''}")
 
@@ -136,7 +136,7 @@ def sigmas(scheduler: str, steps: int, shift: float) -> torch.Tensor:
 
     if scheduler == "normal":
         lowest = shifted(1 / 1000, shift)
-        last = shifted(lowest, shift)  # shifted twice, as in ComfyUI, which takes the lowest sigma for a time
+        last = shifted(lowest, shift)  # shifted twice, as in ComfyUI, which treats the lowest sigma as a time
         ends_at_zero = last < 1e-5
         times = torch.linspace(1, lowest, steps + 1 if ends_at_zero else steps, dtype=torch.float64)
         levels = shifted(times, shift).tolist()
@@ -212,7 +212,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # EXIF orientation -> the axes of (3, h, w) to flip; orientations 5 to 8 are transposed first
 EXIF_FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
 
-# FFmpeg recognizes files by their contents: no playlist that opens other files or connections is let in
+# FFmpeg recognizes files by their contents: only these formats, so no playlist opens other files or connections
 IMAGE_OPTIONS = {"format_whitelist": "png_pipe,apng,jpeg_pipe,webp_pipe,gif,bmp_pipe,tiff_pipe",
                  "protocol_whitelist": "none", "max_pixels": str(2**26)}
 PICTURE_BYTES = 2**29
@@ -246,8 +246,8 @@ def read_image(path, settings=None) -> torch.Tensor:
 def image_channels(frame, transposed, settings):
     """An av frame -> red, green and blue, each (h, w) float32 in [0, 1], over white, one at a time.
 
-    (av's own conversion needs numpy.) It goes by planes: converting to packed RGB, FFmpeg leaves the last columns
-    of a jpg of odd width unwritten.
+    av's own conversion needs numpy. The frame is converted to planes because FFmpeg's conversion to packed RGB
+    leaves the last columns of a jpg of odd width unwritten.
     """
     width, height = frame.width, frame.height
     scale = shrinking(height, width, settings) if transposed else shrinking(width, height, settings)
@@ -299,9 +299,8 @@ def exif_orientation(data):
 
     table = number(4, 4)
     for entry in range(table + 2, table + 2 + 12 * number(table, 2), 12):
-        if number(entry, 2) == 0x0112:  # the tag Orientation
-            found = number(entry + 8, 2)
-            return found if 1 <= found <= 8 else 1
+        if number(entry, 2) == 0x0112 and 1 <= number(entry + 8, 2) <= 8:  # the tag Orientation
+            return number(entry + 8, 2)
     return 1
 
 
@@ -580,7 +579,7 @@ def settle(network, working, device, offload=False):
     """Move a network's blocks from CPU memory to the GPU, where `working` bytes more are needed at the peak.
     Stream them instead if not all of that fits, or with `offload`."""
     if device.type == "cpu" and not offload:
-        return  # they are where they belong
+        return  # they are there already
     blocks = network.blocks
     size = sum(tensor.nbytes for tensor in itertools.chain(blocks.parameters(), blocks.buffers()))
     free = free_memory(device)
@@ -839,7 +838,7 @@ def encode_text(path, prompts, device, cache=None, offload=False):
 
 
 def write_cached(path, prompt, features):
-    """Make an entry of the cache, which only saves time: a failure is only a warning."""
+    """Add an entry to the cache. A failure is only a warning: the cache saves time, no more."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensor(path, "text", features, {"prompt": prompt, "sha256": checksum(features)})
@@ -858,7 +857,7 @@ def read_cached(path):
 
 
 def checksum(tensor):
-    """Of a tensor's values, in float32, and its shape."""
+    """The SHA-256 of a tensor's shape and of its values in float32."""
     tensor = tensor.float().contiguous().cpu()
     data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
     return sha256(repr(tuple(tensor.shape)).encode() + data).hexdigest()
@@ -1075,7 +1074,7 @@ NETWORKS = {  # by command-line flag
         "vae.safetensors", "vae/wan_2.1_vae.safetensors", "254 MB",
         ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"))}
 
-MOST_ENTRIES = 20_000  # in a folder of models; --models / ends here
+MOST_ENTRIES = 20_000  # in a folder of models: stops a search of the whole disk
 
 
 def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
@@ -1288,7 +1287,7 @@ def parse_lora(text):
 
 @dataclass
 class Job:
-    """One video to make: what is its own, besides the Settings that all videos of a run share."""
+    """One video to make, apart from the Settings, which all videos of a run share."""
     picture: str  # the picture's path
     image: torch.Tensor  # (3, h, w) in [0, 1]
     prompt: str
@@ -1345,8 +1344,8 @@ def main(argv=None):
         report(written, device, timings, time.perf_counter() - start)
 
 
-# What the libraries raise for damaged files, full disks and memory that does not suffice, besides ValueError and
-# OSError. Other exceptions are bugs and keep their traceback.
+# What the libraries raise for damaged files, full disks and too little memory, besides ValueError and OSError.
+# Other exceptions are bugs and keep their traceback.
 LIBRARY_ERRORS = SafetensorError, av.error.FFmpegError, RuntimeError, IndexError, MemoryError
 
 
@@ -1377,8 +1376,8 @@ def explain(error):
         where = where or f"{error.filename!r}: "
         return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
     if isinstance(error, ValueError | OSError):
-        named = not notes or notes[0].rpartition(": ")[2] in str(error)
-        return str(error) if named else f"{where}{error}"
+        names_file = notes and notes[0].rpartition(": ")[2] in str(error)
+        return str(error) if names_file else f"{where}{error}"
     return f"{where}{reason}; check that the file is complete and belongs to Wan2.1 I2V"
 
 
@@ -1419,7 +1418,7 @@ def own_number(own, key, path):
 
 
 def cache_folder():
-    """None if this user has no home, as in some containers."""
+    """The folder for the features of prompts; None if this user has no home, as in some containers."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder, "wan-fp4") if os.path.isabs(folder) else None
 

@@ -1185,7 +1185,7 @@ def reading(path, kind):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("a folder, pipe or device: only regular files are read")
-        open(path, "rb").close()  # if permission is missing, safetensors says that the file is
+        open(path, "rb").close()  # safetensors reports a missing permission as a missing file
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -1394,7 +1394,7 @@ def official_vae_name(name, blocks):
 def count(tensors, prefix):
     """The number of numbered modules under a prefix: 40 for "blocks." if there are blocks.0 to blocks.39.
 
-    Numbers after a gap do not count, or a tensor named blocks.999999999 would have all of them built.
+    Numbers after a gap do not count: a tensor named blocks.999999999 must not make a billion blocks.
     """
     numbers = {name[len(prefix):].partition(".")[0] for name in tensors if name.startswith(prefix)}
     return next(i for i in itertools.count() if str(i) not in numbers)
