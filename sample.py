@@ -233,7 +233,9 @@ def read_image(path, settings=None) -> torch.Tensor:
             if not container.streams.video[0].codec_context.width:  # has more than max_pixels
                 raise IndexError
             frame = next(container.decode(video=0))
-            channels = list(image_channels(frame, orientation >= 5, settings))
+            width, height = frame.width, frame.height
+            upright = (height, width) if orientation >= 5 else (width, height)
+            channels = list(image_channels(frame, shrinking(*upright, settings)))
     except (av.error.FFmpegError, StopIteration, IndexError):
         raise ValueError(f"{path}: not a readable image; expected png, jpg or still webp, of at most 64 "
                          f"megapixels") from None
@@ -243,14 +245,13 @@ def read_image(path, settings=None) -> torch.Tensor:
     return image.flip(EXIF_FLIPS.get(orientation, [])).contiguous()
 
 
-def image_channels(frame, transposed, settings):
-    """An av frame -> red, green and blue, each (h, w) float32 in [0, 1], over white, one at a time.
+def image_channels(frame, scale):
+    """An av frame -> red, green and blue, each (h, w) float32 in [0, 1], over white and scaled, one at a time.
 
     av's own conversion needs numpy. The frame is converted to planes because FFmpeg's conversion to packed RGB
     leaves the last columns of a jpg of odd width unwritten.
     """
     width, height = frame.width, frame.height
-    scale = shrinking(height, width, settings) if transposed else shrinking(width, height, settings)
     green, blue, red, alpha = (  # each (h, w) uint8, of rows of line_size bytes
         torch.frombuffer(plane, dtype=torch.uint8).view(plane.height, plane.line_size)[:, :plane.width]
         for plane in frame.reformat(format="gbrap").planes)
@@ -1426,14 +1427,12 @@ def cache_folder():
 def make_settings(args, own, dit, demo):
     """The arguments as Settings. The DiT's own settings replace the defaults."""
     check_text("--negative", args.negative)
-    return Settings(
-        frames=own_number(own, "frames", dit) if args.frames is None else args.frames,
-        size=args.size, area=own_number(own, "area", dit) if args.size is None else AREA, steps=args.steps,
-        shift=args.shift, sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative,
-        seed=args.seed, precise_steps=args.precise_steps, loras=tuple(args.lora),
-        interpolate=find_rife(args.interpolate, args.models), offload=args.offload, device=args.device,
-        activations=args.activations, attention=args.attention, emulate=args.emulate,
-        cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
+    same = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
+    return Settings(**same | {
+        "frames": own_number(own, "frames", dit) if args.frames is None else args.frames,
+        "area": own_number(own, "area", dit) if args.size is None else AREA,
+        "loras": tuple(args.lora), "interpolate": find_rife(args.interpolate, args.models),
+        "cache": None if demo else cache_folder()})  # the demo encodes a prompt faster than a file is read
 
 
 def make_jobs(args, own, files, settings):

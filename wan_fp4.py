@@ -24,7 +24,6 @@ Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
     N = T * H/2 * W/2 video tokens   L text tokens   I image tokens (257)   D width   d head width   C channels
 """
-import contextlib
 import functools
 import itertools
 import json
@@ -36,10 +35,9 @@ import stat
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -479,7 +477,7 @@ def join_ranks():
     threading.Thread(target=end_after_failure, args=[store.clone()], daemon=True).start()
     out, err = (sys.stdout, sys.stderr) if rank == 0 else [open(os.devnull, "w")] * 2
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err):
             ranks = meet(store, rank, size)
             yield ranks
             ranks.gather("finished")  # no rank leaves while others still need it
@@ -508,7 +506,7 @@ def meet(store, rank, size):
 
 def end_after_failure(store):
     """End this process 2 seconds after any rank has failed, which leaves that rank time to print its message."""
-    with contextlib.suppress(dist.DistError):  # the machine that keeps the store is lost
+    with suppress(dist.DistError):  # the machine that keeps the store is lost
         while store.add("failures", 0) == 0:
             time.sleep(0.5)
     time.sleep(2)
@@ -564,14 +562,15 @@ class SplitDiT(nn.Module):
 
     def __init__(self, dit, group):
         super().__init__()
-        self.dit, self.split, heads = dit, TokenSplit(group), dit.cfg.dim // dit.cfg.head_dim
+        self.dit, self.split = dit, TokenSplit(group)
+        heads = dit.cfg.dim // dit.cfg.head_dim
         if heads % self.split.size:
             counts = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ValueError(f"the model's {heads} heads: got {self.split.size} ranks that share them, expected "
                              f"{counts}; start torchrun with that many ranks (twice as many with --cfg), or make "
                              f"at least one video per rank")
         for block in dit.blocks:
-            block.self_attn.attention = partial(self.split.attention, block.self_attn.attention)
+            block.self_attn.attention = functools.partial(self.split.attention, block.self_attn.attention)
 
     def forward(self, x, t, text, image, y):
         grid = x.shape[2:]
