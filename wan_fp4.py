@@ -17,8 +17,7 @@ Architecture: the Wan2.1 report (https://arxiv.org/abs/2503.20314) and https://g
 
 For callers: the five networks with their configs; load_dit, load_vae, load_umt5, load_clip, load_ifnet;
 read_header, read_tensors, tensor_names, shards; check_loras, attach_lora; use_fp8_attention; for several GPUs,
-join_ranks, Ranks and SplitDiT. convert.py also builds on dit_from_tensors, load_weights, Block, bare_name,
-official_dit_name, count, parse_lora and lora_terms.
+join_ranks, Ranks and SplitDiT.
 
 Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
