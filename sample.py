@@ -83,7 +83,7 @@ MOST_AREA = 139264 * 256, "the largest picture of any H.264 level"
 
 
 def check_range(name, value, low, most, reason=""):
-    """The one check of numbers. Raises ValueError for a value outside low to most, and for NaN."""
+    """Raises ValueError for a value outside low to most, and for NaN."""
     if not low <= value <= most:
         raise ValueError(f"{name} {value}: expected {low} to {most}{f' ({reason})' if reason else ''}")
 
@@ -136,7 +136,7 @@ def sigmas(scheduler: str, steps: int, shift: float) -> torch.Tensor:
 
     if scheduler == "normal":
         lowest = shifted(1 / 1000, shift)
-        last = shifted(lowest, shift)  # shifted twice, as in ComfyUI, which takes the lowest sigma for a time
+        last = shifted(lowest, shift)  # shifted twice, as in ComfyUI, which treats the lowest sigma as a time
         ends_at_zero = last < 1e-5
         times = torch.linspace(1, lowest, steps + 1 if ends_at_zero else steps, dtype=torch.float64)
         levels = shifted(times, shift).tolist()
@@ -212,7 +212,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # EXIF orientation -> the axes of (3, h, w) to flip; orientations 5 to 8 are transposed first
 EXIF_FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
 
-# FFmpeg recognizes files by their contents: no playlist that opens other files or connections is let in
+# FFmpeg recognizes files by their contents: only these formats, so no playlist opens other files or connections
 IMAGE_OPTIONS = {"format_whitelist": "png_pipe,apng,jpeg_pipe,webp_pipe,gif,bmp_pipe,tiff_pipe",
                  "protocol_whitelist": "none", "max_pixels": str(2**26)}
 PICTURE_BYTES = 2**29
@@ -233,7 +233,9 @@ def read_image(path, settings=None) -> torch.Tensor:
             if not container.streams.video[0].codec_context.width:  # has more than max_pixels
                 raise IndexError
             frame = next(container.decode(video=0))
-            channels = list(image_channels(frame, orientation >= 5, settings))
+            width, height = frame.width, frame.height
+            upright = (height, width) if orientation >= 5 else (width, height)
+            channels = list(image_channels(frame, shrinking(*upright, settings)))
     except (av.error.FFmpegError, StopIteration, IndexError):
         raise ValueError(f"{path}: not a readable image; expected png, jpg or still webp, of at most 64 "
                          f"megapixels") from None
@@ -243,14 +245,13 @@ def read_image(path, settings=None) -> torch.Tensor:
     return image.flip(EXIF_FLIPS.get(orientation, [])).contiguous()
 
 
-def image_channels(frame, transposed, settings):
-    """An av frame -> red, green and blue, each (h, w) float32 in [0, 1], over white, one at a time.
+def image_channels(frame, scale):
+    """An av frame -> red, green and blue, each (h, w) float32 in [0, 1], over white and scaled, one at a time.
 
-    (av's own conversion needs numpy.) It goes by planes: converting to packed RGB, FFmpeg leaves the last columns
-    of a jpg of odd width unwritten.
+    av's own conversion needs numpy. The frame is converted to planes because FFmpeg's conversion to packed RGB
+    leaves the last columns of a jpg of odd width unwritten.
     """
     width, height = frame.width, frame.height
-    scale = shrinking(height, width, settings) if transposed else shrinking(width, height, settings)
     green, blue, red, alpha = (  # each (h, w) uint8, of rows of line_size bytes
         torch.frombuffer(plane, dtype=torch.uint8).view(plane.height, plane.line_size)[:, :plane.width]
         for plane in frame.reformat(format="gbrap").planes)
@@ -299,9 +300,8 @@ def exif_orientation(data):
 
     table = number(4, 4)
     for entry in range(table + 2, table + 2 + 12 * number(table, 2), 12):
-        if number(entry, 2) == 0x0112:  # the tag Orientation
-            found = number(entry + 8, 2)
-            return found if 1 <= found <= 8 else 1
+        if number(entry, 2) == 0x0112 and 1 <= number(entry + 8, 2) <= 8:  # the tag Orientation
+            return number(entry + 8, 2)
     return 1
 
 
@@ -410,6 +410,7 @@ def tokenize(tokenizer, prompt: str) -> torch.Tensor:
 CONTAINERS = {".mp4": ("mp4", "libx264", "yuv420p", {}, {"crf": "18", "x264-params": "no-mbtree=1"}),
               ".gif": ("gif", "gif", "pal8", {"loop": "0"}, {}),
               ".webp": ("webp", "libwebp_anim", "bgra", {"loop": "0"}, {"quality": "90"})}
+PNG_FOLDER = "image2", "png", "rgb24", {"start_number": "0"}, {}  # without an extension
 
 KEPT = ".latents.safetensors"  # the latents of a video, beside it until it is written
 
@@ -431,7 +432,7 @@ def check_video(path):
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: is not a regular file; give another name")
     try:  # what can be created under the longest name that this run will need
-        longest = path.with_name(part_name(path.name + KEPT))
+        longest = hidden_path(kept_path(path))
         longest.touch()
         longest.unlink()
     except OSError as error:
@@ -444,9 +445,9 @@ def kept_path(output):
     return Path(os.path.abspath(output) + KEPT)
 
 
-def part_name(path):
-    """The name of a file while it is written, other than that of another run."""
-    return f"{path}.{os.getpid()}.part"
+def hidden_path(path):
+    """The path of a file or folder while it is written, other than that of another run."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
@@ -458,10 +459,9 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
     deleted on failure. metadata: title, comment and the like, for mp4. Raises what check_video raises.
     """
     path, extension = check_video(path)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    hidden = hidden_path(path)
     try:
-        with (write_container(hidden, width, height, extension, metadata) if extension
-              else write_folder(hidden)) as write:
+        with write_container(hidden, width, height, extension, metadata or {}) as write:
             yield write
         if path.is_dir():
             path.rmdir()  # check_video has made sure that it is empty
@@ -476,9 +476,15 @@ def open_video(path, width: int, height: int, metadata: dict | None = None):
 
 @contextmanager
 def write_container(path, width, height, extension, metadata):
-    name, codec, pixels, options, codec_options = CONTAINERS[extension]
-    with open(path, "wb") as file, av.open(file, "w", format=name, options=options) as container:
-        container.metadata.update(metadata or {})
+    name, codec, pixels, options, codec_options = CONTAINERS.get(extension, PNG_FOLDER)
+    if extension:
+        path.touch()  # av would create it only at the first frame
+        target = str(path)
+    else:
+        path.mkdir()
+        target = str(path).replace("%", "%%") + "/%04d.png"
+    with av.open(target, "w", format=name, options=options) as container:
+        container.metadata.update(metadata)
         stream = container.add_stream(codec, rate=FPS, options=codec_options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         if name == "mp4":  # otherwise players guess the color space from the size
@@ -518,23 +524,6 @@ def palette_graph(width, height):
     use.link_to(sink)
     graph.configure()
     return graph
-
-
-@contextmanager
-def write_folder(path):
-    path.mkdir()
-    frames = 0
-
-    def write(frame):
-        nonlocal frames
-        encoder = av.CodecContext.create("png", "w")
-        encoder.height, encoder.width = frame.shape[:2]
-        encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1, FPS)
-        packets = encoder.encode(pixels_to_frame(frame))
-        (path / f"{frames:04d}.png").write_bytes(b"".join(bytes(packet) for packet in packets))
-        frames += 1
-
-    yield write
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -591,7 +580,7 @@ def settle(network, working, device, offload=False):
     """Move a network's blocks from CPU memory to the GPU, where `working` bytes more are needed at the peak.
     Stream them instead if not all of that fits, or with `offload`."""
     if device.type == "cpu" and not offload:
-        return  # they are where they belong
+        return  # they are there already
     blocks = network.blocks
     size = sum(tensor.nbytes for tensor in itertools.chain(blocks.parameters(), blocks.buffers()))
     free = free_memory(device)
@@ -737,8 +726,7 @@ class Conditions:
 
 
 @torch.inference_mode()
-def generate(images, prompts, files, settings=Settings(), on_latents=None, timings=None,
-             ranks=wan_fp4.Ranks()):
+def generate(images, prompts, files, settings=Settings(), on_latents=None, timings=None, ranks=wan_fp4.Ranks()):
     """Make a video from each picture and its prompt; iterate to get them, one after another: (F, h, w, 3) uint8
     on the CPU. Each network is loaded once, for all of them.
 
@@ -747,7 +735,7 @@ def generate(images, prompts, files, settings=Settings(), on_latents=None, timin
     stage. ranks: they share the work; each gets only the videos that it must write (deal). Raises what the
     loaders of wan_fp4 raise, and ValueError for NaN in the velocity or the latents.
     """
-    device, timings = torch.device(settings.device), {} if timings is None else timings
+    device = torch.device(settings.device)
     conditions = ranks.once(lambda: encode_conditions(images, prompts, files, settings, timings))
     team, mine = deal(ranks, len(conditions))
     latents = []
@@ -791,8 +779,8 @@ def check_finite(tensor, where):
 
 @contextmanager
 def stage(name, timings, device, path=""):
-    """Add the seconds of a stage to timings[name], including the work that it queued, and free its memory. An
-    exception gets a note with the stage and the file of its network."""
+    """Add the seconds of a stage to timings[name] (if not None), including the work that it queued, and free its
+    memory. An exception gets a note with the stage and the file of its network."""
     start = time.perf_counter()
     try:
         yield
@@ -802,15 +790,15 @@ def stage(name, timings, device, path=""):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    timings[name] = timings.get(name, 0) + time.perf_counter() - start
+    if timings is not None:
+        timings[name] = timings.get(name, 0) + time.perf_counter() - start
 
 
 @torch.no_grad()
 def encode_conditions(images, prompts, files, settings, timings=None) -> list[Conditions]:
     """The conditions of each picture and its prompt. Each network is loaded once and encodes each distinct
     picture or prompt once. Arguments as for generate."""
-    device, timings = torch.device(settings.device), {} if timings is None else timings
-    guided = settings.cfg != 1
+    device, guided = torch.device(settings.device), settings.cfg != 1
     with stage("text", timings, device, files["text-encoder"]):
         wanted = [*prompts, settings.negative] if guided else prompts
         texts = encode_text(files["text-encoder"], wanted, device, settings.cache, settings.offload)
@@ -851,7 +839,7 @@ def encode_text(path, prompts, device, cache=None, offload=False):
 
 
 def write_cached(path, prompt, features):
-    """Make an entry of the cache, which only saves time: a failure is only a warning."""
+    """Add an entry to the cache. A failure is only a warning: the cache saves time, no more."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensor(path, "text", features, {"prompt": prompt, "sha256": checksum(features)})
@@ -870,7 +858,7 @@ def read_cached(path):
 
 
 def checksum(tensor):
-    """Of a tensor's values, in float32, and its shape."""
+    """The SHA-256 of a tensor's shape and of its values in float32."""
     tensor = tensor.float().contiguous().cpu()
     data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
     return sha256(repr(tuple(tensor.shape)).encode() + data).hexdigest()
@@ -1009,9 +997,9 @@ def double_frames(ifnet, video, device):
 
 def save_tensor(path, name, tensor, metadata):
     """Write one tensor as float32, through a temporary file. Raises OSError. (safetensors.torch needs numpy.)"""
-    tensor, part = tensor.float().contiguous().cpu(), Path(part_name(path))
-    where = dict(data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
-    spec = TensorSpec(dtype="float32", shape=list(tensor.shape), **where)
+    tensor, part = tensor.float().contiguous().cpu(), hidden_path(path)
+    spec = TensorSpec(dtype="float32", shape=list(tensor.shape), data_ptr=tensor.data_ptr(),
+                      data_len=tensor.nbytes)
     try:
         serialize_file({name: spec}, part, metadata)
         part.replace(path)
@@ -1087,7 +1075,7 @@ NETWORKS = {  # by command-line flag
         "vae.safetensors", "vae/wan_2.1_vae.safetensors", "254 MB",
         ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"))}
 
-MOST_ENTRIES = 20_000  # in a folder of models; --models / ends here
+MOST_ENTRIES = 20_000  # in a folder of models: stops a search of the whole disk
 
 
 def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
@@ -1143,9 +1131,9 @@ def scan(folder):
 
     Files are recognized by their tensors' names, so ComfyUI's, Wan's, diffusers' and flat folders all work.
     """
-    paths = sorted(walk(folder, (".safetensors", ".pth", ".index.json")))
     found, broken, sharded = {flag: [] for flag in NETWORKS}, [], set()
-    for path in sorted(paths, key=lambda p: p.suffix != ".json"):  # first the indices, which stand for shards
+    paths = walk(folder, (".safetensors", ".pth", ".index.json"))
+    for path in sorted(paths, key=lambda path: (path.suffix != ".json", path)):  # indices before their shards
         if path in sharded:
             continue
         try:
@@ -1300,7 +1288,7 @@ def parse_lora(text):
 
 @dataclass
 class Job:
-    """One video to make: what is its own, besides the Settings that all videos of a run share."""
+    """One video to make, apart from the Settings, which all videos of a run share."""
     picture: str  # the picture's path
     image: torch.Tensor  # (3, h, w) in [0, 1]
     prompt: str
@@ -1308,16 +1296,12 @@ class Job:
     size: tuple[int, int]  # the video's (width, height)
     metadata: dict
     automatic: bool  # whether sample.py chose the output's name
-    claimed: bool = False  # whether the file of latents is its own
-
-    @property
-    def kept(self):  # where the latents are until the video is written
-        return kept_path(self.output)
+    kept: Path | None = None  # the file of its latents, between claim and release
 
     def release(self):
-        if self.claimed:
+        if self.kept:
             self.kept.unlink(missing_ok=True)
-            self.claimed = False
+            self.kept = None
 
 
 def main(argv=None):
@@ -1361,8 +1345,8 @@ def main(argv=None):
         report(written, device, timings, time.perf_counter() - start)
 
 
-# What the libraries raise for damaged files, full disks and memory that does not suffice, besides ValueError and
-# OSError. Other exceptions are bugs and keep their traceback.
+# What the libraries raise for damaged files, full disks and too little memory, besides ValueError and OSError.
+# Other exceptions are bugs and keep their traceback.
 LIBRARY_ERRORS = SafetensorError, av.error.FFmpegError, RuntimeError, IndexError, MemoryError
 
 
@@ -1383,18 +1367,18 @@ def explain(error):
     """An exception in one line: where, what, and what to do."""
     notes = getattr(error, "__notes__", [])
     where = f"{notes[0]}: " if notes else ""
-    if isinstance(error, av.error.FFmpegError) and isinstance(error.__context__, OSError):
-        error = error.__context__  # of the file that FFmpeg writes to
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
         kept = f"; the latents are kept: finish with --decode OUT{KEPT}" if where.startswith("decode") else ""
         return f"{where}out of memory; try --offload, fewer --frames or a smaller --size{kept}"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else where or f"{error.filename!r}: "
+        if error.filename and not isinstance(error, av.error.FFmpegError):  # FFmpeg names the temporary file
+            where = f"{error.filename}: "
+        where = where or f"{error.filename!r}: "
         return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
     if isinstance(error, ValueError | OSError):
-        named = not notes or notes[0].rpartition(": ")[2] in str(error)
-        return str(error) if named else f"{where}{error}"
+        names_file = notes and notes[0].rpartition(": ")[2] in str(error)
+        return str(error) if names_file else f"{where}{error}"
     return f"{where}{reason}; check that the file is complete and belongs to Wan2.1 I2V"
 
 
@@ -1435,7 +1419,7 @@ def own_number(own, key, path):
 
 
 def cache_folder():
-    """None if this user has no home, as in some containers."""
+    """The folder for the features of prompts; None if this user has no home, as in some containers."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder, "wan-fp4") if os.path.isabs(folder) else None
 
@@ -1443,14 +1427,12 @@ def cache_folder():
 def make_settings(args, own, dit, demo):
     """The arguments as Settings. The DiT's own settings replace the defaults."""
     check_text("--negative", args.negative)
-    return Settings(
-        frames=own_number(own, "frames", dit) if args.frames is None else args.frames,
-        size=args.size, area=own_number(own, "area", dit) if args.size is None else AREA, steps=args.steps,
-        shift=args.shift, sampler=args.sampler, scheduler=args.scheduler, cfg=args.cfg, negative=args.negative,
-        seed=args.seed, precise_steps=args.precise_steps, loras=tuple(args.lora),
-        interpolate=find_rife(args.interpolate, args.models), offload=args.offload, device=args.device,
-        activations=args.activations, attention=args.attention, emulate=args.emulate,
-        cache=None if demo else cache_folder())  # the demo encodes a prompt faster than a file is read
+    same = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
+    return Settings(**same | {
+        "frames": own_number(own, "frames", dit) if args.frames is None else args.frames,
+        "area": own_number(own, "area", dit) if args.size is None else AREA,
+        "loras": tuple(args.lora), "interpolate": find_rife(args.interpolate, args.models),
+        "cache": None if demo else cache_folder()})  # the demo encodes a prompt faster than a file is read
 
 
 def make_jobs(args, own, files, settings):
@@ -1470,11 +1452,10 @@ def make_jobs(args, own, files, settings):
             raise ValueError(f"{kept}: holds the latents of an interrupted run; finish its video with --decode, "
                              f"or delete the file")
     images = {path: read_image(path, settings) for path in args.image}
-    jobs = []
+    automatic, jobs = not args.output or len(outputs) > 1, []
     for (path, prompt), output in zip(wanted, outputs):
         size = video_size(*images[path].shape[:0:-1], settings)
         metadata = describe(prompt, size, files["dit"], settings)
-        automatic = not args.output or len(outputs) > 1
         jobs.append(Job(path, images[path], prompt, output, size, metadata, automatic))
     return jobs
 
@@ -1492,12 +1473,13 @@ def claim(job, seed, taken):
     """Create the file for the job's latents, which reserves its video's name. If another run has taken an
     automatic name in the meantime, the job gets a new one. Raises OSError."""
     while True:
+        kept = kept_path(job.output)
         try:
-            job.kept.touch(exist_ok=False)
+            kept.touch(exist_ok=False)
             if not (job.automatic and os.path.lexists(job.output)):
-                job.claimed = True
+                job.kept = kept
                 return
-            job.kept.unlink()
+            kept.unlink()
         except FileExistsError:
             if not job.automatic:
                 raise
@@ -1624,7 +1606,7 @@ def decode_kept(args, ranks):
         raise ValueError(f"--decode {path}: this name does not tell the video's name; give it with -o")
     check_output(output, [path, files["vae"], rife])
     settings = Settings(interpolate=rife, device=args.device)
-    for video in decode_videos(files["vae"], [latents], settings, {}, deal(ranks, videos=1)[0]):
+    for video in decode_videos(files["vae"], [latents], settings, None, deal(ranks, videos=1)[0]):
         print(write_video(output, video, metadata))
 
 

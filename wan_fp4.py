@@ -17,14 +17,12 @@ Architecture: the Wan2.1 report (https://arxiv.org/abs/2503.20314) and https://g
 
 For callers: the five networks with their configs; load_dit, load_vae, load_umt5, load_clip, load_ifnet;
 read_header, read_tensors, tensor_names, shards; check_loras, attach_lora; use_fp8_attention; for several GPUs,
-join_ranks, Ranks and SplitDiT. convert.py also builds on dit_from_tensors, load_weights, Block, bare_name,
-official_dit_name, count, parse_lora and lora_terms.
+join_ranks, Ranks and SplitDiT.
 
 Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
     N = T * H/2 * W/2 video tokens   L text tokens   I image tokens (257)   D width   d head width   C channels
 """
-import contextlib
 import functools
 import itertools
 import json
@@ -36,10 +34,9 @@ import stat
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -479,7 +476,7 @@ def join_ranks():
     threading.Thread(target=end_after_failure, args=[store.clone()], daemon=True).start()
     out, err = (sys.stdout, sys.stderr) if rank == 0 else [open(os.devnull, "w")] * 2
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err):
             ranks = meet(store, rank, size)
             yield ranks
             ranks.gather("finished")  # no rank leaves while others still need it
@@ -508,7 +505,7 @@ def meet(store, rank, size):
 
 def end_after_failure(store):
     """End this process 2 seconds after any rank has failed, which leaves that rank time to print its message."""
-    with contextlib.suppress(dist.DistError):  # the machine that keeps the store is lost
+    with suppress(dist.DistError):  # the machine that keeps the store is lost
         while store.add("failures", 0) == 0:
             time.sleep(0.5)
     time.sleep(2)
@@ -564,14 +561,15 @@ class SplitDiT(nn.Module):
 
     def __init__(self, dit, group):
         super().__init__()
-        self.dit, self.split, heads = dit, TokenSplit(group), dit.cfg.dim // dit.cfg.head_dim
+        self.dit, self.split = dit, TokenSplit(group)
+        heads = dit.cfg.dim // dit.cfg.head_dim
         if heads % self.split.size:
             counts = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ValueError(f"the model's {heads} heads: got {self.split.size} ranks that share them, expected "
                              f"{counts}; start torchrun with that many ranks (twice as many with --cfg), or make "
                              f"at least one video per rank")
         for block in dit.blocks:
-            block.self_attn.attention = partial(self.split.attention, block.self_attn.attention)
+            block.self_attn.attention = functools.partial(self.split.attention, block.self_attn.attention)
 
     def forward(self, x, t, text, image, y):
         grid = x.shape[2:]
@@ -762,7 +760,7 @@ class Encoder(nn.Module):
             if level < len(cfg.temporal_downsample):
                 layers.append(Downsample(c, cfg.temporal_downsample[level]))
         self.downsamples = nn.Sequential(*layers)
-        self.num_full = cfg.num_res_blocks + (not any(cfg.temporal_downsample[:1]))  # layers at full size
+        self.num_full = cfg.num_res_blocks + 1  # layers at full size; the last one halves it
         self.middle = middle_layers(c)
         self.head = head_layers(c, 2 * cfg.z_dim)
 
@@ -1185,7 +1183,7 @@ def reading(path, kind):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("a folder, pipe or device: only regular files are read")
-        open(path, "rb").close()  # if permission is missing, safetensors says that the file is
+        open(path, "rb").close()  # safetensors reports a missing permission as a missing file
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -1394,7 +1392,7 @@ def official_vae_name(name, blocks):
 def count(tensors, prefix):
     """The number of numbered modules under a prefix: 40 for "blocks." if there are blocks.0 to blocks.39.
 
-    Numbers after a gap do not count, or a tensor named blocks.999999999 would have all of them built.
+    Numbers after a gap do not count: a tensor named blocks.999999999 must not make a billion blocks.
     """
     numbers = {name[len(prefix):].partition(".")[0] for name in tensors if name.startswith(prefix)}
     return next(i for i in itertools.count() if str(i) not in numbers)
