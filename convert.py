@@ -236,9 +236,10 @@ def layer_type(name):
 
 
 def matching(pattern, names, flag):
-    """The names in which a regular expression is found. Raises ValueError if it is invalid or finds none."""
+    """The names in which a regular expression is found, in their order. Raises ValueError if it is invalid or
+    finds none."""
     try:
-        found = {name for name in names if re.search(pattern, name)}
+        found = [name for name in names if re.search(pattern, name)]
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{flag} {pattern!r}: not a regular expression ({error})") from None
     if not found:
@@ -504,7 +505,7 @@ def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
     weight's energy that it holds, in the metric of Inputs.lost."""
     sizes, left = {}, {}  # {name: {rank: bytes, and the error that is left}}
     for seen in calibration.stages():
-        for name in share(sorted(targets & seen.keys()), source, calibration.ranks):
+        for name in share(sorted(seen.keys() & targets), source, calibration.ranks):
             fmt = formats[name].replace("_two_pass", "_fpmm")  # two passes are nearly exact
             (m, k), error = source.shapes[name], errors[name][fmt]
             w = source.tensor(name).to(calibration.device)
