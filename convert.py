@@ -503,17 +503,16 @@ def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
     """{name: rank} of the absorbing LoRA of `targets`: the ranks of least total error in as many bytes as `rank`
     for every layer, at most 4 * rank each. A LoRA is assumed to remove from its layer's error the share of the
     weight's energy that it holds, in the metric of Inputs.lost."""
-    sizes, left = {}, {}  # {name: {rank: bytes, and the error that is left}}
+    left = {}  # {name: {rank: the error that is left}}
     for seen in calibration.stages():
         for name in share(sorted(seen.keys() & targets), source, calibration.ranks):
             fmt = formats[name].replace("_two_pass", "_fpmm")  # two passes are nearly exact
-            (m, k), error = source.shapes[name], errors[name][fmt]
             w = source.tensor(name).to(calibration.device)
             shares = [0.0, *low_rank(w, 4 * rank, seen[name].lost(fmt), seed)[2].tolist()]
             steps = {r for i in range(17) if (r := round(rank * i / 4)) < len(shares)}
-            left[name] = {r: error * (1 - shares[r]) for r in steps}
-            sizes[name] = {r: r * (m + k) for r in steps}
-    sizes, left = (merged(x.items(), targets, calibration.ranks) for x in (sizes, left))
+            left[name] = {r: errors[name][fmt] * (1 - shares[r]) for r in steps}
+    left = merged(left.items(), targets, calibration.ranks)
+    sizes = {name: {r: r * sum(source.shapes[name]) for r in steps} for name, steps in left.items()}
     budget = rank * sum(sum(source.shapes[name]) for name in targets)
     return {name: r for name, r in plan_by_error(left, sizes, budget).items() if r}
 
@@ -1040,7 +1039,7 @@ class Calibration:
                 return self.dit.unpatchify(self.dit.head(tokens, e), x.shape[2:]),
 
             signs = [(torch.randn(x.shape, generator=generator).sign() * t.cpu() / 1000,) for _ in range(draws)]
-            signs = self.backward(last, [tokens], signs)
+            signs = self.backward(last, [tokens], signs, self.dit, "", scores)
             to_context = [(0, 0)] * draws  # the gradients of text and image
             for i in reversed(range(self.num_blocks)):
                 block = self.block(i)
@@ -1061,7 +1060,7 @@ class Calibration:
         scores, self.flops = (sum(self.ranks.gather(counts), Counter()) for counts in (scores, self.flops))
         return {name: score / (draws * forwards) for name, score in scores.items()}
 
-    def backward(self, forward, leaves, gradients, module=None, prefix="", scores=None):
+    def backward(self, forward, leaves, gradients, module, prefix, scores):
         """Backpropagate through forward, which returns a tuple of outputs. gradients: of these outputs, a tuple
         for each draw. Returns those of the leaves in the same way, in CPU memory. For each of the module's
         Linears, adds to scores (v^T J delta)^2 of gradient_scores, summed over the draws, and counts its FLOPs.
@@ -1087,7 +1086,7 @@ class Calibration:
         def add_score(name, errors, g):
             scores[name] += sum((a.float() * b.to(a)).sum().item() for a, b in zip(parts(g), errors)) ** 2
 
-        for name, layer in module.named_modules() if module else ():
+        for name, layer in module.named_modules():
             weight = f"{prefix}{name}.weight"
             if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
                 hooks.append(layer.register_forward_hook(functools.partial(record, weight)))
@@ -1121,16 +1120,12 @@ class Calibration:
             return [moved(forward(*moved(args, self.device)), "cpu") for args in inputs]
 
         self.module, self.prefix, self.replaced = module, prefix, False
-        with self.observe(module, prefix) as seen:
-            outputs = run()
-        for layer in dict.fromkeys(seen.values()):  # each once: q, k and v have theirs in common
-            layer.merge(self.ranks)
+        seen, outputs = self.observe(module, prefix, run)
         yield seen
         return run() if self.replaced else outputs
 
-    @contextmanager
-    def observe(self, module, prefix):
-        """Gives {weight name: Inputs}, filled by every forward of the module's Linears."""
+    def observe(self, module, prefix, run):
+        """{weight name: Inputs} of what run() feeds the module's Linears, and what it returns."""
         seen, hooks, last = {}, [], (None, None)
         forwards = sum(self.ranks.gather(len(self.inputs)))
 
@@ -1149,9 +1144,12 @@ class Calibration:
             weight = f"{prefix}{name}.weight"
             if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
                 hooks.append(layer.register_forward_pre_hook(functools.partial(record, weight)))
-        yield seen
+        outputs = run()
         for hook in hooks:
             hook.remove()
+        for inputs in dict.fromkeys(seen.values()):  # each once: q, k and v have theirs in common
+            inputs.merge(self.ranks)
+        return seen, outputs
 
     def replace(self, name, stored, factors=()):
         """Give a weight of this stage other stored tensors, and optionally a LoRA's up and down beside it."""
