@@ -33,9 +33,9 @@ also keeps the source's own entries (head_dim and so on) and records the command
 Under torchrun, the processes on one machine (wan_fp4.Ranks) share the weights and the pictures of --calib, and
 write into the same file.
 
-For callers: main(argv); convert, repack and concat_loras for a file; quantize_weight, dequantize_weight and snr
-for a single weight; plan, layout and marker for the contents of a file without its data. To vendor this file,
-copy quant.py and wan_fp4.py with it; sample.py is needed only by --calib.
+For callers: main(argv); make_outputs with convert, repack and concat_loras for a file; quantize_weight,
+dequantize_weight and snr for a single weight; plan, layout and marker for the contents of a file without its
+data. To vendor this file, copy quant.py and wan_fp4.py with it; sample.py is needed only by --calib.
 """
 import os
 import signal
@@ -1403,14 +1403,14 @@ class Journal:
 
     def __init__(self, outputs, reads):
         self.outputs, self.path, self.file, self.done = outputs, journal_file(outputs[0].path), None, {}
-        stats = [file.stat() if file.is_file() else None for file in map(Path, reads)]
+        stats = [file.stat() if file.is_file() else None for file in reads]
         state = repr([stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()
         self.identity = hashlib.sha256(b"".join(output.start for output in outputs) + state).hexdigest().encode()
 
     @contextmanager
     def running(self, resume=False, ranks=wan_fp4.Ranks()):
-        """A context for writing; when it ends, the files get their final names. After a failure the unfinished
-        files stay, for `resume`, unless the source is damaged and no run could succeed."""
+        """A context for writing; when it ends, the files get their final names. What a failure leaves is as in
+        convert."""
         try:
             ranks.once(lambda: self.open(resume))
             if ranks.rank > 0:
@@ -1606,8 +1606,9 @@ def round_tensor(source, name, fmt, rounding, seen, device):
     return quality, {f"{layer}.{suffix}": part for suffix, part in stored.items()}, lora
 
 
-def make_outputs(source, formats, out, rounding, made, lora_file):
-    """The files of a conversion: the converted model, and its LoRA if lora_file is given."""
+def make_outputs(source, formats, rounding, out, lora_file, made):
+    """The files that convert writes: the converted model `out`, and the LoRA of rounding.targets if lora_file is
+    not None. made: header entries on how they were made."""
     about = made | {"base": out.name}
     if lora_file and rounding.lora_mode == "absorb":  # wan_fp4.load_dit checks that the two belong together
         about["lora_id"] = lora_file.name
@@ -1625,14 +1626,14 @@ def names_by_stage(names):
     for name in names:
         match = re.match(r"blocks\.(\d+)\.", name)
         groups.setdefault(int(match[1]) if match else -1, []).append(name)
-    return [groups.get(i, []) for i in range(-1, max(groups) + 1)]
+    return [groups[i] for i in sorted(groups)]
 
 
-def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None, calibration=None,
-            device="cpu", resume=False, ranks=wan_fp4.Ranks()):
-    """Writes `source` to the file `out` in the planned formats, and the LoRA of rounding.targets to lora_file.
+def convert(source, formats, outputs, rounding=Rounding(), calibration=None, device="cpu", resume=False,
+            ranks=wan_fp4.Ranks()):
+    """Writes `source` in the planned formats.
 
-    made         header entries on how the file was made
+    outputs      as make_outputs gives them for the same plan and rounding
     calibration  a Calibration: rounding then minimizes the error of the layers' outputs
     resume       continue an interrupted run; the files come out the same, byte for byte
     ranks        those that share the weights, on one machine
@@ -1641,7 +1642,6 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     share of the error's energy that the LoRA holds. The files get their final names only on success. After a
     failure the unfinished files stay, for `resume`, unless the source is damaged and no run could succeed.
     """
-    outputs = make_outputs(source, formats, out, rounding, made or {}, lora_file)
     journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
@@ -1662,11 +1662,10 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
                 journal.merge(ranks)
                 for name in names:
                     if calibration and journal.done[name]:
-                        suffixes = [*stored_layout(formats[name], source.shapes[name], source.dtypes[name])]
-                        suffixes += ["pre_quant_scale"] * (rounding.pre_quant and formats[name] == "nvfp4")
                         layer, factors = name.removesuffix("weight"), lora_names(name)[:2]
                         calibration.replace(
-                            name, {suffix: outputs[0].read(layer + suffix)[0] for suffix in suffixes},
+                            name, {stored.removeprefix(layer): outputs[0].read(stored)[0]
+                                   for stored in outputs[0].tensors if stored.startswith(layer)},
                             [outputs[1].read(factor)[0] for factor in factors if name in beside])
     return {name: quality for name, quality in journal.done.items() if quality}
 
@@ -2217,8 +2216,8 @@ def run_convert(args, source, made, ranks):
 
     rounding = Rounding("rtn" if args.simple else "search", args.num_iter, targets, args.lora_mode,
                         args.static_input_scale, args.pre_quant_scale, args.seed)
-    quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume,
-                      ranks)
+    outputs = make_outputs(source, formats, rounding, out, lora_file, made)
+    quality = convert(source, formats, outputs, rounding, calibration, args.device, args.resume, ranks)
     print("", *quality_report(quality, formats), sep="\n")
     if lora_file:
         print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
