@@ -134,7 +134,7 @@ class Source:
             raise ValueError(f"{path}: got blocks {', '.join(sorted(blocks))[:200]}, expected also "
                              f"{min(missing)}; give all shards of the model")
         self.nbytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
-        self.reads = model_files(self.path)
+        self.reads = model_files(self.path)  # every file that the run reads; merge and calibrate add theirs
         self.terms = {}  # {tensor's name: what LoRAs add to it, as wan_fp4.lora_terms gives it}
 
     def add(self, file, stored, dtype, shape):
@@ -296,14 +296,8 @@ def flags(formats):
     mxfp8 = [name for name, fmt in formats.items() if unmarked(fmt) == "mxfp8"]
     kept = [name for name, fmt in formats.items() if fmt == "bf16"]
     marked = [name for name, fmt in formats.items() if fmt.endswith("_fpmm")]
-    text = "--nvfp4"
-    if mxfp8:
-        text += f' --custom-type mxfp8 --custom-layers "{regex(mxfp8)}"'
-    if kept:
-        text += f' --exclude-layers "{regex(kept)}"'
-    if marked:
-        text += f' --fpmm-layers "{regex(marked)}"'
-    return text
+    layers = {"--custom-type mxfp8 --custom-layers": mxfp8, "--exclude-layers": kept, "--fpmm-layers": marked}
+    return "--nvfp4" + "".join(f' {flag} "{regex(names)}"' for flag, names in layers.items() if names)
 
 
 # By score: statistics of the weight alone
@@ -385,8 +379,8 @@ def plan_by_score(scores, kurtosis):
             return "bf16"
         return "mxfp8" if value >= max(mxfp8, LOWEST_MXFP8_SCORE) else "nvfp4"
 
-    def verdict(value, kurtosis):
-        return "bf16" if kurtosis >= KURTOSIS_KEPT else by_score(value)
+    def verdict(value, peak):
+        return "bf16" if peak >= KURTOSIS_KEPT else by_score(value)
 
     formats, reasons = {}, {}
     for kind, groups in block_groups(scores).items():
@@ -547,6 +541,7 @@ def plan_measured(source, errors, scores, by_score, limit, size):
     def summary(plan):
         total = sum(error[plan.get(name, "bf16")] for name, error in errors.items())
         return f"{total:.4g} in {gib(size(plan))}"
+
     correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
     return formats, [f"rank correlation of the score with NVFP4's error: {correlation:.2f}",
                      f"sum of the errors: {summary(formats)}; by the score's plan: {summary(by_score)}"]
@@ -786,8 +781,11 @@ def marker(fmt, shape, dtype):
     stored = unmarked(fmt)
     info = {"format": stored, "group_size": quant.BLOCK[stored], "orig_dtype": str(dtype),
             "orig_shape": list(shape)}
-    how = fmt.removeprefix(stored)
-    return info | {"_fpmm": {"full_precision_matrix_mult": True}, "_two_pass": {"two_pass": True}, "": {}}[how]
+    if fmt.endswith("_fpmm"):
+        info["full_precision_matrix_mult"] = True
+    if fmt.endswith("_two_pass"):
+        info["two_pass"] = True
+    return info
 
 
 def snr(w, approximation, hessian=None) -> float:
@@ -1215,7 +1213,7 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
     levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
 
     calibration = Calibration(source, samples, settings.steps, device, ranks)
-    calibration.reads = calibration_files(pictures, files)
+    source.reads += calibration_files(pictures, files)
     conditions = ranks.once(lambda: sample.encode_conditions(images, prompts, files, settings))
     cfg, conditions = calibration.dit.cfg, conditions[ranks.rank::ranks.size]
     widths = conditions[0].text.shape[2], conditions[0].image.shape[2]
@@ -1642,7 +1640,7 @@ def convert(source, formats, outputs, rounding=Rounding(), calibration=None, dev
     share of the error's energy that the LoRA holds. The files get their final names only on success. After a
     failure the unfinished files stay, for `resume`, unless the source is damaged and no run could succeed.
     """
-    journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
+    journal = Journal(outputs, source.reads)
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
     with journal.running(resume, ranks):
@@ -1843,19 +1841,20 @@ def reason_report(reasons):
         yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
 
 
-def error_report(errors, count=10):
-    """Lines: the layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
+def error_report(errors):
+    """Lines: the ten layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
     total = max(sum(error["nvfp4"] for error in errors.values()), 1e-30)
-    first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:count]
+    first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:10]
     yield "share of the video's error if all were W4A4, by layer: " + ", ".join(
         f"{name.removesuffix('.weight')} {errors[name]['nvfp4'] / total:.0%}" for name in first)
 
 
-def attention_report(losses, kept):
+def attention_report(calibration):
     """Lines: what self-attention loses in E4M3, on average over the blocks, and the blocks that are kept."""
-    e4m3, nvfp4 = (-10 * losses.mean(0).log10()).tolist()
+    e4m3, nvfp4 = (-10 * calibration.attention_losses.mean(0).log10()).tolist()
+    kept = ", ".join(map(str, calibration.sensitive_attention())) or "none"
     yield (f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; blocks that "
-           f"--attention fp8 keeps in bf16: {', '.join(map(str, kept)) or 'none'}")
+           f"--attention fp8 keeps in bf16: {kept}")
 
 
 def lora_report(shapes, targets):
@@ -2083,7 +2082,7 @@ def output_files(args):
     return out, lora
 
 
-def check_files(out, lora, plot, reads):
+def check_files(reads, out, lora=None, plot=None):
     """The one place that compares every file that a run creates with each other and with those that it reads.
     Raises ValueError if one would overwrite another, is no regular file, or is in no writable folder."""
     taken = list(reads)
@@ -2171,7 +2170,7 @@ def run_concat(args, made, ranks):
     if args.output is None:
         raise ValueError("--concat-loras: got no output file, expected one; name it with -o")
     loras = [wan_fp4.parse_lora(text) for text in args.concat_loras]
-    check_files(args.output, None, None, [file for path, _ in loras for file in model_files(path)])
+    check_files([file for path, _ in loras for file in model_files(path)], args.output)
     if ranks.rank == 0:
         print(concat_loras(loras, args.output, made))
         print(f"{gib(args.output.stat().st_size)}: {args.output}")
@@ -2180,7 +2179,7 @@ def run_concat(args, made, ranks):
 def run_repack(args, source, made, ranks):
     check_only(args, ("input", "output", "resume"), f"{args.input} is NVFP4 already, so it is only repacked")
     out, _ = output_files(args)
-    check_files(out, None, None, source.reads)
+    check_files(source.reads, out)
     if ranks.rank > 0:
         return  # there is nothing to share
     begin = time.monotonic()
@@ -2195,20 +2194,19 @@ def run_convert(args, source, made, ranks):
         print(source.merge(*wan_fp4.parse_lora(text)))
     encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
     reads = calibration_files(args.calib, encoders) if args.calib else []
-    check_files(out, lora_file, args.plot, [*source.reads, *reads])
+    check_files([*source.reads, *reads], out, lora_file, args.plot)
 
     calibration = None
     if args.calib:
         calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device, ranks)
-        kept = calibration.sensitive_attention()
-        if kept:
+        if kept := calibration.sensitive_attention():
             made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
     errors = measure_errors(source, quantizable(source.shapes), calibration, ranks) if uses_errors(args) else {}
     needs = {"needs_lora": lora_file.name} if lora_file and args.lora_mode == "absorb" else {}
     formats, notes = choose_plan(args, source, calibration, errors, made | needs, ranks)
     targets = lora_targets(args, source, calibration, errors, formats) if lora_file else {}
     if ranks.rank == 0:
-        notes += attention_report(calibration.attention_losses, kept) if calibration else ()
+        notes += attention_report(calibration) if calibration else ()
         notes += lora_report(source.shapes, targets) if lora_file else ()
         print_plan(args, source, formats, notes, planned_size(args, source, formats, made))
     if args.dry_run:
