@@ -9,9 +9,9 @@ The sections follow the steps of a conversion, in reading order:
   Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time, and merges
                 LoRAs into it on request
   Plan          a format for each weight: NVFP4 (4.5 bits per weight), MXFP8 (8.25), or "bf16", which means
-                kept in the source's dtype. By regular expressions, by a score of each weight, or by the error
-                that each format causes, within a file size. Also the layers whose inputs are not quantized
-                (W4A16), or are quantized in two passes
+                kept in the source's dtype; chosen by regular expressions, by a score of each weight, or by the
+                error that each format causes, within a file size. Also the layers whose inputs are not
+                quantized (W4A16), or are quantized in two passes
   Round         one weight to the stored tensors of its format: to nearest, with searched block scales, or
                 with the second moment of the layer's inputs, which minimizes the error of the outputs
   LoRA          low-rank factors of the rounding error, and of a part of the weight on request, for a second file
@@ -477,8 +477,8 @@ FEW_TOKENS = re.compile(r"blocks\.[0-9]+\.cross_attn\.[kv](_img)?\.weight|" + OP
 
 
 def choose_exact(errors, flops, share, formats):
-    """The weights whose inputs should not be quantized, or in two passes, which is almost as accurate: all that
-    see only the prompt or the picture, because these have few tokens; of the others, those that save most error
+    """The weights whose inputs should stay unquantized or, which is almost as accurate, be quantized in two
+    passes: all that see only the prompt or the picture, which have few tokens, then those that save most error
     per FLOP, up to `share` of all FLOPs.
 
     errors: {name: {format: error}}, flops: {name: FLOPs}, formats: the plan so far, with no weight marked
@@ -494,8 +494,8 @@ def choose_exact(errors, flops, share, formats):
 
 
 def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
-    """{name: rank} of the absorbing LoRA of `targets`: the ranks of least total error in as many bytes as `rank`
-    for every layer, at most 4 * rank each. A LoRA is assumed to remove from its layer's error the share of the
+    """{name: rank} of the absorbing LoRA of `targets`: the ranks of least total error, at most 4 * rank each, in
+    as many bytes as if all layers had `rank`. A LoRA is assumed to remove from its layer's error the share of the
     weight's energy that it holds, in the metric of Inputs.lost."""
     left = {}  # {name: {rank: the error that is left}}
     for seen in calibration.stages():
@@ -804,7 +804,7 @@ def energy(x, hessian):
 
 
 def as_nvfp4(x, tensor_scale=None):
-    """x (R, K) as activations in NVFP4 are rounded."""
+    """x (R, K) rounded to NVFP4, as activations are."""
     return quant.dequantize_nvfp4(*quant.quantize_nvfp4(x, tensor_scale), shape=tuple(x.shape))
 
 
@@ -1359,7 +1359,7 @@ class Output:
         self.file.truncate(self.size)
 
     def put(self, data, offset):
-        """Write all of data, of which the system may take less at a time."""
+        """Write all of data; a single call may write only a part."""
         self.file.seek(offset)
         data = memoryview(data)
         while data:
@@ -1395,8 +1395,8 @@ class Journal:
     """What a run has finished: a line per weight, beside the unfinished files. Write within running().
 
     The first line identifies the run: the files that it reads, plan and command must be the same to resume. The
-    other lines are JSON after its checksum: a weight, its quality and the checksums of its tensors. So anything
-    that a crash kept from the disk, or that damaged the journal itself, is done again.
+    other lines are JSON after its checksum: a weight, its quality and the checksums of its tensors. So a weight
+    is done again if a crash kept it from the disk, or damaged its line.
     """
 
     def __init__(self, outputs, reads):
@@ -1577,7 +1577,7 @@ def round_tensor(source, name, fmt, rounding, seen, device):
         return {}, {name: tensor}, {}
     w, lora, rank = tensor.to(device), {}, rounding.targets.get(name, 0)
     hessian = None if seen is None else seen.hessian().to(device)
-    base, scale = w, None  # of pre_quant_scale
+    base, scale = w, None  # the matrix to round, and its pre_quant_scale
     if rank and rounding.lora_mode == "absorb":
         up, down, _ = low_rank(w, rank, None if seen is None else seen.lost(fmt).to(device), rounding.seed)
         base = torch.addmm(w.float(), up, down, alpha=-1)
@@ -1922,13 +1922,6 @@ def parse_share(text):
     return value
 
 
-ENCODERS = "text-encoder", "clip", "vae"  # the networks that --calib runs besides the model
-
-
-def named_encoders(args):
-    return {flag: getattr(args, flag.replace("-", "_")) for flag in ENCODERS}
-
-
 def refuse(message):
     raise ValueError(message)
 
@@ -2004,7 +1997,7 @@ def add_rounding_flags(group):
         "each layer for what it is fed. The prompt is read from a .txt file beside the picture, if there is one")
     add("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in sample.py (default: "
         "models/ beside this script, or the demo's)")
-    for flag in ENCODERS:
+    for flag in ("text-encoder", "clip", "vae"):
         add(f"--{flag}", type=Path, metavar="FILE", help="network for --calib (default: found in --models)")
     add("--calib-samples", type=whole_number(1), default=8192, metavar="N",
         help="with --calib, the maximum number of tokens to record for each layer (%(default)s)")
@@ -2055,9 +2048,9 @@ def check_flags(args):
     if args.size and args.plan in ("score", "recipe"):
         raise ValueError(f"--size: --plan {args.plan} has a fixed size; leave one of the two out, or give "
                          f"--plan measured")
-    others = args.models, *named_encoders(args).values()
     if not args.calib and (args.plan == "measured" or args.static_input_scale or args.pre_quant_scale
-                           or args.w4a16 is not None or args.two_pass is not None or any(others)):
+                           or args.w4a16 is not None or args.two_pass is not None
+                           or args.models or args.text_encoder or args.clip or args.vae):
         raise ValueError("--plan measured, --static-input-scale, --pre-quant-scale, --w4a16, --two-pass, "
                          "--models and networks: require --calib IMAGE...")
     if args.static_input_scale and args.pre_quant_scale:
@@ -2192,11 +2185,13 @@ def run_convert(args, source, made, ranks):
     begin, (out, lora_file) = time.monotonic(), output_files(args)
     for text in args.merge_lora or ():
         print(source.merge(*wan_fp4.parse_lora(text)))
-    encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
-    reads = calibration_files(args.calib, encoders) if args.calib else []
-    check_files([*source.reads, *reads], out, lora_file, args.plot)
+    reads, calibration = source.reads, None
+    if args.calib:
+        named = {"text-encoder": args.text_encoder, "clip": args.clip, "vae": args.vae}
+        encoders = find_encoders(source, named, args.models)
+        reads = [*reads, *calibration_files(args.calib, encoders)]
+    check_files(reads, out, lora_file, args.plot)
 
-    calibration = None
     if args.calib:
         calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device, ranks)
         if kept := calibration.sensitive_attention():
