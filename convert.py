@@ -425,7 +425,7 @@ def output_errors(w, x):
     return errors
 
 
-def measure_errors(source, names, calibration=None, ranks=wan_fp4.Ranks()):
+def measure_errors(source, names, calibration, ranks):
     """{name: {format: error}}. Without calibration, the relative squared error of the weight. With it, the
     squared error that the layer's rounding causes in the latents: measured for NVFP4 (gradient_scores), and for
     other formats scaled by the error of the layer's outputs, divided by that of NVFP4."""
@@ -1769,12 +1769,12 @@ def gib(size):
     return f"{size / 2 ** 30:.2f} GiB" if size >= 2 ** 28 else f"{size / 2 ** 20:.2f} MiB"
 
 
-def grid(formats):
-    """The plan of the blocks as {type of layer: {block: format}}."""
+def grid(values):
+    """{name: value} of the blocks' weights, such as a plan -> {type of layer: {block: value}}."""
     rows = {}
-    for name, fmt in formats.items():
+    for name, value in values.items():
         if match := BLOCK_WEIGHT.fullmatch(name):
-            rows.setdefault(match[2], {})[int(match[1])] = fmt
+            rows.setdefault(match[2], {})[int(match[1])] = value
     return dict(sorted(rows.items()))
 
 
@@ -1829,16 +1829,14 @@ def plan_svg(formats):
 
 def reason_report(reasons):
     """Lines: the weights whose format is not that of their own score, by type of layer and reason."""
-    rows = {}
-    for name, reason in reasons.items():
-        match = BLOCK_WEIGHT.fullmatch(name)
-        rows.setdefault((match[2], reason), []).append(int(match[1]))
-    if rows:
+    if reasons:
         yield ("weights that get another format than their own score gives (kurtosis: 8 or more is kept; group: "
                "the mean score of the first, middle or last blocks decides; spread: the groups score alike, so "
                "they get one format lower):")
-    for (kind, reason), blocks in sorted(rows.items()):
-        yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
+    for kind, row in grid(reasons).items():
+        for reason in sorted(set(row.values())):
+            blocks = ", ".join(str(block) for block in sorted(row) if row[block] == reason)
+            yield f"{kind:17} {reason}: blocks {blocks}"
 
 
 def error_report(errors):
