@@ -431,10 +431,10 @@ def measure_errors(source, names, calibration, ranks):
     other formats scaled by the error of the layer's outputs, divided by that of NVFP4."""
     if not calibration:
         errors = in_order(lambda name: weight_errors(source.tensor(name)), share(names, source, ranks))
-        return merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+        return joined(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
     errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(seen[name].rows)[:512]))
               for seen in calibration.stages() for name in share(seen, source, ranks))
-    errors = merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+    errors = joined(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
     scores = calibration.gradient_scores()
     return {name: {fmt: scores.get(name, 0.0) * error / max(own["nvfp4"], 1e-30) for fmt, error in own.items()}
             for name, own in errors.items()}
@@ -505,7 +505,7 @@ def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
             shares = [0.0, *low_rank(w, 4 * rank, seen[name].lost(fmt), seed)[2].tolist()]
             steps = {r for i in range(17) if (r := round(rank * i / 4)) < len(shares)}
             left[name] = {r: errors[name][fmt] * (1 - shares[r]) for r in steps}
-    left = merged(left.items(), targets, calibration.ranks)
+    left = joined(left.items(), targets, calibration.ranks)
     sizes = {name: {r: r * sum(source.shapes[name]) for r in steps} for name, steps in left.items()}
     budget = rank * sum(sum(source.shapes[name]) for name in targets)
     return {name: r for name, r in plan_by_error(left, sizes, budget).items() if r}
@@ -552,7 +552,7 @@ def scored_plan(source, ranks):
     names = list(plan(source.shapes))
     measures = in_order(lambda name: sensitivity(source.tensor(name)), share(names, source, ranks))
     measures = tqdm(measures, total=len(names) // ranks.size, desc="analyzing", disable=None)
-    measures = merged(measures, names, ranks)
+    measures = joined(measures, names, ranks)
     scores = score(measures)
     formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
     return formats, scores, list(reason_report(reasons))
@@ -586,7 +586,7 @@ def choose_plan(args, source, calibration, errors, made, ranks):
         formats = mark(formats, choose_exact(errors, calibration.flops, args.two_pass, others), "_two_pass")
 
     if calibration and errors:
-        notes = [*notes, *error_report(errors)]
+        notes += error_report(errors)
     if kept := [name for name in named if formats.get(name, "bf16") == "bf16"]:
         notes.append(f"--fpmm-layers: {len(kept)} of the {len(named)} layers are kept, so they are not marked")
     return formats, notes
@@ -1551,7 +1551,7 @@ def share(names, source, ranks):
     return [name for name in names if name in mine]
 
 
-def merged(results, names, ranks):
+def joined(results, names, ranks):
     """The (name, result) pairs of all ranks, as a dict in the order of names."""
     parts = ranks.gather(dict(results))
     return {name: part[name] for name in names for part in parts if name in part}
@@ -1581,11 +1581,12 @@ def round_tensor(source, name, fmt, rounding, seen, device):
     if rank and rounding.lora_mode == "absorb":
         up, down, _ = low_rank(w, rank, None if seen is None else seen.lost(fmt).to(device), rounding.seed)
         base = torch.addmm(w.float(), up, down, alpha=-1)
-    fed = None if rounding.method == "rtn" else hessian
+    metric = None if rounding.method == "rtn" else hessian
     if rounding.pre_quant and fmt == "nvfp4":
         scale = pre_quant_scale(base, seen)
-        base, fed = base.float() / scale, None if fed is None else fed * scale * scale[:, None]
-    stored = quantize_weight(base, unmarked(fmt), fed, rounding.method, rounding.num_iter)
+        base = base.float() / scale
+        metric = None if metric is None else metric * scale * scale[:, None]
+    stored = quantize_weight(base, unmarked(fmt), metric, rounding.method, rounding.num_iter)
     stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, w.dtype))  # base may be float32
     approximation = dequantize_weight(stored, w.shape)
     if scale is not None:
