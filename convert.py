@@ -9,9 +9,9 @@ The sections follow the steps of a conversion, in reading order:
   Source        the checkpoint: names, shapes and dtypes of all tensors; reads one tensor at a time, and merges
                 LoRAs into it on request
   Plan          a format for each weight: NVFP4 (4.5 bits per weight), MXFP8 (8.25), or "bf16", which means
-                kept in the source's dtype. By regular expressions, by a score of each weight, or by the error
-                that each format causes, within a file size. Also the layers whose inputs are not quantized
-                (W4A16), or are quantized in two passes
+                kept in the source's dtype; chosen by regular expressions, by a score of each weight, or by the
+                error that each format causes, within a file size. Also the layers whose inputs are not
+                quantized (W4A16), or are quantized in two passes
   Round         one weight to the stored tensors of its format: to nearest, with searched block scales, or
                 with the second moment of the layer's inputs, which minimizes the error of the outputs
   LoRA          low-rank factors of the rounding error, and of a part of the weight on request, for a second file
@@ -33,9 +33,9 @@ also keeps the source's own entries (head_dim and so on) and records the command
 Under torchrun, the processes on one machine (wan_fp4.Ranks) share the weights and the pictures of --calib, and
 write into the same file.
 
-For callers: main(argv); convert, repack and concat_loras for a file; quantize_weight, dequantize_weight and snr
-for a single weight; plan, layout and marker for the contents of a file without its data. To vendor this file,
-copy quant.py and wan_fp4.py with it; sample.py is needed only by --calib.
+For callers: main(argv); make_outputs with convert, repack and concat_loras for a file; quantize_weight,
+dequantize_weight and snr for a single weight; plan, layout and marker for the contents of a file without its
+data. To vendor this file, copy quant.py and wan_fp4.py with it; sample.py is needed only by --calib.
 """
 import os
 import signal
@@ -134,7 +134,7 @@ class Source:
             raise ValueError(f"{path}: got blocks {', '.join(sorted(blocks))[:200]}, expected also "
                              f"{min(missing)}; give all shards of the model")
         self.nbytes = sum(math.prod(s) * self.dtypes[name].itemsize for name, s in self.shapes.items())
-        self.reads = model_files(self.path)
+        self.reads = model_files(self.path)  # every file that the run reads; merge and calibrate add theirs
         self.terms = {}  # {tensor's name: what LoRAs add to it, as wan_fp4.lora_terms gives it}
 
     def add(self, file, stored, dtype, shape):
@@ -236,9 +236,10 @@ def layer_type(name):
 
 
 def matching(pattern, names, flag):
-    """The names in which a regular expression is found. Raises ValueError if it is invalid or finds none."""
+    """The names in which a regular expression is found, in their order. Raises ValueError if it is invalid or
+    finds none."""
     try:
-        found = {name for name in names if re.search(pattern, name)}
+        found = [name for name in names if re.search(pattern, name)]
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{flag} {pattern!r}: not a regular expression ({error})") from None
     if not found:
@@ -295,14 +296,8 @@ def flags(formats):
     mxfp8 = [name for name, fmt in formats.items() if unmarked(fmt) == "mxfp8"]
     kept = [name for name, fmt in formats.items() if fmt == "bf16"]
     marked = [name for name, fmt in formats.items() if fmt.endswith("_fpmm")]
-    text = "--nvfp4"
-    if mxfp8:
-        text += f' --custom-type mxfp8 --custom-layers "{regex(mxfp8)}"'
-    if kept:
-        text += f' --exclude-layers "{regex(kept)}"'
-    if marked:
-        text += f' --fpmm-layers "{regex(marked)}"'
-    return text
+    layers = {"--custom-type mxfp8 --custom-layers": mxfp8, "--exclude-layers": kept, "--fpmm-layers": marked}
+    return "--nvfp4" + "".join(f' {flag} "{regex(names)}"' for flag, names in layers.items() if names)
 
 
 # By score: statistics of the weight alone
@@ -384,8 +379,8 @@ def plan_by_score(scores, kurtosis):
             return "bf16"
         return "mxfp8" if value >= max(mxfp8, LOWEST_MXFP8_SCORE) else "nvfp4"
 
-    def verdict(value, kurtosis):
-        return "bf16" if kurtosis >= KURTOSIS_KEPT else by_score(value)
+    def verdict(value, peak):
+        return "bf16" if peak >= KURTOSIS_KEPT else by_score(value)
 
     formats, reasons = {}, {}
     for kind, groups in block_groups(scores).items():
@@ -430,16 +425,16 @@ def output_errors(w, x):
     return errors
 
 
-def measure_errors(source, names, calibration=None, ranks=wan_fp4.Ranks()):
+def measure_errors(source, names, calibration, ranks):
     """{name: {format: error}}. Without calibration, the relative squared error of the weight. With it, the
     squared error that the layer's rounding causes in the latents: measured for NVFP4 (gradient_scores), and for
     other formats scaled by the error of the layer's outputs, divided by that of NVFP4."""
     if not calibration:
         errors = in_order(lambda name: weight_errors(source.tensor(name)), share(names, source, ranks))
-        return merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+        return joined(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
     errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(seen[name].rows)[:512]))
               for seen in calibration.stages() for name in share(seen, source, ranks))
-    errors = merged(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+    errors = joined(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
     scores = calibration.gradient_scores()
     return {name: {fmt: scores.get(name, 0.0) * error / max(own["nvfp4"], 1e-30) for fmt, error in own.items()}
             for name, own in errors.items()}
@@ -482,8 +477,8 @@ FEW_TOKENS = re.compile(r"blocks\.[0-9]+\.cross_attn\.[kv](_img)?\.weight|" + OP
 
 
 def choose_exact(errors, flops, share, formats):
-    """The weights whose inputs should not be quantized, or in two passes, which is almost as accurate: all that
-    see only the prompt or the picture, because these have few tokens; of the others, those that save most error
+    """The weights whose inputs should stay unquantized or, which is almost as accurate, be quantized in two
+    passes: all that see only the prompt or the picture, which have few tokens, then those that save most error
     per FLOP, up to `share` of all FLOPs.
 
     errors: {name: {format: error}}, flops: {name: FLOPs}, formats: the plan so far, with no weight marked
@@ -499,20 +494,19 @@ def choose_exact(errors, flops, share, formats):
 
 
 def lora_ranks(source, calibration, errors, formats, targets, rank, seed=0):
-    """{name: rank} of the absorbing LoRA of `targets`: the ranks of least total error in as many bytes as `rank`
-    for every layer, at most 4 * rank each. A LoRA is assumed to remove from its layer's error the share of the
+    """{name: rank} of the absorbing LoRA of `targets`: the ranks of least total error, at most 4 * rank each, in
+    as many bytes as if all layers had `rank`. A LoRA is assumed to remove from its layer's error the share of the
     weight's energy that it holds, in the metric of Inputs.lost."""
-    sizes, left = {}, {}  # {name: {rank: bytes, and the error that is left}}
+    left = {}  # {name: {rank: the error that is left}}
     for seen in calibration.stages():
-        for name in share(sorted(targets & seen.keys()), source, calibration.ranks):
+        for name in share(sorted(seen.keys() & targets), source, calibration.ranks):
             fmt = formats[name].replace("_two_pass", "_fpmm")  # two passes are nearly exact
-            (m, k), error = source.shapes[name], errors[name][fmt]
             w = source.tensor(name).to(calibration.device)
             shares = [0.0, *low_rank(w, 4 * rank, seen[name].lost(fmt), seed)[2].tolist()]
             steps = {r for i in range(17) if (r := round(rank * i / 4)) < len(shares)}
-            left[name] = {r: error * (1 - shares[r]) for r in steps}
-            sizes[name] = {r: r * (m + k) for r in steps}
-    sizes, left = (merged(x.items(), targets, calibration.ranks) for x in (sizes, left))
+            left[name] = {r: errors[name][fmt] * (1 - shares[r]) for r in steps}
+    left = joined(left.items(), targets, calibration.ranks)
+    sizes = {name: {r: r * sum(source.shapes[name]) for r in steps} for name, steps in left.items()}
     budget = rank * sum(sum(source.shapes[name]) for name in targets)
     return {name: r for name, r in plan_by_error(left, sizes, budget).items() if r}
 
@@ -547,6 +541,7 @@ def plan_measured(source, errors, scores, by_score, limit, size):
     def summary(plan):
         total = sum(error[plan.get(name, "bf16")] for name, error in errors.items())
         return f"{total:.4g} in {gib(size(plan))}"
+
     correlation = rank_correlation(scores.values(), [errors[name]["nvfp4"] for name in scores])
     return formats, [f"rank correlation of the score with NVFP4's error: {correlation:.2f}",
                      f"sum of the errors: {summary(formats)}; by the score's plan: {summary(by_score)}"]
@@ -557,7 +552,7 @@ def scored_plan(source, ranks):
     names = list(plan(source.shapes))
     measures = in_order(lambda name: sensitivity(source.tensor(name)), share(names, source, ranks))
     measures = tqdm(measures, total=len(names) // ranks.size, desc="analyzing", disable=None)
-    measures = merged(measures, names, ranks)
+    measures = joined(measures, names, ranks)
     scores = score(measures)
     formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
     return formats, scores, list(reason_report(reasons))
@@ -591,7 +586,7 @@ def choose_plan(args, source, calibration, errors, made, ranks):
         formats = mark(formats, choose_exact(errors, calibration.flops, args.two_pass, others), "_two_pass")
 
     if calibration and errors:
-        notes = [*notes, *error_report(errors)]
+        notes += error_report(errors)
     if kept := [name for name in named if formats.get(name, "bf16") == "bf16"]:
         notes.append(f"--fpmm-layers: {len(kept)} of the {len(named)} layers are kept, so they are not marked")
     return formats, notes
@@ -786,8 +781,11 @@ def marker(fmt, shape, dtype):
     stored = unmarked(fmt)
     info = {"format": stored, "group_size": quant.BLOCK[stored], "orig_dtype": str(dtype),
             "orig_shape": list(shape)}
-    how = fmt.removeprefix(stored)
-    return info | {"_fpmm": {"full_precision_matrix_mult": True}, "_two_pass": {"two_pass": True}, "": {}}[how]
+    if fmt.endswith("_fpmm"):
+        info["full_precision_matrix_mult"] = True
+    if fmt.endswith("_two_pass"):
+        info["two_pass"] = True
+    return info
 
 
 def snr(w, approximation, hessian=None) -> float:
@@ -806,7 +804,7 @@ def energy(x, hessian):
 
 
 def as_nvfp4(x, tensor_scale=None):
-    """x (R, K) as activations in NVFP4 are rounded."""
+    """x (R, K) rounded to NVFP4, as activations are."""
     return quant.dequantize_nvfp4(*quant.quantize_nvfp4(x, tensor_scale), shape=tuple(x.shape))
 
 
@@ -1039,7 +1037,7 @@ class Calibration:
                 return self.dit.unpatchify(self.dit.head(tokens, e), x.shape[2:]),
 
             signs = [(torch.randn(x.shape, generator=generator).sign() * t.cpu() / 1000,) for _ in range(draws)]
-            signs = self.backward(last, [tokens], signs)
+            signs = self.backward(last, [tokens], signs, self.dit, "", scores)
             to_context = [(0, 0)] * draws  # the gradients of text and image
             for i in reversed(range(self.num_blocks)):
                 block = self.block(i)
@@ -1060,7 +1058,7 @@ class Calibration:
         scores, self.flops = (sum(self.ranks.gather(counts), Counter()) for counts in (scores, self.flops))
         return {name: score / (draws * forwards) for name, score in scores.items()}
 
-    def backward(self, forward, leaves, gradients, module=None, prefix="", scores=None):
+    def backward(self, forward, leaves, gradients, module, prefix, scores):
         """Backpropagate through forward, which returns a tuple of outputs. gradients: of these outputs, a tuple
         for each draw. Returns those of the leaves in the same way, in CPU memory. For each of the module's
         Linears, adds to scores (v^T J delta)^2 of gradient_scores, summed over the draws, and counts its FLOPs.
@@ -1086,7 +1084,7 @@ class Calibration:
         def add_score(name, errors, g):
             scores[name] += sum((a.float() * b.to(a)).sum().item() for a, b in zip(parts(g), errors)) ** 2
 
-        for name, layer in module.named_modules() if module else ():
+        for name, layer in module.named_modules():
             weight = f"{prefix}{name}.weight"
             if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
                 hooks.append(layer.register_forward_hook(functools.partial(record, weight)))
@@ -1120,16 +1118,12 @@ class Calibration:
             return [moved(forward(*moved(args, self.device)), "cpu") for args in inputs]
 
         self.module, self.prefix, self.replaced = module, prefix, False
-        with self.observe(module, prefix) as seen:
-            outputs = run()
-        for layer in dict.fromkeys(seen.values()):  # each once: q, k and v have theirs in common
-            layer.merge(self.ranks)
+        seen, outputs = self.observe(module, prefix, run)
         yield seen
         return run() if self.replaced else outputs
 
-    @contextmanager
-    def observe(self, module, prefix):
-        """Gives {weight name: Inputs}, filled by every forward of the module's Linears."""
+    def observe(self, module, prefix, run):
+        """{weight name: Inputs} of what run() feeds the module's Linears, and what it returns."""
         seen, hooks, last = {}, [], (None, None)
         forwards = sum(self.ranks.gather(len(self.inputs)))
 
@@ -1148,9 +1142,12 @@ class Calibration:
             weight = f"{prefix}{name}.weight"
             if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
                 hooks.append(layer.register_forward_pre_hook(functools.partial(record, weight)))
-        yield seen
+        outputs = run()
         for hook in hooks:
             hook.remove()
+        for inputs in dict.fromkeys(seen.values()):  # each once: q, k and v have theirs in common
+            inputs.merge(self.ranks)
+        return seen, outputs
 
     def replace(self, name, stored, factors=()):
         """Give a weight of this stage other stored tensors, and optionally a LoRA's up and down beside it."""
@@ -1216,7 +1213,7 @@ def calibrate(source, pictures, encoders=None, samples=8192, seed=0, device="cpu
     levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
 
     calibration = Calibration(source, samples, settings.steps, device, ranks)
-    calibration.reads = calibration_files(pictures, files)
+    source.reads += calibration_files(pictures, files)
     conditions = ranks.once(lambda: sample.encode_conditions(images, prompts, files, settings))
     cfg, conditions = calibration.dit.cfg, conditions[ranks.rank::ranks.size]
     widths = conditions[0].text.shape[2], conditions[0].image.shape[2]
@@ -1362,7 +1359,7 @@ class Output:
         self.file.truncate(self.size)
 
     def put(self, data, offset):
-        """Write all of data, of which the system may take less at a time."""
+        """Write all of data; a single call may write only a part."""
         self.file.seek(offset)
         data = memoryview(data)
         while data:
@@ -1398,20 +1395,20 @@ class Journal:
     """What a run has finished: a line per weight, beside the unfinished files. Write within running().
 
     The first line identifies the run: the files that it reads, plan and command must be the same to resume. The
-    other lines are JSON after its checksum: a weight, its quality and the checksums of its tensors. So anything
-    that a crash kept from the disk, or that damaged the journal itself, is done again.
+    other lines are JSON after its checksum: a weight, its quality and the checksums of its tensors. So a weight
+    is done again if a crash kept it from the disk, or damaged its line.
     """
 
     def __init__(self, outputs, reads):
         self.outputs, self.path, self.file, self.done = outputs, journal_file(outputs[0].path), None, {}
-        stats = [file.stat() if file.is_file() else None for file in map(Path, reads)]
+        stats = [file.stat() if file.is_file() else None for file in reads]
         state = repr([stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()
         self.identity = hashlib.sha256(b"".join(output.start for output in outputs) + state).hexdigest().encode()
 
     @contextmanager
     def running(self, resume=False, ranks=wan_fp4.Ranks()):
-        """A context for writing; when it ends, the files get their final names. After a failure the unfinished
-        files stay, for `resume`, unless the source is damaged and no run could succeed."""
+        """A context for writing; when it ends, the files get their final names. What a failure leaves is as in
+        convert."""
         try:
             ranks.once(lambda: self.open(resume))
             if ranks.rank > 0:
@@ -1554,7 +1551,7 @@ def share(names, source, ranks):
     return [name for name in names if name in mine]
 
 
-def merged(results, names, ranks):
+def joined(results, names, ranks):
     """The (name, result) pairs of all ranks, as a dict in the order of names."""
     parts = ranks.gather(dict(results))
     return {name: part[name] for name in names for part in parts if name in part}
@@ -1580,15 +1577,16 @@ def round_tensor(source, name, fmt, rounding, seen, device):
         return {}, {name: tensor}, {}
     w, lora, rank = tensor.to(device), {}, rounding.targets.get(name, 0)
     hessian = None if seen is None else seen.hessian().to(device)
-    base, scale = w, None  # of pre_quant_scale
+    base, scale = w, None  # the matrix to round, and its pre_quant_scale
     if rank and rounding.lora_mode == "absorb":
         up, down, _ = low_rank(w, rank, None if seen is None else seen.lost(fmt).to(device), rounding.seed)
         base = torch.addmm(w.float(), up, down, alpha=-1)
-    fed = None if rounding.method == "rtn" else hessian
+    metric = None if rounding.method == "rtn" else hessian
     if rounding.pre_quant and fmt == "nvfp4":
         scale = pre_quant_scale(base, seen)
-        base, fed = base.float() / scale, None if fed is None else fed * scale * scale[:, None]
-    stored = quantize_weight(base, unmarked(fmt), fed, rounding.method, rounding.num_iter)
+        base = base.float() / scale
+        metric = None if metric is None else metric * scale * scale[:, None]
+    stored = quantize_weight(base, unmarked(fmt), metric, rounding.method, rounding.num_iter)
     stored["comfy_quant"] = quant.write_marker(marker(fmt, w.shape, w.dtype))  # base may be float32
     approximation = dequantize_weight(stored, w.shape)
     if scale is not None:
@@ -1607,8 +1605,9 @@ def round_tensor(source, name, fmt, rounding, seen, device):
     return quality, {f"{layer}.{suffix}": part for suffix, part in stored.items()}, lora
 
 
-def make_outputs(source, formats, out, rounding, made, lora_file):
-    """The files of a conversion: the converted model, and its LoRA if lora_file is given."""
+def make_outputs(source, formats, rounding, out, lora_file, made):
+    """The files that convert writes: the converted model `out`, and the LoRA of rounding.targets if lora_file is
+    not None. made: header entries on how they were made."""
     about = made | {"base": out.name}
     if lora_file and rounding.lora_mode == "absorb":  # wan_fp4.load_dit checks that the two belong together
         about["lora_id"] = lora_file.name
@@ -1626,14 +1625,14 @@ def names_by_stage(names):
     for name in names:
         match = re.match(r"blocks\.(\d+)\.", name)
         groups.setdefault(int(match[1]) if match else -1, []).append(name)
-    return [groups.get(i, []) for i in range(-1, max(groups) + 1)]
+    return [groups[i] for i in sorted(groups)]
 
 
-def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None, calibration=None,
-            device="cpu", resume=False, ranks=wan_fp4.Ranks()):
-    """Writes `source` to the file `out` in the planned formats, and the LoRA of rounding.targets to lora_file.
+def convert(source, formats, outputs, rounding=Rounding(), calibration=None, device="cpu", resume=False,
+            ranks=wan_fp4.Ranks()):
+    """Writes `source` in the planned formats.
 
-    made         header entries on how the file was made
+    outputs      as make_outputs gives them for the same plan and rounding
     calibration  a Calibration: rounding then minimizes the error of the layers' outputs
     resume       continue an interrupted run; the files come out the same, byte for byte
     ranks        those that share the weights, on one machine
@@ -1642,8 +1641,7 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
     share of the error's energy that the LoRA holds. The files get their final names only on success. After a
     failure the unfinished files stay, for `resume`, unless the source is damaged and no run could succeed.
     """
-    outputs = make_outputs(source, formats, out, rounding, made or {}, lora_file)
-    journal = Journal(outputs, [*source.reads, *(calibration.reads if calibration else ())])
+    journal = Journal(outputs, source.reads)
     stages = names_by_stage(source.shapes) if calibration else [list(source.shapes)]
     beside = rounding.targets if rounding.lora_mode == "absorb" else ()  # the layers that need their LoRA
     with journal.running(resume, ranks):
@@ -1663,11 +1661,10 @@ def convert(source, formats, out, rounding=Rounding(), made=None, lora_file=None
                 journal.merge(ranks)
                 for name in names:
                     if calibration and journal.done[name]:
-                        suffixes = [*stored_layout(formats[name], source.shapes[name], source.dtypes[name])]
-                        suffixes += ["pre_quant_scale"] * (rounding.pre_quant and formats[name] == "nvfp4")
                         layer, factors = name.removesuffix("weight"), lora_names(name)[:2]
                         calibration.replace(
-                            name, {suffix: outputs[0].read(layer + suffix)[0] for suffix in suffixes},
+                            name, {stored.removeprefix(layer): outputs[0].read(stored)[0]
+                                   for stored in outputs[0].tensors if stored.startswith(layer)},
                             [outputs[1].read(factor)[0] for factor in factors if name in beside])
     return {name: quality for name, quality in journal.done.items() if quality}
 
@@ -1773,12 +1770,12 @@ def gib(size):
     return f"{size / 2 ** 30:.2f} GiB" if size >= 2 ** 28 else f"{size / 2 ** 20:.2f} MiB"
 
 
-def grid(formats):
-    """The plan of the blocks as {type of layer: {block: format}}."""
+def grid(values):
+    """{name: value} of the blocks' weights, such as a plan -> {type of layer: {block: value}}."""
     rows = {}
-    for name, fmt in formats.items():
+    for name, value in values.items():
         if match := BLOCK_WEIGHT.fullmatch(name):
-            rows.setdefault(match[2], {})[int(match[1])] = fmt
+            rows.setdefault(match[2], {})[int(match[1])] = value
     return dict(sorted(rows.items()))
 
 
@@ -1833,31 +1830,30 @@ def plan_svg(formats):
 
 def reason_report(reasons):
     """Lines: the weights whose format is not that of their own score, by type of layer and reason."""
-    rows = {}
-    for name, reason in reasons.items():
-        match = BLOCK_WEIGHT.fullmatch(name)
-        rows.setdefault((match[2], reason), []).append(int(match[1]))
-    if rows:
+    if reasons:
         yield ("weights that get another format than their own score gives (kurtosis: 8 or more is kept; group: "
                "the mean score of the first, middle or last blocks decides; spread: the groups score alike, so "
                "they get one format lower):")
-    for (kind, reason), blocks in sorted(rows.items()):
-        yield f"{kind:17} {reason}: blocks {', '.join(map(str, sorted(blocks)))}"
+    for kind, row in grid(reasons).items():
+        for reason in sorted(set(row.values())):
+            blocks = ", ".join(str(block) for block in sorted(row) if row[block] == reason)
+            yield f"{kind:17} {reason}: blocks {blocks}"
 
 
-def error_report(errors, count=10):
-    """Lines: the layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
+def error_report(errors):
+    """Lines: the ten layers whose rounding to NVFP4 changes the latents most, whatever the plan gives them."""
     total = max(sum(error["nvfp4"] for error in errors.values()), 1e-30)
-    first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:count]
+    first = sorted(errors, key=lambda name: -errors[name]["nvfp4"])[:10]
     yield "share of the video's error if all were W4A4, by layer: " + ", ".join(
         f"{name.removesuffix('.weight')} {errors[name]['nvfp4'] / total:.0%}" for name in first)
 
 
-def attention_report(losses, kept):
+def attention_report(calibration):
     """Lines: what self-attention loses in E4M3, on average over the blocks, and the blocks that are kept."""
-    e4m3, nvfp4 = (-10 * losses.mean(0).log10()).tolist()
+    e4m3, nvfp4 = (-10 * calibration.attention_losses.mean(0).log10()).tolist()
+    kept = ", ".join(map(str, calibration.sensitive_attention())) or "none"
     yield (f"self-attention in E4M3: {e4m3:.1f} dB, rounding its output to NVFP4: {nvfp4:.1f} dB; blocks that "
-           f"--attention fp8 keeps in bf16: {', '.join(map(str, kept)) or 'none'}")
+           f"--attention fp8 keeps in bf16: {kept}")
 
 
 def lora_report(shapes, targets):
@@ -1923,13 +1919,6 @@ def parse_share(text):
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text[:50]!r}: expected a number from 0 to 1, such as 0.1")
     return value
-
-
-ENCODERS = "text-encoder", "clip", "vae"  # the networks that --calib runs besides the model
-
-
-def named_encoders(args):
-    return {flag: getattr(args, flag.replace("-", "_")) for flag in ENCODERS}
 
 
 def refuse(message):
@@ -2007,7 +1996,7 @@ def add_rounding_flags(group):
         "each layer for what it is fed. The prompt is read from a .txt file beside the picture, if there is one")
     add("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in sample.py (default: "
         "models/ beside this script, or the demo's)")
-    for flag in ENCODERS:
+    for flag in ("text-encoder", "clip", "vae"):
         add(f"--{flag}", type=Path, metavar="FILE", help="network for --calib (default: found in --models)")
     add("--calib-samples", type=whole_number(1), default=8192, metavar="N",
         help="with --calib, the maximum number of tokens to record for each layer (%(default)s)")
@@ -2058,9 +2047,9 @@ def check_flags(args):
     if args.size and args.plan in ("score", "recipe"):
         raise ValueError(f"--size: --plan {args.plan} has a fixed size; leave one of the two out, or give "
                          f"--plan measured")
-    others = args.models, *named_encoders(args).values()
     if not args.calib and (args.plan == "measured" or args.static_input_scale or args.pre_quant_scale
-                           or args.w4a16 is not None or args.two_pass is not None or any(others)):
+                           or args.w4a16 is not None or args.two_pass is not None
+                           or args.models or args.text_encoder or args.clip or args.vae):
         raise ValueError("--plan measured, --static-input-scale, --pre-quant-scale, --w4a16, --two-pass, "
                          "--models and networks: require --calib IMAGE...")
     if args.static_input_scale and args.pre_quant_scale:
@@ -2085,7 +2074,7 @@ def output_files(args):
     return out, lora
 
 
-def check_files(out, lora, plot, reads):
+def check_files(reads, out, lora=None, plot=None):
     """The one place that compares every file that a run creates with each other and with those that it reads.
     Raises ValueError if one would overwrite another, is no regular file, or is in no writable folder."""
     taken = list(reads)
@@ -2173,7 +2162,7 @@ def run_concat(args, made, ranks):
     if args.output is None:
         raise ValueError("--concat-loras: got no output file, expected one; name it with -o")
     loras = [wan_fp4.parse_lora(text) for text in args.concat_loras]
-    check_files(args.output, None, None, [file for path, _ in loras for file in model_files(path)])
+    check_files([file for path, _ in loras for file in model_files(path)], args.output)
     if ranks.rank == 0:
         print(concat_loras(loras, args.output, made))
         print(f"{gib(args.output.stat().st_size)}: {args.output}")
@@ -2182,7 +2171,7 @@ def run_concat(args, made, ranks):
 def run_repack(args, source, made, ranks):
     check_only(args, ("input", "output", "resume"), f"{args.input} is NVFP4 already, so it is only repacked")
     out, _ = output_files(args)
-    check_files(out, None, None, source.reads)
+    check_files(source.reads, out)
     if ranks.rank > 0:
         return  # there is nothing to share
     begin = time.monotonic()
@@ -2195,22 +2184,23 @@ def run_convert(args, source, made, ranks):
     begin, (out, lora_file) = time.monotonic(), output_files(args)
     for text in args.merge_lora or ():
         print(source.merge(*wan_fp4.parse_lora(text)))
-    encoders = find_encoders(source, named_encoders(args), args.models) if args.calib else {}
-    reads = calibration_files(args.calib, encoders) if args.calib else []
-    check_files(out, lora_file, args.plot, [*source.reads, *reads])
+    reads, calibration = source.reads, None
+    if args.calib:
+        named = {"text-encoder": args.text_encoder, "clip": args.clip, "vae": args.vae}
+        encoders = find_encoders(source, named, args.models)
+        reads = [*reads, *calibration_files(args.calib, encoders)]
+    check_files(reads, out, lora_file, args.plot)
 
-    calibration = None
     if args.calib:
         calibration = calibrate(source, args.calib, encoders, args.calib_samples, args.seed, args.device, ranks)
-        kept = calibration.sensitive_attention()
-        if kept:
+        if kept := calibration.sensitive_attention():
             made["bf16_attention"] = ",".join(map(str, kept))  # for sample.py --attention fp8
     errors = measure_errors(source, quantizable(source.shapes), calibration, ranks) if uses_errors(args) else {}
     needs = {"needs_lora": lora_file.name} if lora_file and args.lora_mode == "absorb" else {}
     formats, notes = choose_plan(args, source, calibration, errors, made | needs, ranks)
     targets = lora_targets(args, source, calibration, errors, formats) if lora_file else {}
     if ranks.rank == 0:
-        notes += attention_report(calibration.attention_losses, kept) if calibration else ()
+        notes += attention_report(calibration) if calibration else ()
         notes += lora_report(source.shapes, targets) if lora_file else ()
         print_plan(args, source, formats, notes, planned_size(args, source, formats, made))
     if args.dry_run:
@@ -2218,8 +2208,8 @@ def run_convert(args, source, made, ranks):
 
     rounding = Rounding("rtn" if args.simple else "search", args.num_iter, targets, args.lora_mode,
                         args.static_input_scale, args.pre_quant_scale, args.seed)
-    quality = convert(source, formats, out, rounding, made, lora_file, calibration, args.device, args.resume,
-                      ranks)
+    outputs = make_outputs(source, formats, rounding, out, lora_file, made)
+    quality = convert(source, formats, outputs, rounding, calibration, args.device, args.resume, ranks)
     print("", *quality_report(quality, formats), sep="\n")
     if lora_file:
         print(f"{gib(lora_file.stat().st_size)}: {lora_file}")
