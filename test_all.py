@@ -3652,6 +3652,14 @@ def test_printed_flags_tell_fpmm_layers_from_others():
     assert convert.mark(plain, marked) == formats
 
 
+def test_a_plan_lists_the_weights_in_the_models_order():
+    """The header's first bytes identify a run, so they must not depend on how Python orders a set of names."""
+    shapes = wan_shapes(dim=64, ffn_dim=96, num_blocks=2)
+    formats = convert.plan(shapes, "nvfp4", "mxfp8", "text_embedding|img_emb")
+    assert [name for name, fmt in formats.items() if fmt == "mxfp8"] == [
+        name for name in shapes if convert.OPTIONAL.fullmatch(name) and len(shapes[name]) == 2]
+
+
 def test_custom_wins_over_exclude_and_may_name_embeddings():
     shapes = wan_shapes(dim=64, ffn_dim=96, num_blocks=2)
     formats = convert.plan(shapes, "mxfp8", "nvfp4", r"ffn|text_embedding\.2|img_emb", r"blocks\.0\.")
