@@ -489,7 +489,7 @@ def write_calibration(folder):
             yield path
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which convert.py could not measure gradients
 def demo_part(args):
     if not args.dit.is_file():
         raise FileNotFoundError(f"{args.dit}: no such file; pass the demo's bf16 model with --dit FILE "

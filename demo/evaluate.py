@@ -149,8 +149,7 @@ def main():
     tokenizer = sample.load_tokenizer(HERE / "umt5.safetensors")
     rows = {"VAE": autoencoder(vae), "first frame repeated": repeated}
     for name, file in (("NVFP4, as shipped", "dit.safetensors"), ("bf16", "dit-bf16.safetensors")):
-        if (HERE / file).exists():
-            rows[name] = pipeline(wan_fp4.load_dit(HERE / file), umt5, clip, vae, tokenizer)
+        rows[name] = pipeline(wan_fp4.load_dit(HERE / file), umt5, clip, vae, tokenizer)
     if args.undistilled:
         before = train.networks(tokenizer).eval()
         before.load_state_dict(train.average_of(WORK / "dit.pt"))
