@@ -5206,6 +5206,18 @@ def test_the_readme_s_python_runs_as_it_says():
     assert 0.07 < relative_error(y, x @ w.T) < 0.09
 
 
+def test_the_readme_s_conversions_of_the_demo_run(tmp_path, monkeypatch, capsys):
+    """All but the one with --calib, which takes long, as dry runs."""
+    readme = (REPOSITORY / "README.md").read_text()
+    commands = re.findall(r"^    python convert.py (-i demo/.+?)   ", readme, re.M)
+    assert len(commands) == 4
+    monkeypatch.chdir(REPOSITORY)
+    for command in commands:
+        if "--calib" not in command:
+            convert.main([*command.split(), "--dry-run", "-o", tmp_path / "out.safetensors"])
+            assert "8.45 MiB -> 3." in capsys.readouterr().out
+
+
 def test_demo_is_under_26_mb():
     sizes = {file.name: file.stat().st_size for file in DEMO.iterdir() if file.is_file()}
     assert {"dit.safetensors", "photo.jpg"} <= set(sizes) and sum(sizes.values()) < 26e6

@@ -384,7 +384,6 @@ def train_vae(args):
     save(HERE / "vae.safetensors", vae.state_dict(), torch.float16)
 
 
-
 @torch.no_grad()
 def normalize(vae, clips):
     """Fold each latent channel's own mean and deviation over the clips into the 1 x 1 x 1 convolutions around
