@@ -429,12 +429,15 @@ def measure_errors(source, names, calibration, ranks):
     """{name: {format: error}}. Without calibration, the relative squared error of the weight. With it, the
     squared error that the layer's rounding causes in the latents: measured for NVFP4 (gradient_scores), and for
     other formats scaled by the error of the layer's outputs, divided by that of NVFP4."""
-    if not calibration:
+    if calibration:
+        errors = ((name, output_errors(source.tensor(name).to(calibration.device),
+                                       torch.cat(seen[name].rows)[:512]))
+                  for seen in calibration.stages() for name in share(seen, source, ranks))
+    else:
         errors = in_order(lambda name: weight_errors(source.tensor(name)), share(names, source, ranks))
-        return joined(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
-    errors = ((name, output_errors(source.tensor(name).to(calibration.device), torch.cat(seen[name].rows)[:512]))
-              for seen in calibration.stages() for name in share(seen, source, ranks))
     errors = joined(tqdm(errors, total=len(names) // ranks.size, desc="measuring", disable=None), names, ranks)
+    if not calibration:
+        return errors
     scores = calibration.gradient_scores()
     return {name: {fmt: scores.get(name, 0.0) * error / max(own["nvfp4"], 1e-30) for fmt, error in own.items()}
             for name, own in errors.items()}
@@ -1063,7 +1066,7 @@ class Calibration:
         for each draw. Returns those of the leaves in the same way, in CPU memory. For each of the module's
         Linears, adds to scores (v^T J delta)^2 of gradient_scores, summed over the draws, and counts its FLOPs.
         """
-        hooks, cramped = [], self.cramped(leaves[0])
+        cramped = self.cramped(leaves[0])
         store = "cpu" if cramped else self.device
 
         def parts(x):  # a few rows at a time: less memory
@@ -1084,10 +1087,8 @@ class Calibration:
         def add_score(name, errors, g):
             scores[name] += sum((a.float() * b.to(a)).sum().item() for a, b in zip(parts(g), errors)) ** 2
 
-        for name, layer in module.named_modules():
-            weight = f"{prefix}{name}.weight"
-            if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
-                hooks.append(layer.register_forward_hook(functools.partial(record, weight)))
+        hooks = [layer.register_forward_hook(functools.partial(record, name))
+                 for name, layer in linears(module, prefix)]
         with torch.enable_grad(), torch.autograd.graph.save_on_cpu() if cramped else nullcontext():
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             results = forward(*leaves)
@@ -1124,7 +1125,7 @@ class Calibration:
 
     def observe(self, module, prefix, run):
         """{weight name: Inputs} of what run() feeds the module's Linears, and what it returns."""
-        seen, hooks, last = {}, [], (None, None)
+        seen, last = {}, (None, None)
         forwards = sum(self.ranks.gather(len(self.inputs)))
 
         def record(name, layer, args):
@@ -1138,10 +1139,8 @@ class Calibration:
             seen[name].add(x.flatten(0, -2))
             last = x, seen[name]
 
-        for name, layer in module.named_modules():
-            weight = f"{prefix}{name}.weight"
-            if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
-                hooks.append(layer.register_forward_pre_hook(functools.partial(record, weight)))
+        hooks = [layer.register_forward_pre_hook(functools.partial(record, name))
+                 for name, layer in linears(module, prefix)]
         outputs = run()
         for hook in hooks:
             hook.remove()
@@ -1162,6 +1161,14 @@ class Calibration:
             new.attach_lora(*(factor.to(self.device) for factor in factors))
         self.module.set_submodule(place, new)
         self.replaced = True
+
+
+def linears(module, prefix):
+    """Yields (weight name, layer) of the Linears that may be quantized: of a block, or of the DiT (prefix "")."""
+    for name, layer in module.named_modules():
+        weight = f"{prefix}{name}.weight"
+        if isinstance(layer, quant.QuantLinear) and (prefix or OPTIONAL.fullmatch(weight)):
+            yield weight, layer
 
 
 def moved(value, device):
@@ -1921,6 +1928,13 @@ def parse_share(text):
     return value
 
 
+ENCODERS = "text-encoder", "clip", "vae"  # the networks that --calib runs besides the model
+
+
+def named_encoders(args):
+    return {flag: getattr(args, flag.replace("-", "_")) for flag in ENCODERS}
+
+
 def refuse(message):
     raise ValueError(message)
 
@@ -1996,7 +2010,7 @@ def add_rounding_flags(group):
         "each layer for what it is fed. The prompt is read from a .txt file beside the picture, if there is one")
     add("--models", type=Path, metavar="DIR", help="the other networks for --calib, as in sample.py (default: "
         "models/ beside this script, or the demo's)")
-    for flag in ("text-encoder", "clip", "vae"):
+    for flag in ENCODERS:
         add(f"--{flag}", type=Path, metavar="FILE", help="network for --calib (default: found in --models)")
     add("--calib-samples", type=whole_number(1), default=8192, metavar="N",
         help="with --calib, the maximum number of tokens to record for each layer (%(default)s)")
@@ -2047,9 +2061,9 @@ def check_flags(args):
     if args.size and args.plan in ("score", "recipe"):
         raise ValueError(f"--size: --plan {args.plan} has a fixed size; leave one of the two out, or give "
                          f"--plan measured")
+    others = args.models, *named_encoders(args).values()
     if not args.calib and (args.plan == "measured" or args.static_input_scale or args.pre_quant_scale
-                           or args.w4a16 is not None or args.two_pass is not None
-                           or args.models or args.text_encoder or args.clip or args.vae):
+                           or args.w4a16 is not None or args.two_pass is not None or any(others)):
         raise ValueError("--plan measured, --static-input-scale, --pre-quant-scale, --w4a16, --two-pass, "
                          "--models and networks: require --calib IMAGE...")
     if args.static_input_scale and args.pre_quant_scale:
@@ -2186,8 +2200,7 @@ def run_convert(args, source, made, ranks):
         print(source.merge(*wan_fp4.parse_lora(text)))
     reads, calibration = source.reads, None
     if args.calib:
-        named = {"text-encoder": args.text_encoder, "clip": args.clip, "vae": args.vae}
-        encoders = find_encoders(source, named, args.models)
+        encoders = find_encoders(source, named_encoders(args), args.models)
         reads = [*reads, *calibration_files(args.calib, encoders)]
     check_files(reads, out, lora_file, args.plot)
 

@@ -375,16 +375,16 @@ def activations_part(args):
 
 TEXT = {"to nearest": dict(method="rtn"), "calibrated": {}, "calibrated, pre-quant scale": dict(pre_quant=True),
         "calibrated, absorb": dict(lora_mode="absorb"),
-        "the same, pre-quant scale": dict(lora_mode="absorb", pre_quant=True), "calibrated, two-pass": {},
-        "weights exact": None}
+        "the same, pre-quant scale": dict(lora_mode="absorb", pre_quant=True),
+        "calibrated, two-pass": dict(activations="two-pass"), "weights exact": dict(exact=True)}
 
 
-def replace_layer(model, name, seen, options, activations):
-    """Give a model one layer in NVFP4, with activations in NVFP4, rounded as convert.py does. options: None for
-    activations alone."""
+def replace_layer(model, name, seen, exact=False, activations=None, **options):
+    """Give a model one layer in NVFP4, with activations in NVFP4, rounded as convert.py does by the Rounding of
+    these options; exact: activations alone."""
     place = name.removesuffix(".weight")
     old = model.get_submodule(place)
-    if options is None:
+    if exact:
         old.register_forward_pre_hook(lambda _, x: convert.as_nvfp4(x[0].flatten(0, -2)).view_as(x[0]))
         return
     targets = {name: 16} if "lora_mode" in options else {}
@@ -413,7 +413,7 @@ def text_part(args):
             for name in names[:args.matrices]:
                 seen = convert.Inputs(8192, 1, 1)
                 seen.add(inputs[name])
-                replace_layer(model, name, seen, options, "two-pass" if "two-pass" in way else None)
+                replace_layer(model, name, seen, **options)
             made = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
             figures[way] += f"{convert.snr(exact, made):12.2f}"
     print(f"{'dB':28}{'MiniLM':>12}{'AntiBERTy':>12}")
