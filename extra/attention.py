@@ -95,8 +95,8 @@ def has_fp8_kernel(device):
 
 
 def use_fp8_attention(dit, path):
-    """Use fp8_attention in the blocks of a WanDiT loaded from `path`, except in those that its header lists, which
-    convert.py --calib found too sensitive. Returns their numbers. Raises ValueError for a bad list."""
+    """Use fp8_attention in the blocks of a WanDiT loaded from `path`, except in those that its header lists:
+    convert.py --calib found them too sensitive. Returns their numbers. Raises ValueError for a bad list."""
     kept = ""
     for file in wan_fp4.shards(path):
         if file.suffix == ".safetensors":
