@@ -747,7 +747,9 @@ def reading(path, kind):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("a folder, pipe or device: only regular files are read")
-        open(path, "rb").close()  # safetensors reports a missing permission as a missing file
+        with open(path, "rb") as file:  # safetensors reports a missing permission as a missing file
+            if file.read(4) == b"GGUF":
+                raise ValueError("a GGUF file, which is not supported: take the safetensors file")
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -756,7 +758,8 @@ def reading(path, kind):
         raise OSError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
     except Exception as error:  # torch interprets the bytes of a pickle, so a damaged one can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path}: not a {kind} ({reason}); download it again, or name another file") from None
+        again = "" if "GGUF" in reason else "; download it again, or name another file"
+        raise ValueError(f"{path}: not a {kind} ({reason}){again}") from None
 
 
 def shards(path):
@@ -811,20 +814,37 @@ def read_pickle(path):
     return tensors
 
 
-def read_tensors(path):
+def read_safetensors(path, device="cpu"):
+    """The tensors of a safetensors file, memory-mapped, and its metadata. On the meta device, only the header and
+    what is small are read: markers and single numbers."""
+    with reading(path, "safetensors file"), safe_open(path, "pt") as file:
+        tensors = {}
+        for name in file.keys():
+            stored = file.get_slice(name)
+            small = name.endswith(".comfy_quant") or math.prod(stored.get_shape()) <= 1
+            if torch.device(device).type != "meta" or small:
+                tensors[name] = file.get_tensor(name)
+            else:
+                tensors[name] = torch.empty(stored.get_shape(), dtype=DTYPES[stored.get_dtype()], device="meta")
+        return tensors, file.metadata() or {}
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}  # as a safetensors header spells them
+
+
+def read_tensors(path, device="cpu"):
     """A checkpoint's tensors by bare name, memory-mapped, and its metadata. path: a .safetensors, .pth or .pkl
     file, an index .json, or a folder of shards. A layer whose format is only in the metadata gets a comfy_quant
-    tensor; LightX2V's NVFP4 layout is turned into ours."""
+    tensor; LightX2V's NVFP4 layout is turned into ours. device "meta": shapes and dtypes only."""
     tensors, metadata, markers = {}, {}, {}
     for file in shards(path):
-        stored, own = read_pickle(file) if file.suffix in PICKLES else {}, {}
-        if file.suffix not in PICKLES:
-            with reading(file, "safetensors file"), safe_open(file, "pt") as opened:
-                stored, own = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+        stored, own = (read_pickle(file), {}) if file.suffix in PICKLES else read_safetensors(file, device)
         for name, tensor in stored.items():
             if tensors.setdefault(bare_name(name), tensor) is not tensor:
-                raise wrong(f"{file}: {name[:200]}", "a second tensor of this name", "one model",
-                            "name the file of a single network")
+                raise wrong(f"{file}: {name[:200]}", "a second tensor of this name", "one model", "name one file")
         metadata |= own
         markers |= header_markers(own, file)
     for layer, info in markers.items():
@@ -861,9 +881,9 @@ def tensor_names(path):
 # Names
 # ----------------------------------------------------------------------------------------------------
 
-# Added by ComfyUI, diffusers (not before CLIP's own transformer.0.), OpenCLIP, DataParallel and PEFT
+# Added by ComfyUI, diffusers (not before CLIP's own transformer.0.), OpenCLIP, DataParallel, PEFT and DiffSynth
 PREFIXES = re.compile(
-    r"^((model\.)?diffusion_model\.|transformer\.(?!\d)|visual\.|module\.|base_model\.model\.)+")
+    r"^(model\.|diffusion_model\.|transformer\.(?!\d)|visual\.|module\.|base_model\.|pipe\.dit\.)+")
 
 # Patterns that turn the names of other libraries into the official ones, applied in order. ComfyUI's text and
 # image encoders use the names of transformers.
@@ -931,6 +951,51 @@ def official_vae_name(name, blocks):
     return official_name(re.sub(r"\.up_blocks\.([0-9]{1,4})\.(\w+)\.([0-9]{1,4})\.", flat, name), DIFFUSERS_VAE)
 
 
+# What a file is if it is not what was asked for: a pattern that one of its tensors' names matches, a pattern that
+# none matches, what the file is, what to do. The first row that fits counts. describe_file adds two signs to the
+# names: the channels that patch_embedding takes, and the dtypes.
+MODELS = "is not supported; use Wan2.1 I2V or Wan2.2 I2V A14B"
+ADAPTERS = "is not supported; merge it into the model elsewhere"
+KINDS = (
+    (r"\.(dora_scale|lora_magnitude_vector)", None, "a DoRA", ADAPTERS),
+    (r"\.lokr_w", None, "a LoKr", ADAPTERS),
+    (r"\.hada_w", None, "a LoHa", ADAPTERS),
+    (r"\.lora_(up|down|A|B)\b|\.diff(_[bm])?$", None, "a LoRA", "is no model; pass it with --lora"),
+    (r"^vace_", None, "Wan VACE", MODELS),
+    (r"^(face_adapter|pose_patch_embedding)\.", None, "Wan Animate", MODELS),
+    (r"\baudio_injector\.", None, "Wan S2V", MODELS),
+    (r"^img_emb\.emb_pos$", None, "Wan2.1 FLF2V", MODELS),
+    (r"^(control_adapter|ref_conv)\.", None, "Wan Fun Control", MODELS),
+    (r"^in_dim 16$", None, "Wan T2V", MODELS),
+    (r"^in_dim 48$", r"^img_emb\.", "Wan2.2 TI2V 5B", MODELS),
+    (r"^in_dim (?!36$)", None, "Wan Fun Control or another variant", MODELS),
+    (r"\.upsamples\.\d+\.upsamples\.", None, "the VAE of Wan2.2 5B", "is not supported; use Wan2.1's"),
+    (r"^blocks\.0\.pos_embedding\.", r"^blocks\.1\.pos_embedding\.", "T5", "is not UMT5; use umt5_xxl"),
+    (r"^torch.int8$", None, "an int8 model", "is not supported; use the bf16 or the fp8 one"),
+    (r"\.weight_scale_2$", r"\.comfy_quant$", "NVFP4 without comfy_quant markers, such as ModelOpt's", "has "
+     "nibbles and scales in another order and is not supported; convert the bf16 model"),
+    (r"^time_projection\.", None, "a WanDiT", "belongs to --dit"),
+    (r"\bpos_embedding\.embedding\.", None, "a UMT5Encoder", "belongs to --text-encoder"),
+    (r"^decoder\.(middle|mid_block)\.", None, "a WanVAE", "belongs to --vae"),
+    (r"^(transformer|vision_model)\.", None, "a CLIPVision", "belongs to --clip"))
+
+
+def describe_file(tensors, wanted=""):
+    """What a file with these tensors is, other than the wanted network, and what to do about it, in words; "" if it
+    is none of KINDS."""
+    signs = [*tensors, *{str(tensor.dtype) for tensor in tensors.values()}]
+    if (patch := tensors.get("patch_embedding.weight")) is not None and patch.dim() == 5:
+        signs.append(f"in_dim {patch.shape[1]}")
+
+    def found(pattern):
+        return pattern is not None and any(re.search(pattern, sign) for sign in signs)
+
+    for has, lacks, name, advice in KINDS:
+        if name != f"a {wanted}" and found(has) and not found(lacks):
+            return f"this is {name}, which {advice}"
+    return ""
+
+
 # ----------------------------------------------------------------------------------------------------
 # Building
 # ----------------------------------------------------------------------------------------------------
@@ -941,17 +1006,19 @@ def build(network, config, tensors, path):
     config(shape) gives the network's config. shape(name, *sizes) is the shape of a tensor (of a quantized weight,
     the shape it stands for), after a check against the sizes that the network fixes, None elsewhere.
     """
-    advice = f"check that the file is a complete {network.__name__} checkpoint of Wan2.1"
+    def advice():
+        name = network.__name__
+        return describe_file(tensors, name) or f"check that the file is a complete {name} checkpoint"
 
     def shape(name, *sizes):
         if name not in tensors:
-            raise wrong(f"{path}: {name}", "nothing", "a tensor", advice)
+            raise wrong(f"{path}: {name}", "nothing", "a tensor", advice())
         got = tuple(tensors[name].shape)
         if tensors[name].dtype == torch.uint8 and got:
             got = *got[:-1], 2 * got[-1]  # two codes in a byte
         if len(got) != len(sizes) or any(n == 0 or size not in (None, n) for n, size in zip(got, sizes)):
             expected = ", ".join("any" if size is None else str(size) for size in sizes)
-            raise wrong(f"{path}: {name}", f"shape {got}", f"({expected}), none of them 0", advice)
+            raise wrong(f"{path}: {name}", f"shape {got}", f"({expected}), none of them 0", advice())
         return got
 
     with torch.device("meta"):
@@ -987,44 +1054,58 @@ def load_weights(model, tensors, path, device, dtype=None, float32=(), stream=Fa
     shapes.
     """
     dtype = dtype or default_dtype(device)
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    linears, state = {}, {}
+    check_tensors(model, tensors, path)
+    linears, state = {}, {}  # {layer: {suffix: tensor}}, {name: tensor}
     for name, tensor in tensors.items():
         layer, _, suffix = name.rpartition(".")
-        module = modules.get(layer)
         stays = layer == "token_embedding" or suffix == "comfy_quant" or (stream and name.startswith("blocks."))
         tensor = tensor if stays else tensor.to(device)
+        module = model.get_submodule(layer)
         if isinstance(module, nn.Linear):
             linears.setdefault(layer, {})[suffix] = tensor
-            continue
-        if name in parameters and tensor.shape != parameters[name].shape:
-            raise wrong(f"{path}: {name}", f"shape {tuple(tensor.shape)}", tuple(parameters[name].shape),
-                        "check that all tensors are of one model size")
-        if name in parameters and not tensor.is_floating_point():
-            raise wrong(f"{path}: {name}", tensor.dtype, "a float dtype", "only Linears may be quantized")
-        half = isinstance(module, CONVOLUTIONS) and not name.startswith(float32)
-        state[name] = tensor if layer == "token_embedding" else tensor.to(dtype if half else torch.float32)
-    for name, module in modules.items():
-        if isinstance(module, nn.Linear):
-            compute = torch.float32 if name.startswith(float32) else dtype
-            layer = QuantLinear.from_tensors(f"{path}: {name}", linears.pop(name, {}), module.in_features,
-                                             module.out_features, bias=module.bias is not None,
-                                             compute_dtype=compute, mode=mode or default_mode(device),
-                                             two_pass=two_pass)
-            model.set_submodule(name, layer)
-            state |= layer.state_dict(prefix=f"{name}.")
-    missing, unexpected = model.requires_grad_(False).load_state_dict(state, strict=False, assign=True)
-    if missing or unexpected:
-        name, *others = sorted(missing or unexpected)
-        more = f" and {len(others)} more" if others else ""
-        got, expected = ("nothing", "tensors") if missing else ("tensors that no layer takes", "none")
-        raise wrong(f"{path}: {repr(name)[1:-1][:200]}{more}", got, expected,
-                    f"check that the file is a complete {type(model).__name__} checkpoint, with no gap in its "
-                    f"layers' numbers")
+        else:
+            half = isinstance(module, CONVOLUTIONS) and not name.startswith(float32)
+            state[name] = tensor if layer == "token_embedding" else tensor.to(dtype if half else torch.float32)
+    for name, stored in linears.items():
+        linear = model.get_submodule(name)
+        layer = QuantLinear.from_tensors(f"{path}: {name}", stored, linear.in_features, linear.out_features,
+                                         bias=linear.bias is not None, two_pass=two_pass,
+                                         compute_dtype=torch.float32 if name.startswith(float32) else dtype,
+                                         mode=mode or default_mode(device))
+        model.set_submodule(name, layer)
+        state |= layer.state_dict(prefix=f"{name}.")
+    model.requires_grad_(False).load_state_dict(state, assign=True)
     model.dtype = dtype
     return model.eval()
 
 
+def check_tensors(model, tensors, path):
+    """Raises ValueError, in one line, unless the tensors are those of the model, by name, shape and kind of
+    dtype. Those of a quantized layer are checked when it is made."""
+    parameters = dict(model.named_parameters())
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wrong = {"missing": [f"{name}, {tuple(parameter.shape)}" for name, parameter in parameters.items()
+                         if name not in tensors],
+             "unexpected": [], "of a wrong shape": [], "not in a float dtype": []}
+    for name, tensor in tensors.items():
+        layer = name.rpartition(".")[0]
+        if name not in parameters:
+            wrong["unexpected"] += [repr(name)[1:-1][:200]] if layer not in linears else []
+        elif layer in linears and (f"{layer}.comfy_quant" in tensors or tensor.dtype in FP8):
+            continue  # quantized
+        elif tensor.shape != parameters[name].shape:
+            wrong["of a wrong shape"].append(f"{name}, {tuple(tensor.shape)} instead of "
+                                             f"{tuple(parameters[name].shape)}")
+        elif not tensor.is_floating_point():
+            wrong["not in a float dtype"].append(f"{name}, {tensor.dtype}")
+    if any(wrong.values()):
+        got = "; ".join(f"{len(names)} {what} (first {names[0]})" for what, names in wrong.items() if names)
+        network = type(model).__name__
+        raise ValueError(f"{path}: tensors that do not fit a {network}: {got}; "
+                         f"{describe_file(tensors, network) or 'check that the file is complete, and for Wan'}")
+
+
+FP8 = torch.float8_e4m3fn, torch.float8_e5m2
 CONVOLUTIONS = nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d
 
 
@@ -1037,6 +1118,7 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
     """The diffusion transformer of a plain or quantized checkpoint, in eval mode.
 
     path    as for read_tensors; official, ComfyUI's and diffusers' names are read
+    device  "meta" reads only the headers: a quick check that the file and the LoRAs fit
     dtype   compute dtype of the Linears: by default quant.default_dtype(device). Weights stay as
             stored and, on a CPU, memory-mapped.
     loras   (file, strength) pairs; the model's attribute `loras` says in a line for each what was used
@@ -1047,11 +1129,18 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
     Raises FileNotFoundError; ValueError for missing or unexpected tensors, wrong shapes, unknown formats, and a
     LoRA that does not fit.
     """
-    tensors, metadata = read_tensors(path)
-    tensors = {official_dit_name(name): tensor for name, tensor in tensors.items()}
+    tensors, metadata = read_tensors(path, device)
+    others = [name for name in tensors if name.startswith(OTHER_NETWORKS)]
+    tensors = {official_dit_name(name): tensor for name, tensor in tensors.items() if name not in others}
+    tensors.pop("scaled_fp8", None)  # ComfyUI's mark of FP8 files
     dit = dit_from_tensors(tensors, metadata, path, device, dtype, stream, mode, two_pass)
+    if others and torch.device(device).type != "meta":
+        print(f"{path}: left out {len(others)} tensors of other networks, such as {others[0][:200]}")
     dit.loras = [attach_lora(dit, file, strength) for file, strength in loras]
     return dit
+
+
+OTHER_NETWORKS = "first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner."  # all-in-one
 
 
 def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False, mode=None, two_pass=False):
@@ -1072,7 +1161,7 @@ def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=F
 
 def load_vae(path, device="cpu", dtype: torch.dtype | None = None) -> WanVAE:
     """The video autoencoder, in eval mode. dtype is its compute dtype; arguments and errors as for load_dit."""
-    tensors, _ = read_tensors(path)
+    tensors, _ = read_tensors(path, device)
     blocks = count(tensors, "decoder.up_blocks.0.resnets.")  # per level, under diffusers' names
     tensors = {official_vae_name(name, blocks): tensor for name, tensor in tensors.items()}
 
@@ -1096,7 +1185,7 @@ def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool
     activations exceed float16's range."""
     if dtype is None and default_dtype(device) == torch.float16:
         dtype = torch.float32
-    tensors, _ = read_tensors(path)
+    tensors, _ = read_tensors(path, device)
     tensors = {official_name(name, TRANSFORMERS_UMT5): tensor for name, tensor in tensors.items()
                if name not in ("spiece_model", "scaled_fp8")}  # ComfyUI's tokenizer and its mark of FP8 files
 
@@ -1113,7 +1202,7 @@ def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool
 def load_clip(path, device="cpu", dtype: torch.dtype | None = None) -> CLIPVision:
     """The image tower, in eval mode, without its last block, which Wan does not use. Arguments and errors as
     for load_dit; official, ComfyUI's and transformers' names are read."""
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_tensors(path, device)
     tensors = {official_name(name, TRANSFORMERS_CLIP): tensor for name, tensor in tensors.items()}
     for name in [name for name in tensors if ".self_attn.q_proj." in name]:  # transformers has no to_qkv
         parts = [name.replace(".q_proj.", part) for part in (".q_proj.", ".k_proj.", ".v_proj.")]
@@ -1142,10 +1231,19 @@ def load_clip(path, device="cpu", dtype: torch.dtype | None = None) -> CLIPVisio
 # ----------------------------------------------------------------------------------------------------
 #
 # A LoRA file (https://arxiv.org/abs/2106.09685) holds, for some layers, factors: W + strength * alpha / r *
-# up @ down, with alpha = r if absent. It may also hold whole differences to weights, biases and modulations.
+# up @ down, with alpha = r if absent. It may also hold whole differences to weights, biases and modulations. A
+# tensor's name is that of a layer, in the spelling of one of several programs, that of a part and, from PEFT,
+# that of an adapter.
 
 LORA_PARTS = {"lora_up": "up", "lora_B": "up", "lora_down": "down", "lora_A": "down", "alpha": "alpha",
-              "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}  # name's ending -> part
+              "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+LORA_NAME = re.compile(rf"(?P<layer>.+)\.(?P<part>{'|'.join(LORA_PARTS)})"
+                       r"(\.(?!weight$|bias$)[^.]+)?((?P<bias>\.bias)|\.weight)?")
+# kohya's sd-scripts, musubi-tuner and VideoX-Fun write lora_unet_blocks_0_self_attn_q
+KOHYA = ((r"^lora_unet_+", ""), (r"^blocks_(\d+)[_.]", r"blocks.\1."),
+         (r"\b(self_attn|cross_attn|attn[12]|ffn|(?:time|text)_embedding|time_projection|head)_", r"\1."),
+         (r"\bimg_emb_proj_", "img_emb.proj."), (r"\bto_out_0\b", "to_out.0"), (r"\bnet_0_proj\b", "net.0.proj"),
+         (r"\bnet_2\b", "net.2"))
 
 
 def parse_lora(text):
@@ -1165,28 +1263,53 @@ def lora_terms(path, strength):
     """Yields each term that a LoRA file adds to a parameter: (parameter's name, term's shape, scale, factors).
     The term is scale * up @ down for the factors (up, down), or scale * difference for (difference,). Raises
     ValueError for a file that is not a LoRA, and for factors that do not fit together."""
-    layers = {}  # {official layer name: {part of LORA_PARTS: tensor}}
-    for name, tensor in read_tensors(path)[0].items():
-        layer, _, ending = re.sub(r"(\.default)?\.weight$", "", name).rpartition(".")
-        if ending not in LORA_PARTS:
+    tensors, metadata = read_tensors(path)
+    layers, alphas = {}, stored_alphas(path, metadata)  # {official layer name: {part: tensor}}
+    for name, tensor in tensors.items():
+        match = LORA_NAME.fullmatch(name)
+        if not match:
             raise wrong(f"{path}: {repr(name)[1:-1][:200]}", "a tensor that is no part of a LoRA",
-                        f"a name that ends in one of {', '.join(LORA_PARTS)}", "a whole model is not a LoRA")
-        layers.setdefault(official_dit_name(layer), {})[LORA_PARTS[ending]] = tensor
+                        f"a name that ends in one of {', '.join(LORA_PARTS)}",
+                        describe_file(tensors) or "check how the file was made")
+        layer = official_name(match["layer"], KOHYA if match["layer"].startswith("lora_unet_") else ())
+        parts = layers.setdefault(official_dit_name(layer), {})
+        parts["bias" if match["bias"] else LORA_PARTS[match["part"]]] = tensor
+        if (alpha := alphas(layer)) is not None:
+            parts.setdefault("alpha", torch.tensor(alpha))
     for layer, parts in layers.items():
         up, down, alpha = (parts.get(part) for part in ("up", "down", "alpha"))
         for part in parts.keys() & {"weight", "bias", "modulation"}:
             yield f"{layer}.{part}", tuple(parts[part].shape), strength, (parts[part],)
-        if up is None and down is None and alpha is None:
+        if up is None and down is None:
             continue
-        where, advice = f"{path}: {layer}", "download the LoRA again"
+        where, advice = f"{path}: {layer}", "check how the LoRA was made"
         if up is None or down is None:
-            raise wrong(where, " and ".join(sorted(parts)), "lora_up and lora_down, or lora_B and lora_A", advice)
+            raise wrong(where, "up" if down is None else "down", "lora_up and lora_down, or lora_B and lora_A",
+                        "the LoRA is incomplete: download it again")
         if up.dim() != down.dim() or up.dim() < 2 or up.shape[1] != down.shape[0] or 0 in up.shape + down.shape:
             raise wrong(where, f"up {tuple(up.shape)} and down {tuple(down.shape)}", "(M, r) and (r, K)", advice)
         alpha = torch.tensor(float(len(down))) if alpha is None else alpha.double()
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise wrong(where, f"alpha {alpha.flatten()[:3].tolist()}", "one finite number", advice)
         yield f"{layer}.weight", (len(up), *down.shape[1:]), strength * alpha.item() / len(down), (up, down)
+
+
+def stored_alphas(path, metadata):
+    """A function from a layer's name to its alpha where no tensor holds it. PEFT keeps one alpha for all layers,
+    and patterns for some, in adapter_config.json; diffusers keeps the same in the file's header."""
+    config = Path(path).parent / "adapter_config.json"
+    text = metadata.get("lora_adapter_metadata") or (config.read_text() if config.exists() else "{}")
+    try:
+        stored = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+        patterns = [*(stored.get("alpha_pattern") or {}).items(), (".*", stored.get("lora_alpha"))]
+        alphas = [(re.compile(rf"(.*\.)?({pattern})"), float(alpha)) for pattern, alpha in patterns
+                  if alpha is not None]
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error):
+        raise wrong(f"{path}: lora_adapter_metadata or adapter_config.json", text[:100], "JSON with lora_alpha",
+                    "correct it, or remove it to use alpha = rank") from None
+    if stored.get("use_rslora"):
+        raise ValueError(f"{path}: this is a rank-stabilized LoRA (use_rslora), which {ADAPTERS}")
+    return lambda layer: next((alpha for pattern, alpha in alphas if pattern.fullmatch(layer)), None)
 
 
 def attach_lora(model, path, strength: float = 1.0) -> str:
