@@ -981,7 +981,7 @@ KINDS = (
 
 
 def describe_file(tensors, wanted=""):
-    """What a file with these tensors is, other than the wanted network, and what to do about it, in words; "" if it
+    """What a file with these tensors is, other than the wanted network, and what to do about it; "" if it
     is none of KINDS."""
     signs = [*tensors, *{str(tensor.dtype) for tensor in tensors.values()}]
     if (patch := tensors.get("patch_embedding.weight")) is not None and patch.dim() == 5:
