@@ -616,11 +616,11 @@ MARGIN = 2**29  # bytes left free for the text encoder's forward, CUDA's workspa
 def place_blocks(network, working, device, offload):
     """Move a network's blocks from CPU memory to the device, where a forward needs `working` bytes more. Stream
     them instead if not all of that fits the GPU, or with `offload`."""
-    blocks, device = network.blocks, torch.device(device)
-    needed = MARGIN + working + sum(t.nbytes for t in itertools.chain(blocks.parameters(), blocks.buffers()))
-    if offload or (device.type == "cuda" and needed > free_memory(device)):
-        from extra.stream import StreamedBlocks
-        network.blocks = StreamedBlocks(blocks, device, MARGIN + working)
+    blocks, device, working = network.blocks, torch.device(device), working + MARGIN
+    size = sum(tensor.nbytes for tensor in itertools.chain(blocks.parameters(), blocks.buffers()))
+    if offload or (device.type == "cuda" and size + working > free_memory(device)):
+        from extra.stream import stream_blocks
+        stream_blocks(network, working, device, free_memory(device))
     else:
         blocks.to(device)
 
