@@ -270,7 +270,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 FLOATS = torch.float32, torch.float16, torch.bfloat16  # of weights that can be quantized
-LIGHTX2V = ".weight_global_scale", ".input_global_scale"  # of LightX2V's NVFP4 layout
 
 # The Linears of the blocks hold 98 % of the weights. Of the others, only those in OPTIONAL may be quantized,
 # and only on request: every pixel depends on the time layers and the head, and norms, biases and modulation
@@ -298,7 +297,7 @@ class Source:
         self.shapes, self.dtypes, self.metadata, self.stored = {}, {}, {}, {}
         for file in self.files:
             metadata, tensors = wan_fp4.read_header(file)
-            if any(name.endswith(LIGHTX2V) for name in tensors):
+            if wan_fp4.is_lightx2v(tensors):
                 raise ValueError(f"{file}: already NVFP4, in LightX2V's layout; repack it without rounding: "
                                  f"python -m extra.lightx2v {shlex.quote(str(path))} -o OUT")
             if "_quantization_metadata" in metadata:

@@ -54,12 +54,11 @@ def calibrate(source, pictures, named=None, models=None, samples=8192, seed=0, d
     Raises what sample.py and the loaders raise, and ValueError if the encoders do not fit the model.
     """
     files = find_encoders(source, named or {}, models)
-    own = sample.own_settings(source.path)
-    settings = sample.Settings(**{key: own[key] for key in ("frames", "area") if key in own}, seed=seed,
-                               device=device)
+    own = sample.own_settings(source.files[0])
+    settings = sample.Settings(frames=own["frames"], area=own["area"], seed=seed, device=device)
     images = [sample.read_image(path) for path in pictures]
     captions = [path.with_suffix(".txt") for path in map(Path, pictures)]
-    prompts = [(path.read_text("utf-8") if path.exists() else own.get("prompt", "")).strip() for path in captions]
+    prompts = [(path.read_text("utf-8") if path.exists() else own["prompt"]).strip() for path in captions]
     calibration = Calibration(source, samples, settings.steps, device)
     calibration.files = [file for path in files.values() for file in wan_fp4.shards(path)]
     calibration.files += [*map(Path, pictures), *(path for path in captions if path.exists())]
@@ -82,7 +81,7 @@ def calibrate(source, pictures, named=None, models=None, samples=8192, seed=0, d
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn((1, 16, *conditions[2].shape[2:]), generator=generator).to(device)
             velocity = functools.partial(calibration.velocity, conditions=conditions, progress=progress.update)
-            sample.sample_latents(velocity, noise, levels, settings.sampler, generator, progress=None)
+            sample.sample_latents(velocity, noise, levels, settings.sampler, generator)
     calibration.print_attention()
     return calibration
 
@@ -91,7 +90,7 @@ def find_encoders(source, named, models):
     """{network: file} of the encoders: those named, others from the folder `models`, or else the demo's."""
     named = dict.fromkeys(sample.NETWORKS) | named
     if models or any(named.values()) or (sample.HERE / "models").is_dir():
-        named["dit"] = source.files[0]  # the model that is converted
+        named["dit"] = source.path  # the model that is converted
     files, _ = sample.find_files(named, models)
     return {network: path for network, path in files.items() if network != "dit"}
 

@@ -5,15 +5,14 @@
 
 ComfyUI applies only the last of several bypass nodes, so LoRAs beside a quantized model must be one file.
 """
-import os
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import convert
 import wan_fp4
+from extra.lightx2v import save
 
 DIFFERENCES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}  # parameter -> ending in a LoRA file
 
@@ -22,21 +21,15 @@ def main(argv=None):
     with wan_fp4.one_line_errors("extra/loras.py"):
         parser = wan_fp4.Parser("extra.loras", usage="python -m extra.loras FILE[:STRENGTH]... -o OUT",
                                 description="Join several LoRAs in one file, for use at strength 1.")
-        parser.add_argument("loras", nargs="+", type=wan_fp4.parse_lora, metavar="FILE[:STRENGTH]")
+        parser.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]")
         parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
         args = parser.parse_args(argv)
-        reads = [file for path, _ in args.loras for file in wan_fp4.shards(path)]
-        convert.check_overwritten([args.output], reads)
-        tensors = join_loras(args.loras)
-        part = convert.part_file(args.output)
-        open(part, "xb").close()  # another run may be writing it
-        try:
-            save_file(tensors, part, {"format": "pt"})
-            os.replace(part, args.output)
-        finally:
-            part.unlink(missing_ok=True)
+        loras = [wan_fp4.parse_lora(text) for text in args.loras]
+        convert.check_overwritten([args.output], [file for path, _ in loras for file in wan_fp4.shards(path)])
+        tensors = join_loras(loras)
+        save(args.output, tensors, {})
         layers, size = sum(name.endswith(".alpha") for name in tensors), args.output.stat().st_size
-        print(f"{len(args.loras)} LoRAs in one: {layers} layers, {len(tensors) - 3 * layers} differences\n"
+        print(f"{len(loras)} LoRAs in one: {layers} layers, {len(tensors) - 3 * layers} differences\n"
               f"{convert.gib(size)}: {args.output}")
 
 
