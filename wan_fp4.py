@@ -23,6 +23,7 @@ Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
     N = T * H/2 * W/2 video tokens   L text tokens   I image tokens (257)   D width   d head width   C channels
 """
+import argparse
 import functools
 import itertools
 import json
@@ -34,6 +35,7 @@ import stat
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,7 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quant import QuantLinear, compiled_on_cuda, default_dtype, default_mode, project, read_marker, write_marker
@@ -1792,3 +1794,48 @@ def add_term(module, part, scale, factors, where):
     new = old.float() + scale * difference.to(old.device).float()
     setattr(module, part, nn.Parameter(new.to(old.dtype), requires_grad=False))
     return ""
+
+
+# ----------------------------------------------------------------------------------------------------
+# Programs: what their command lines have in common
+# ----------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the usage too; one_line_errors prints one line
+        raise ValueError(message)
+
+
+@contextmanager
+def one_line_errors(program, interrupted="interrupted"):
+    """The one place where a program turns exceptions into a line on stderr and exit code 2, or 130 for Ctrl-C.
+
+    It maps bad input and what libraries raise for damaged files, full disks and too little memory. Any other
+    exception is a bug and keeps its traceback. An exception's first note says where it happened.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{program}: {interrupted}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, SafetensorError, RuntimeError, IndexError, MemoryError, ImportError) as error:
+        print(f"{program}: error: {explain(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def explain(error):
+    """An exception in one line: where, what, and what to do."""
+    where = f"{error.__notes__[0]}: " if hasattr(error, "__notes__") else ""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, ImportError):
+        imports = traceback.extract_tb(error.__traceback__)[-1].line  # from extra.rife import double_frames
+        missing = re.search(r"extra\.\w+", imports)
+        if missing is None:
+            raise error
+        return f"{missing[0].replace('.', '/')}.py: not found, but this needs it; get the folder extra/ of the project"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
+        return f"{where}out of memory; try --offload, fewer --frames or a smaller --size, or another --device"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or where.removesuffix(': ')}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    if isinstance(error, ValueError | OSError):
+        return f"{where}{error}"
+    return f"{where}{reason}; check that the file is complete and belongs to Wan2.1 I2V"
