@@ -244,8 +244,8 @@ def card_of(device):
     bf16, copy = 2 * n ** 3 / seconds(lambda: a @ a, device), 2 * a.nbytes / seconds(a.clone, device)
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu(device) else math.inf
     return Card(copy, bf16, 4 * bf16, 2 * bf16, bf16, 26e9, memory), (
-        f"its own rates: {bf16 / 1e12:.3g} TFLOP/s in bf16, assuming twice that in MXFP8 and four times in NVFP4; "
-        f"{copy / 1e9:.3g} GB/s")
+        f"its own rates: {copy / 1e9:.3g} GB/s, {bf16 / 1e12:.3g} TFLOP/s in bf16, and if it has them twice that in "
+        f"MXFP8, four times in NVFP4")
 
 
 def work(size, formats, tensor_cores=True):
@@ -286,7 +286,10 @@ def arithmetic(size, card, tensor_cores=True):
     # largest values read (10); casts to E4M3 (9); y is read and written (3). The products take half the time.
     fp8 = blocks * N * D * 30 / card.bandwidth - 2 * blocks * N ** 2 * D / card.attention
     copied = sum(math.prod(weights(size.cfg)[name]) * BYTES[fmt] for name, fmt in formats.items()) / card.pcie
-    choices = {"": 0, ", --attention fp8": fp8, ", --offload": max(0, copied - forward)}
+    plain = (amounts["attention"] / card.attention + amounts[REST] / card.bandwidth
+             + sum(amounts[fmt] for fmt in BYTES) / card.bf16)
+    choices = {"": 0, ", all in bf16": plain - forward, ", --attention fp8": fp8,
+               ", --offload": max(0, copied - forward)}
     if tensor_cores:
         nvfp4 = work(size, {name: fmt for name, fmt in formats.items() if fmt == "nvfp4"})
         product, quantizer, scaling = nvfp4["nvfp4"], nvfp4["quantizing activations"], nvfp4["scale and bias"]
@@ -308,7 +311,7 @@ def calibration(size, amounts, card):
     rounded), each layer's product once more, and four backward passes: the products, attention 2.5 times, and the
     elementwise functions, not compiled, three times. A step reads the weights three times over PCIe. Where the
     memory holds less than twice what a block saves, that goes to CPU memory, and back for each backward pass."""
-    products = sum(amount for row, amount in amounts.items() if row in BYTES) / card.bf16
+    products = sum(amounts[fmt] for fmt in BYTES) / card.bf16
     attention, elementwise = amounts["attention"] / card.attention, amounts[REST] / card.bandwidth
     backward = products + 2.5 * attention + 3 * elementwise
     step = 6 * (products + attention + elementwise) + products + 4 * backward

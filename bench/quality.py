@@ -23,8 +23,8 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
               pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
 
 text      All Linears of MiniLM get weights and activations in NVFP4. The figure is the SNR of the last hidden
-          states on the other pages. Two-pass rounds activations in two passes; weights exact shows what activations
-          in NVFP4 cost alone.
+          states on the other pages. Two-pass rounds activations in two passes; weights exact shows what
+          activations in NVFP4 cost alone.
 
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
           flags say otherwise. Each result makes videos of two pictures that the model was never trained on, nine
