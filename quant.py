@@ -344,8 +344,8 @@ def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | f
     """
     if data.dim() != 2 or data.dtype != torch.uint8 or data.shape[1] % 8:
         raise ValueError(f"dequantize_nvfp4: got data {data.dtype} {tuple(data.shape)}, expected uint8 (Mp, "
-                         f"Kp / 2), Kp a multiple of 16; use dequantize_mxfp8 for MXFP8; view float4_e2m1fn_x2 as "
-                         f"uint8 and swap the nibbles (data << 4 | data >> 4)")
+                         f"Kp / 2), Kp a multiple of 16; use dequantize_mxfp8 for MXFP8; view float4_e2m1fn_x2 "
+                         f"as uint8 and swap the nibbles (data << 4 | data >> 4)")
     if block_scale.dtype not in (torch.float8_e4m3fn, torch.uint8):
         raise ValueError(f"dequantize_nvfp4: got block_scale {block_scale.dtype}, expected float8_e4m3fn, "
                          f"swizzled; do not cast stored scales")
@@ -668,8 +668,8 @@ class QuantLinear(nn.Module):
         if fmt not in BLOCK:
             raise ValueError(f"from_linear: got format {fmt!r}, expected one of {', '.join(BLOCK)}")
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"from_linear: got {type(linear).__name__}, expected nn.Linear; give the layer to be "
-                             f"quantized")
+            raise ValueError(f"from_linear: got {type(linear).__name__}, expected nn.Linear; give the layer to "
+                             f"be quantized")
         quantize = quantize_nvfp4 if fmt == "nvfp4" else quantize_mxfp8
         stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize(linear.weight, method=method)))
         stored |= {"bias": linear.bias, "comfy_quant": write_marker({"format": fmt})}
