@@ -150,6 +150,8 @@ def check_choice(name, value, choices):
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
+    if [] in vars(args).values():  # argparse makes this of --steps=--
+        raise ValueError("got -- in place of a flag's value, expected a value")
     check_device(args.device)
     SECONDS.clear()
     if args.decode:
@@ -161,6 +163,8 @@ def main(argv=None):
     files, demo = find_files({flag: vars(args)[flag] for flag in NETWORKS}, args.models)
     own = own_settings(files["dit"])
     settings = make_settings(args, own)
+    if not demo:
+        check_networks(files, settings.loras)
     prompt = own["prompt"] if args.prompt is None else args.prompt
     image = read_image(args.image)  # (3, h, w)
 
@@ -280,7 +284,7 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     named: {flag: path or None}. A network that is not named is looked for in the folder `models`, by default the
     folder models/ beside this script. The demo is taken only if nothing is named and there is no such folder.
     Raises FileNotFoundError for a missing file, with the commands that download it, and ValueError for a broken
-    file, one of another kind, or two files of one network.
+    file or for two files of one network.
     """
     folder = HERE / "models" if models is None else Path(models)
     if models is not None and not folder.is_dir():
@@ -292,10 +296,7 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     for flag, path in files.items():
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file" if demo else f"--{flag} {path}: no such file")
-        names = wan_fp4.tensor_names(path)  # reports a broken download now, before any network is loaded
-        if not demo and not names.intersection(NETWORKS[flag].signs):
-            raise ValueError(f"--{flag} {path}: got no {NETWORKS[flag].signs[0]}, expected the {flag} of "
-                             f"Wan2.1 I2V; name another file")
+        wan_fp4.tensor_names(path)  # reports a broken download now, before any network is loaded
     missing = [flag for flag in named if flag not in files]
     return files | (search(missing, folder) if missing else {}), demo
 
@@ -378,6 +379,15 @@ def make_settings(args, own):
         from extra.rife import load_ifnet
         load_ifnet(settings.interpolate)
     return settings
+
+
+def check_networks(files, loras):
+    """Read the headers: a file of another model, or a LoRA that does not fit, is reported now."""
+    wan_fp4.load_dit(files["dit"], "meta", loras=loras)
+    wan_fp4.load_umt5(files["text-encoder"], "meta")
+    load_tokenizer(files["text-encoder"])
+    wan_fp4.load_clip(files["clip"], "meta")
+    wan_fp4.load_vae(files["vae"], "meta")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -489,7 +499,7 @@ def announce(name, image, prompt, files, settings, demo):
     comment = (f"{prompt}; {negative}{recipe}; {files['dit'].name}{loras}; {width}x{height}, {settings.frames} "
                f"frames; torch {torch.__version__}")
     comment.encode()  # raises UnicodeEncodeError, a ValueError, for bytes that are no text
-    return {"title": prompt, "comment": comment, "fps": str(settings.fps)}
+    return {"title": prompt, "comment": comment, "fps": str(settings.fps), "seed": str(settings.seed)}
 
 
 def video_size(image, settings) -> tuple[int, int]:
@@ -960,7 +970,7 @@ def decode_kept(args):
         raise ValueError(f"--decode: got the picture {args.image}, expected only latents; leave one of them out")
     files, _ = find_files({"vae": args.vae}, args.models)
     latents, metadata = read_latents(args.decode)
-    settings = make_settings(args, {"fps": int(metadata.get("fps", Settings.fps))})
+    settings = make_settings(args, {name: int(metadata[name]) for name in {"fps", "seed"} & metadata.keys()})
     output = args.output or args.decode.removesuffix(KEPT)
     if output == args.decode:
         raise ValueError(f"--decode {args.decode}: this name does not tell the video's name; give it with -o")
