@@ -153,6 +153,8 @@ def check_choice(name, value, choices):
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
+    if [] in vars(args).values():  # argparse makes this of --steps=--
+        raise ValueError("got -- in place of a flag's value, expected a value")
     check_device(args.device)
     SECONDS.clear()
     if args.decode:
@@ -442,6 +444,7 @@ def check_files(files, settings):
         raise ValueError("--lora and --lora-low: got LoRAs for one of the two experts, expected them for both")
     for flag, path in files.items():
         NETWORKS[flag].load(path, "meta", **({"loras": loras[flag]} if flag in loras else {}))
+    load_tokenizer(files["text-encoder"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -581,7 +584,7 @@ def announce(name, image, prompt, files, settings, demo):
     comment = (f"{prompt}; {negative}{recipe}; {files['dit'].name}{loras}; {width}x{height}, {settings.frames} "
                f"frames; torch {torch.__version__}")
     comment.encode()  # raises UnicodeEncodeError, a ValueError, for bytes that are no text
-    return {"title": prompt, "comment": comment, "fps": str(settings.fps)}
+    return {"title": prompt, "comment": comment, "fps": str(settings.fps), "seed": str(settings.seed)}
 
 
 def video_size(image, settings) -> tuple[int, int]:
@@ -1072,7 +1075,7 @@ def decode_kept(args):
         raise ValueError(f"--decode: got the picture {args.image}, expected only latents; leave one of them out")
     files, _ = find_files({"vae": args.vae}, args.models)
     latents, metadata = read_latents(args.decode)
-    settings = make_settings(args, {"fps": int(metadata.get("fps", Settings.fps))})
+    settings = make_settings(args, {name: int(metadata[name]) for name in {"fps", "seed"} & metadata.keys()})
     output = args.output or args.decode.removesuffix(KEPT)
     if output == args.decode:
         raise ValueError(f"--decode {args.decode}: this name does not tell the video's name; give it with -o")
