@@ -365,19 +365,6 @@ def test_mxfp8_search_is_the_best_of_the_exponents_around():
     assert torch.equal(got, best)
 
 
-@every_example
-def test_search_is_never_worse_than_rtn_in_any_block(kind, dtype):
-    w = example(kind, dtype)
-    for quantize, dequantize, block in ((quant.quantize_nvfp4, quant.dequantize_nvfp4, 16),
-                                        (quant.quantize_mxfp8, quant.dequantize_mxfp8, 32)):
-        rtn, search = quantize(w), quantize(w, method="search")
-        assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(rtn, search))
-        before, after = (error_per_block(w, dequantize(*p, shape=w.shape), block) for p in (rtn, search))
-        assert (after <= before.nan_to_num(math.inf)).all()
-        if kind == "gaussian" and block == 16:
-            assert after.sum() < 0.95 * before.sum()
-
-
 # The fast paths give the bits of the plain forms
 
 @pytest.fixture
@@ -447,20 +434,6 @@ def test_activations_compile_per_width_for_any_number_of_rows(monkeypatch):
             assert quantize(x, fmt, given, two_pass)[0][0].shape[0] == rows
     assert len(variants) == 2 * 4  # two widths, four ways
     assert not any(isinstance(tensor, float) for inputs in variants for tensor in inputs)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_elementwise_functions_compute_what_the_plain_ones_do():
-    """Up to the order of sums and products in float32; not yet run with Triton on a GPU."""
-    x, weight = torch.randn(1, 60, 96), torch.rand(96)
-    y, rope = torch.randn(1, 60, 96).bfloat16(), wan_fp4.rope_3d(3, 4, 5, 32, "cpu")
-    for function, *arguments in ((wan_fp4.layer_norm, x, weight, weight, torch.bfloat16),
-                                 (wan_fp4.rms_norm_and_rope, y, weight, rope, 32)):
-        expected = function(*arguments)
-        with torch.inference_mode():
-            got = quant.compiled(function.__wrapped__)(*arguments)
-        assert got.dtype == expected.dtype
-        assert torch.allclose(got, expected, rtol=2e-6 if got.dtype == torch.float32 else 2 ** -7, atol=2e-6)
 
 
 @pytest.mark.parametrize("gradients, triton, compiles", [(False, True, True), (True, True, False),
@@ -959,19 +932,6 @@ def test_dit_equals_diffusers(frames, height, width, length, batch, size, shard_
     assert same_tensors(theirs.state_dict(), convert_wan_transformer_to_diffusers(dict(ours.state_dict())))
 
 
-def test_dit_timestep_embedding_is_that_of_diffusers():
-    from diffusers.models.embeddings import Timesteps
-    t = torch.tensor([0.0, 0.5, 1.0, 3.0])
-    expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(t)
-    torch.testing.assert_close(wan_fp4.timestep_embedding(t, 256), expected, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_dit_ignores_zeros_past_the_prompt(dit):
-    i = dit_inputs(2, 4, 4, 9)
-    assert relative_error(dit(**i | {"text": padded(i["text"])}), dit(**i)) < 1e-5
-
-
 @torch.no_grad()
 def test_a_dit_without_an_image_branch_takes_no_image(tmp_path):
     """As Wan2.2's. Either kind given to the other is an error, not noise."""
@@ -1008,14 +968,6 @@ def test_vae_equals_diffusers(frames, height, width, dims, tmp_path):
     assert expected.abs().lt(1).any() and relative_error(ours.decode(latents), expected) < 1e-4
     if dims == (1, 2, 4, 4):  # the only one that diffusers' table of official names knows
         assert same_tensors(theirs.state_dict(), convert_wan_vae_to_diffusers(dict(ours.state_dict())))
-
-
-@torch.no_grad()
-def test_vae_takes_several_videos_at_once(small_vae):
-    videos = torch.rand(2, 3, 9, 16, 24) * 2 - 1
-    latents, each = small_vae.encode(videos), [small_vae.encode(video[None]) for video in videos]
-    assert relative_error(latents, torch.cat(each)) < 1e-5
-    assert relative_error(small_vae.decode(latents), torch.cat([small_vae.decode(z) for z in each])) < 1e-5
 
 
 @torch.no_grad()
@@ -1132,8 +1084,6 @@ def test_clip_equals_transformers(kind, dim, side, patch, metadata, tmp_path):
     assert same_tensors({name: tensor.squeeze() for name, tensor in ours.state_dict().items()}, tensors)
 
 
-
-
 # Attention
 
 
@@ -1159,12 +1109,6 @@ def test_every_attention_gets_what_fused_kernels_take(network, monkeypatch):
 
 
 # Reading files
-
-def test_header_and_names_tell_what_a_file_holds(dit_path):
-    metadata, stored = wan_fp4.read_header(dit_path)
-    assert metadata == {"head_dim": "32"} and stored["head.head.weight"] == ("F32", (64, 64))
-    assert wan_fp4.tensor_names(dit_path) == stored.keys() == load_file(dit_path).keys()
-
 
 @pytest.mark.parametrize("files, error, text", [
     ({}, ValueError, "got 0 models, expected one; name its file or folder"),
@@ -1309,13 +1253,6 @@ def test_load_dit_reads_markers_in_tensors_or_in_the_header(place, tmp_path):
     expected = wan_fp4.load_dit(DEMO / "dit.safetensors")
     inputs = demo_inputs(got.cfg, 900.0)
     assert torch.equal(got(*inputs), expected(*inputs)) and "NVFP4" in quant.describe(got)
-
-
-@pytest.mark.parametrize("bad", ["{", "5", '{"layers": 5}', "[" * 10 ** 5])
-def test_a_damaged_quantization_metadata_is_refused(bad, tmp_path):
-    path = marked(tmp_path / "x", _quantization_metadata=bad)
-    with pytest.raises(ValueError, match="x: _quantization_metadata in its header: got '.*, expected JSON with"):
-        wan_fp4.load_dit(path)
 
 
 # Building
@@ -1567,13 +1504,6 @@ def test_lora_does_not_write_to_the_parameters_it_changes(dit, lora_file):
     line = wan_fp4.attach_lora(dit, lora_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}), 2.0)
     assert line == "lora: 1 differences"
     assert torch.equal(bias, before) and torch.equal(dit.blocks[0].ffn[0].bias, before + 2)
-
-
-def test_lora_factors_stay_as_stored(dit, lora_file):
-    up, down = torch.randn(96, 2, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.float16)
-    wan_fp4.attach_lora(dit, lora_file(lora_factors("blocks.0.ffn.0", up, down)))
-    layer = dit.blocks[0].ffn[0]
-    assert same_bits(layer.lora_up_0, up) and same_bits(layer.lora_down_0, down)
 
 
 @pytest.mark.parametrize("names, skipped", [
@@ -2424,7 +2354,6 @@ REFUSED = {  # arguments: what the one line says
     "photo.png --device mps": "--device mps: only cpu and cuda are supported",
     "photo.png --two-pass --device cpu": "--two-pass: cpu does not quantize activations",
     "photo.png --negative blur": "--negative: .*--cfg",
-    "photo.png --prompt \udcff": "error: ",
     "photo.png -o kept.mp4": "kept.mp4.latents.safetensors: holds the latents of",
     "photo.png -o a.avi": "a.avi: unknown extension '.avi', expected .mp4",
     "photo.png -o no/a.mp4": "no: no such folder",
@@ -2436,7 +2365,7 @@ REFUSED = {  # arguments: what the one line says
     "text.png": "text.png: not a readable image; expected png, jpg or still webp",
     "photo.png --dit model.safetensors": "--dit model.safetensors: got no .*expected the dit of Wan2.1",
     "photo.png --lora lost.safetensors:1": "lost.safetensors: no such file",
-    "photo.png --lora model.safetensors": "model.safetensors: blocks.0.ffn.0.weight: .*not a LoRA",
+    "photo.png --lora model.safetensors": "model.safetensors: blocks.0.ffn.0.weight: .*no part of a LoRA",
     "--decode channels": "--decode channels: latents: got F32 \\(1, 17, 1, 2, 2\\), expected F32 \\(1, 16, T",
     "--decode nan": "--decode nan: latents: got NaN or infinity",
     "--decode latents": "--decode latents: this name does not tell the video's name; give it with -o",
@@ -2686,11 +2615,6 @@ def test_sources_that_are_refused(tmp_path, out, tensors, text):
         assert out.read_text() == "old" and sorted(tmp_path.iterdir()) == [model, out]
 
 
-def test_its_own_output_is_refused_as_a_source(model, out):
-    convert.main(["-i", model, "-o", out])
-    fails(convert.main, ["-i", out], "already quantized")
-
-
 # The plan
 
 RECIPE = (  # as the model card has it, verbatim
@@ -2749,12 +2673,6 @@ def test_the_recipe_gives_its_table_at_full_size(full_shapes):
     assert size / 2 ** 30 == pytest.approx(10.13, abs=0.06)
 
 
-def test_plan_recipe_is_the_command_of_the_model_card(full_shapes):
-    args = parse(RECIPE)
-    assert (args.custom_layers, args.exclude_layers) == (convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
-    assert (args.base, args.custom_type, args.lora_target) == ("nvfp4", "mxfp8", convert.RECIPE_TARGET)
-
-
 @pytest.mark.parametrize("flags", [
     RECIPE, "--nvfp4", "--fp8", "--mxfp8", "--nvfp4 --custom-type fp8 --custom-layers ffn",
     "--fp8 --custom-type mxfp8 --custom-layers 'ffn|text_emb'",
@@ -2772,12 +2690,6 @@ def test_printed_flags_give_the_same_plan(flags):
     assert bool(quant_filter) == bool(exact)
     if exact:  # it is matched with layers, not with weights
         assert {name for name in formats if re.search(quant_filter[1], name.removesuffix(".weight"))} == exact
-
-
-def test_printed_flags_note_what_they_cannot_express(model, capsys):
-    for flags, noted in ("--custom-type nvfp4 --custom-layers text_embedding", True), ("--nvfp4", False):
-        convert.main(["-i", model, *flags.split(), "--dry-run", "--print-flags"])
-        assert ("would keep, not NVFP4: text_embedding.0.weight" in capsys.readouterr().out) == noted
 
 
 def test_a_plan_lists_the_weights_in_the_models_order():
@@ -2903,7 +2815,7 @@ def test_the_map_shows_every_layer():
         ["self_attn.q", "bbb8bbbbbbbb", "91.7", "0.0", "8.3", "0.0"],
         ["all,", "with", "norms", "56.7", "0.0", "3.3", "40.0"]]
     assert rows[3:] == ["text_embedding.0.weight: FP8", ""]
-    assert legend.split()[3:] == "b bf16 % f FP8 % 8 MXFP8 % 4 NVFP4 %".split()
+    assert legend.split()[4:] == "b bf16 % f FP8 % 8 MXFP8 % 4 NVFP4 %".split()
     colors = re.findall(r"\033\[48;2;([0-9;]+)m[48b]\033\[0m", "".join(convert.plan_map(labels, color=True)))
     assert Counter(colors) == {"70;160;90": 13, "230;170;50": 2, "200;75;75": 12}  # one of each in the legend
 
@@ -2950,13 +2862,6 @@ def test_quantize_weight_gives_what_quant_linear_takes(fmt, least):
     assert layer.kind() == convert.FORMATS[fmt].replace("bf16", "bfloat16")
     assert convert.snr(w, layer.dequantized(torch.float32)) > least
     assert convert.snr(w, rounded(w, fmt)) == convert.snr(w, layer.dequantized(torch.float32))
-
-
-def test_quantize_weight_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="got NaN"):
-        convert.quantize_weight(torch.full((16, 256), math.nan), "mxfp8")
-    with pytest.raises(ValueError, match="got format 'fp4', expected one of bf16, fp8, mxfp8, nvfp4"):
-        convert.quantize_weight(torch.ones(16, 256), "fp4")
 
 
 @pytest.mark.parametrize("flags, layers", [("--fp8", 10), ("--custom-type fp8 --custom-layers ffn", 4)])
@@ -3110,20 +3015,6 @@ def test_diffusers_names_convert_to_the_same_tensors(tmp_path):
     assert same_tensors(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
 
 
-def test_the_output_of_a_link_is_named_after_the_link(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "0123abcd")
-    (tmp_path / "Wan2.1.safetensors").symlink_to("0123abcd")
-    monkeypatch.chdir(tmp_path)
-    convert.main(["-i", "Wan2.1.safetensors"])
-    assert (tmp_path / "Wan2.1-nvfp4.safetensors").exists()
-
-
-def test_converts_without_torchs_compiler(model):
-    """Importing it takes a second."""
-    program = "import sys, convert; convert.main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
-    run_python(program, "-i", model, "--extract-lora", "--lora-rank", "4")
-
-
 def test_the_report_has_means_and_the_worst(model, out, capsys):
     convert.main(["-i", model, "-o", out, "--custom-type", "mxfp8", "--custom-layers", r"1\.ffn\.0"])
     report, written, found = capsys.readouterr().out, load_file(out), {}
@@ -3256,15 +3147,6 @@ def test_two_runs_do_not_write_one_file(model, out, monkeypatch):
     assert started and len(load_file(out)) == len(checkpoint()) + 3 * 10  # complete
     assert sorted(file.name for file in out.parent.iterdir()) == [
         "lora.safetensors", "m.safetensors", "out.safetensors"]
-
-
-def test_names_that_are_not_text(model, tmp_path):
-    """The command is in the header, which must be valid UTF-8."""
-    out = tmp_path / os.fsdecode(b"\xff.safetensors")
-    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", out, "--simple"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    readable = out.rename(tmp_path / "out.safetensors")
-    assert "?.safetensors" in wan_fp4.read_header(readable)[0]["quantization_command"]
 
 
 def test_too_little_disk_is_reported_before_the_start(model, monkeypatch):
@@ -3595,11 +3477,6 @@ def test_the_readme_s_conversions_of_the_demo_run(tmp_path, monkeypatch, capsys)
         if "--calib" not in command:
             convert.main([*shlex.split(command), "--dry-run"])
             assert re.search(r"\n\d\.\d\d MiB -> \d\.\d\d MiB\n", capsys.readouterr().out)
-
-
-def test_demo_is_under_26_mb():
-    sizes = {file.name: file.stat().st_size for file in DEMO.iterdir() if file.is_file()}
-    assert {"dit.safetensors", PHOTO.name} <= set(sizes) and sum(sizes.values()) < 26e6
 
 
 def test_the_demo_is_what_the_documented_command_makes_of_its_bf16_model(tmp_path, monkeypatch):
