@@ -244,8 +244,8 @@ def card_of(device):
     bf16, copy = 2 * n ** 3 / seconds(lambda: a @ a, device), 2 * a.nbytes / seconds(a.clone, device)
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu(device) else math.inf
     return Card(copy, bf16, 4 * bf16, 2 * bf16, bf16, 26e9, memory), (
-        f"its own rates: {copy / 1e9:.3g} GB/s, {bf16 / 1e12:.3g} TFLOP/s in bf16, and where it has them twice that "
-        f"in MXFP8 and four times in NVFP4")
+        f"its own rates: {copy / 1e9:.3g} GB/s, {bf16 / 1e12:.3g} TFLOP/s in bf16; assumed: twice that in MXFP8, "
+        f"four times in NVFP4")
 
 
 def work(size, formats, tensor_cores=True):
