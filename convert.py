@@ -850,10 +850,7 @@ def convert(args, source, formats, exact, targets, outputs, calibration=None):
         with tqdm(total=source.nbytes, initial=sum(map(source.size, done)), unit="B", unit_scale=True,
                   desc="converting", disable=None) as bar:
             for name, (quality, *parts) in results:
-                for output, tensors in zip(outputs, parts):
-                    output.write(tensors)
-                with open(progress, "a") as file:
-                    file.write(json.dumps([name, quality]) + "\n")
+                write(outputs, progress, name, quality, parts)
                 done[name] = quality
                 bar.update(source.size(name))
     except ValueError:
@@ -893,6 +890,14 @@ def begin(outputs, progress, reads, resume):
         output.create()
     progress.write_text(identity + "\n")
     return {}
+
+
+def write(outputs, progress, name, quality, parts):
+    """Write a tensor's part of each output, then its line."""
+    for output, tensors in zip(outputs, parts):
+        output.write(tensors)
+    with open(progress, "a") as file:
+        file.write(json.dumps([name, quality]) + "\n")
 
 
 def finish(outputs, progress):
