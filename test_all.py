@@ -3047,9 +3047,10 @@ def test_memory_holds_a_few_weights_not_the_model(tmp_path):
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3
 
 
-def interrupt(patch, failure, after):
-    """Make convert fail at its weight number `after`; returns the list of weights that were rounded."""
-    rounded, quantize = [], convert.quantize_weight
+def interrupt(patch, failure, after, module=convert):
+    """Make convert fail at its weight number `after`; returns the list of weights that were rounded. module: that
+    whose quantize_weight it calls."""
+    rounded, quantize = [], module.quantize_weight
 
     def count_and_fail(w, *args, **kwargs):
         rounded.append(w)
@@ -3057,7 +3058,7 @@ def interrupt(patch, failure, after):
             raise failure
         return quantize(w, *args, **kwargs)
 
-    patch.setattr(convert, "quantize_weight", count_and_fail)
+    patch.setattr(module, "quantize_weight", count_and_fail)
     patch.setattr(convert, "ThreadPoolExecutor", lambda workers: ThreadPoolExecutor(1))  # one after another
     return rounded
 
