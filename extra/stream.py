@@ -111,16 +111,16 @@ TILE_OVERLAP = 8  # latents that two neighboring tiles share, or more
 def decode_tiled(vae, latents, free, needed):
     """vae.decode_chunks for latents (1, 16, T, H, W) whose decoding needs more bytes than are free: yields the
     video (1, 3, 1, h, w), then (1, 3, 4, h, w) each, on the CPU."""
-    tile = tile_side(latents, free, needed)
-    print(f"decode: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: decoding in tiles of "
-          f"{8 * tile} pixels")
+    tile = choose_tile(latents, free, needed)
     yield from wan_fp4.chunks(decode_tiles(vae, latents, tile).clamp(-1, 1), 4)
 
 
-def tile_side(latents, free, needed):
-    """The side, in latents, of the tiles that decode in `free` bytes, if whole frames need `needed`."""
-    side = math.isqrt(int(latents[0, 0, 0].numel() * free / needed))
-    return max(2 * TILE_OVERLAP, side)
+def choose_tile(latents, free, needed):
+    """The side, in latents, of the tiles that decode in `free` bytes, if whole frames need `needed`. Says so."""
+    tile = max(2 * TILE_OVERLAP, math.isqrt(int(latents[0, 0, 0].numel() * free / needed)))
+    print(f"decode: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: decoding in tiles of "
+          f"{8 * tile} pixels")
+    return tile
 
 
 def decode_tiles(vae, latents, tile, mine=slice(None)):
