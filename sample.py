@@ -312,7 +312,7 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     for flag in named:  # the DiT first: the others depend on it
         paths = [given[flag]] if flag in given else found.get(flag, [])
         if flag == "dit":
-            wan22 = is_expert(paths[0]) if paths else "dit-low" in given.keys() | found.keys()
+            wan22 = wan_fp4.is_expert(paths[0]) if paths else "dit-low" in given.keys() | found.keys()
         if flag == ("clip" if wan22 else "dit-low"):
             if flag in given:
                 raise ValueError(f"--{flag} {given[flag]}: this model does not use it; leave it out")
@@ -359,35 +359,19 @@ def recognize(path):
     tensors, _ = wan_fp4.read_tensors(path, "meta")
     patch = tensors.get("patch_embedding.weight")
     if patch is not None and tuple(patch.shape[1:]) == (36, 1, 2, 2):  # Wan I2V, and not T2V
-        return "dit-low" if is_expert(path) and noise(path) == "low" else "dit"
+        return "dit-low" if wan_fp4.is_expert(path) and wan_fp4.expert_noise(path) == "low" else "dit"
     return next((flag for flag, network in NETWORKS.items() if tensors.keys() & network.signs), None)
-
-
-def is_expert(path):
-    """Whether a DiT is one of Wan2.2's two: it has no image branch."""
-    return not any(name.startswith(("img_emb.", "condition_embedder.image_embedder."))
-                   for name in wan_fp4.tensor_names(path))
-
-
-def noise(path):
-    """Which of Wan2.2's experts a file is, "high" or "low": by its header, which convert.py writes, by its name
-    or by its folder's; diffusers names the folders transformer and transformer_2. "" if nothing tells."""
-    header = wan_fp4.read_header(path)[0] if Path(path).suffix == ".safetensors" else {}
-    folder, name = Path(os.path.abspath(path)).parts[-2:]
-    for words in (header.get("expert", ""), name, folder):
-        levels = re.findall("(high|low)[-_]?noise", words.lower())
-        if len(set(levels)) == 1:
-            return levels[0]
-    return {"transformer": "high", "transformer_2": "low"}.get(folder, "")
 
 
 def check_experts(files):
     """Raises ValueError if Wan2.2's experts are one file, or if a name tells that one is in the wrong place."""
-    experts = {flag: path for flag, path in files.items() if flag.startswith("dit") and is_expert(path)}
-    swapped = [path for flag, path in experts.items() if noise(path) == {"dit": "low", "dit-low": "high"}[flag]]
-    if swapped or len(experts) == 2 and files["dit"].samefile(files["dit-low"]):
-        raise ValueError(f"{[*swapped, files['dit']][0]}: got it in the wrong place, expected Wan2.2's "
-                         f"high-noise expert as --dit, its low-noise expert as --dit-low; exchange the files")
+    if "dit-low" not in files and not ("dit" in files and wan_fp4.is_expert(files["dit"])):
+        return
+    high, low = files.get("dit"), files.get("dit-low")
+    swapped = high and wan_fp4.expert_noise(high) == "low" or low and wan_fp4.expert_noise(low) == "high"
+    if swapped or high and low and high.samefile(low):
+        raise ValueError(f"got {high} as --dit and {low} as --dit-low, expected Wan2.2's high-noise expert and "
+                         f"its low-noise expert; exchange them, or name the other file")
 
 
 def downloads(flags, folder, wan22):

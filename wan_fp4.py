@@ -877,6 +877,26 @@ def tensor_names(path):
     return {bare_name(name) for names in stored for name in names}
 
 
+def is_expert(path):
+    """Whether a DiT is one of Wan2.2's two: it has no image branch."""
+    return not any(name.startswith(IMAGE_BRANCH) for name in tensor_names(path))
+
+
+IMAGE_BRANCH = "img_emb.", "condition_embedder.image_embedder."
+
+
+def expert_noise(path):
+    """Which of Wan2.2's two experts a file is, "high" or "low": by its header, which convert.py writes, by its
+    name or by its folder's; diffusers names the folders transformer and transformer_2. "" if nothing tells."""
+    header = read_header(path)[0] if Path(path).suffix == ".safetensors" else {}
+    folder, name = Path(os.path.abspath(path)).parts[-2:]
+    for words in (header.get("expert", ""), name, folder):
+        levels = set(re.findall("(high|low)[-_]?noise", words.lower()))
+        if len(levels) == 1:
+            return levels.pop()
+    return {"transformer": "high", "transformer_2": "low"}.get(folder, "")
+
+
 # ----------------------------------------------------------------------------------------------------
 # Names
 # ----------------------------------------------------------------------------------------------------
@@ -1355,6 +1375,13 @@ def attach_lora(model, path, strength: float = 1.0) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the usage too; one_line_errors prints one line
         raise ValueError(message)
+
+    def parse_known_args(self, *arguments):
+        args, rest = super().parse_known_args(*arguments)
+        # argparse gives [] for --steps=--
+        if empty := [name for name, value in vars(args).items() if value == []]:
+            raise ValueError(f"argument --{empty[0].replace('_', '-')}: expected one argument")
+        return args, rest
 
 
 @contextmanager
