@@ -309,12 +309,12 @@ class Source:
         if not any(BLOCK_WEIGHT.fullmatch(name) and ".self_attn." in name and len(shape) == 2
                    for name, shape in self.shapes.items()):
             first = min(self.shapes, default="no tensor")[:200]
-            raise ValueError(f"{path}: not a Wan DiT (got {first}, expected matrices such as "
-                             f"blocks.0.self_attn.q.weight, or diffusers' blocks.0.attn1); give the DiT")
+            raise wan_fp4.wrong(f"{path}: not a Wan DiT", first, "matrices such as blocks.0.self_attn.q.weight, "
+                                "or diffusers' blocks.0.attn1", "give the DiT")
         blocks = {name.split(".")[1] for name in self.shapes if name.startswith("blocks.")}
         if missing := {str(i) for i in range(len(blocks))} - blocks:
-            raise ValueError(f"{path}: got blocks {', '.join(sorted(blocks))[:200]}, expected also "
-                             f"{min(missing)}; give all shards of the model")
+            raise wan_fp4.wrong(path, f"blocks {', '.join(sorted(blocks))[:200]}", f"also {min(missing)}",
+                                "give all shards of the model")
         self.nbytes = sum(self.size(name) for name in self.shapes)
 
     def add(self, file, stored, dtype, shape):
@@ -328,9 +328,9 @@ class Source:
             raise ValueError(f"{file}: {name}: already 8-bit ({dtype}), and rounding it again would add to "
                              f"its error; convert the bf16 model")
         if dtype not in DTYPES or name.endswith(".weight") and DTYPES[dtype] not in FLOATS:
-            raise ValueError(f"{file}: {name}: got {dtype}, expected BF16, F16 or F32; convert the bf16 model")
+            raise wan_fp4.wrong(f"{file}: {name}", dtype, "BF16, F16 or F32", "convert the bf16 model")
         if 0 in shape:
-            raise ValueError(f"{file}: {name}: got shape {shape}, expected no size of 0; get an undamaged copy")
+            raise wan_fp4.wrong(f"{file}: {name}", f"shape {shape}", "no size of 0", "get an undamaged copy")
         self.shapes[name], self.dtypes[name], self.stored[name] = shape, DTYPES[dtype], (file, stored)
 
     def size(self, name):
@@ -349,8 +349,8 @@ class Source:
         except safetensors.SafetensorError as error:  # the header could be read when the run started
             raise OSError(f"{file}: {stored}: cannot be read ({error})") from None
         if tensor.is_floating_point() and not tensor.abs().amax().isfinite():
-            raise ValueError(f"{file}: {stored}: got NaN or infinite values, expected finite ones; get an "
-                             f"undamaged copy")
+            raise wan_fp4.wrong(f"{file}: {stored}", "NaN or infinite values", "finite ones",
+                                "get an undamaged copy")
         return tensor
 
 
@@ -699,15 +699,16 @@ class Output:
             file.write(self.start)
             file.truncate(self.size)
 
-    def write(self, name, tensor):
-        tensor = tensor.cpu().contiguous()
-        expected, got = self.tensors[name], (tensor.dtype, tuple(tensor.shape))
-        if got != expected:
-            raise ValueError(f"{self.path}: {name}: got {got}, expected {expected}, as in the header")
-        data = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())  # as torch does with numpy
+    def write(self, tensors):
+        """Write some of the tensors, {name: tensor}."""
         with open(self.part, "r+b") as file:
-            file.seek(self.offsets[name])
-            file.write(data)
+            for name, tensor in tensors.items():
+                tensor = tensor.cpu().contiguous()
+                expected, got = self.tensors[name], (tensor.dtype, tuple(tensor.shape))
+                if got != expected:
+                    raise wan_fp4.wrong(f"{self.path}: {name}", got, expected, "the header says so")
+                file.seek(self.offsets[name])  # torch gives no buffer without numpy, but its address
+                file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
     def read(self, name):
         """A tensor that was written. The header is complete, so the unfinished file reads like any other."""
@@ -874,12 +875,13 @@ def begin(outputs, progress, reads, resume):
         if not all(path.exists() for path in (progress, *(output.part for output in outputs))):
             raise ValueError(f"--resume: nothing to resume, {progress} or a .part file is missing; start without "
                              f"--resume")
-        first, *lines = progress.read_text().split("\n")
-        if first != identity:
+        first, *lines = progress.read_text().splitlines(keepends=True) or [""]
+        if first != identity + "\n":
             raise ValueError(f"--resume: {progress} belongs to another run (the source, the plan or the command "
                              f"differs); delete the .part files and start without --resume")
-        progress.write_text("\n".join([first, *lines[:-1], ""]))  # the last line may be incomplete
-        return dict(json.loads(line) for line in lines[:-1])
+        lines = [line for line in lines if line.endswith("\n")]  # the last one may be incomplete
+        progress.write_text("".join([first, *lines]))
+        return dict(json.loads(line) for line in lines)
     need, free = sum(output.size for output in outputs), shutil.disk_usage(progress.parent).free
     if need > free:
         raise ValueError(f"{outputs[0].path}: needs {gib(need)}, but only {gib(free)} of the disk are free; free "
@@ -893,8 +895,7 @@ def begin(outputs, progress, reads, resume):
 def write(outputs, progress, name, quality, parts):
     """Write a tensor's part of each output, then its line."""
     for output, tensors in zip(outputs, parts):
-        for stored, tensor in tensors.items():
-            output.write(stored, tensor)
+        output.write(tensors)
     with open(progress, "a") as file:
         file.write(json.dumps([name, quality]) + "\n")
 

@@ -88,7 +88,10 @@ def calibrate(source, pictures, named=None, models=None, samples=8192, seed=0, d
 
 def find_encoders(source, named, models):
     """{network: file} of the encoders: those named, others from the folder `models`, or else the demo's."""
-    named = dict.fromkeys(sample.NETWORKS) | named
+    if not any(name.startswith("img_emb.") for name in source.shapes):
+        raise ValueError(f"--calib: {source.path}: got a model without image branch, such as Wan2.2's experts, "
+                         f"expected Wan2.1 I2V; leave --calib out")
+    named = dict.fromkeys(("dit", "text-encoder", "clip", "vae")) | named
     if models or any(named.values()) or (sample.HERE / "models").is_dir():
         named["dit"] = source.path  # the model that is converted
     files, _ = sample.find_files(named, models)
