@@ -244,8 +244,8 @@ def card_of(device):
     bf16, copy = 2 * n ** 3 / seconds(lambda: a @ a, device), 2 * a.nbytes / seconds(a.clone, device)
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu(device) else math.inf
     return Card(copy, bf16, 4 * bf16, 2 * bf16, bf16, 26e9, memory), (
-        f"its own rates: {copy / 1e9:.3g} GB/s, {bf16 / 1e12:.3g} TFLOP/s in bf16, and where it has them twice that "
-        f"in MXFP8 and four times in NVFP4")
+        f"its own rates: {copy / 1e9:.3g} GB/s, {bf16 / 1e12:.3g} TFLOP/s in bf16; assumed: twice that in MXFP8, "
+        f"four times in NVFP4")
 
 
 def work(size, formats, tensor_cores=True):
@@ -449,6 +449,14 @@ def arithmetic_report():
     print(f"{'seconds':32}{'work':>12}" + "".join(f"{name:>12}" for name in SHOWN))
     for rows in zip(*(arithmetic(FULL, CARDS[name]) for name in SHOWN)):
         print(f"{rows[0][0]:32}{rows[0][1]:>12}" + "".join(f"{row[2]:12.2f}" for row in rows))
+    shapes, formats, sizes = weights(FULL.cfg), recipe(FULL.cfg), Counter()
+    for name, shape in shapes.items():
+        part = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "rest"
+        sizes[part] += math.prod(shape) * BYTES[formats.get(name, "bf16")]
+    block = max(size for part, size in sizes.items() if part != "rest")
+    print(f"weights by the recipe: {sum(sizes.values()) / GIB:.2f} GiB, in bf16 "
+          f"{2 * sum(map(math.prod, shapes.values())) / GIB:.2f}; two blocks and the rest, for --offload: "
+          f"{(2 * block + sizes['rest']) / GIB:.2f}")
     for mode, rank, two_pass in ("dequantize", 0, False), ("tensor_cores", 0, False), ("tensor_cores", 64, True):
         choice = f", a LoRA of rank {rank}, --two-pass" if two_pass else ""
         print(f"memory of a forward, {mode}{choice}: {dit_working(mode, FULL, rank, two_pass) / GIB:.2f} GiB")
