@@ -1997,7 +1997,8 @@ def waits_on_a_gpu(tiny, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("capability, settings", [
-    ((7, 5), {}), ((10, 0), {"cfg": 2.0}), ((12, 0), {"two_pass": True, "lora": True}), ((9, 0), {"emulate": True})])
+    ((7, 5), {}), ((10, 0), {"cfg": 2.0}), ((12, 0), {"two_pass": True, "lora": True}),
+    ((9, 0), {"emulate": True})])
 def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, settings, cuda, tiny, monkeypatch):
     cuda.capability = capability
     loras = [(tiny / "nvfp4_lora.safetensors", 1.0)] if settings.pop("lora", False) else []
