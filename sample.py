@@ -370,8 +370,8 @@ def check_experts(files):
     high, low = files.get("dit"), files.get("dit-low")
     swapped = high and wan_fp4.expert_noise(high) == "low" or low and wan_fp4.expert_noise(low) == "high"
     if swapped or high and low and high.samefile(low):
-        raise ValueError(f"got {high} as --dit and {low} as --dit-low, expected Wan2.2's high-noise expert and its "
-                         f"low-noise expert; exchange them, or name the other file")
+        raise ValueError(f"got {high} as --dit and {low} as --dit-low, expected Wan2.2's high-noise expert and "
+                         f"its low-noise expert; exchange them, or name the other file")
 
 
 def downloads(flags, folder, wan22):

@@ -5,6 +5,7 @@
 
 ComfyUI applies only the last of several bypass nodes, so LoRAs beside a quantized model must be one file.
 """
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def main(argv=None):
         loras = [wan_fp4.parse_lora(text) for text in args.loras]
         convert.check_overwritten([args.output], [file for path, _ in loras for file in wan_fp4.shards(path)])
         tensors = join_loras(loras)
-        save(args.output, tensors, {})
+        made = shlex.join(["extra/loras.py", *map(str, sys.argv[1:] if argv is None else argv)])
+        save(args.output, tensors, {"quantization_command": made})
         layers, size = sum(name.endswith(".alpha") for name in tensors), args.output.stat().st_size
         print(f"{len(loras)} LoRAs in one: {layers} layers, {len(tensors) - 3 * layers} differences\n"
               f"{convert.gib(size)}: {args.output}")
@@ -41,8 +43,13 @@ def join_loras(loras):
     together.
     """
     terms, tensors = {}, {}  # terms: {(parameter, number of factors): [(shape, scale, factors)]}
+    with torch.device("meta"):
+        known = dict(wan_fp4.WanDiT().named_parameters())
     for path, strength in loras:
         for name, shape, scale, factors in wan_fp4.lora_terms(path, strength):
+            if name not in known:  # ComfyUI would skip it
+                raise ValueError(f"{path}: {name}: got a name that is no parameter of Wan's DiT, expected names "
+                                 f"such as blocks.0.self_attn.q.weight; use LoRAs for this model")
             same = terms.setdefault((name, len(factors)), [])
             same.append((shape, scale, factors))
             if shape != same[0][0]:
