@@ -2644,27 +2644,29 @@ def test_the_seed_changes_the_frames(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 WIDTH, HIDDEN = 64, 200  # HIDDEN is a multiple of neither 16 nor 32
-LINEARS = {"self_attn.q": (WIDTH, WIDTH), "self_attn.k": (WIDTH, WIDTH), "cross_attn.k_img": (WIDTH, 48),
-           "ffn.0": (HIDDEN, WIDTH), "ffn.2": (WIDTH, HIDDEN)}
+LINEARS = [f"{kind}.{x}" for kind, layers in {"self_attn": "q k v o", "cross_attn": "q k v o k_img v_img",
+                                              "ffn": "0 2"}.items() for x in layers.split()]
 
 
-def checkpoint(dtype=torch.bfloat16, prefix="", blocks=2, linears=LINEARS):
+def wan_shapes(**sizes):
+    """{name: shape} of the Wan2.1 I2V DiT, at the 14B's sizes by default."""
+    with torch.device("meta"):
+        dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(**sizes))
+    return {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
+
+
+def checkpoint(dtype=torch.bfloat16, prefix="", **sizes):
     """A small Wan checkpoint: {name: tensor}, some of the kept tensors in float32."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"patch_embedding.weight": (WIDTH, 36, 1, 2, 2), "text_embedding.0.weight": (WIDTH, 32),
-              "time_embedding.0.weight": (WIDTH, 256), "time_projection.1.weight": (6 * WIDTH, WIDTH),
-              "img_emb.proj.1.weight": (WIDTH, 32), "head.head.weight": (64, WIDTH), "head.head.bias": (64,)}
-    for n in range(blocks):
-        shapes |= {f"blocks.{n}.{layer}.weight": shape for layer, shape in linears.items()}
-        shapes |= {f"blocks.{n}.{layer}.bias": shape[:1] for layer, shape in linears.items()}
-        shapes |= {f"blocks.{n}.norm3.weight": (WIDTH,), f"blocks.{n}.self_attn.norm_q.weight": (WIDTH,)}
-    tensors = {prefix + name: (torch.randn(s, generator=g) * 0.05).to(dtype) for name, s in shapes.items()}
-    return tensors | {f"{prefix}blocks.{n}.modulation": torch.randn(1, 6, WIDTH, generator=g)
-                      for n in range(blocks)}
+    sizes = dict(dim=WIDTH, ffn_dim=HIDDEN, num_blocks=2, head_dim=32, text_dim=32, image_dim=32) | sizes
+    shapes = wan_shapes(**sizes)
+    tensors = {name: torch.randn(shape, generator=g) * 0.05 for name, shape in shapes.items()}
+    return {prefix + name: tensor if name.endswith(".modulation") else tensor.to(dtype)
+            for name, tensor in tensors.items()}
 
 
 def write_checkpoint(path, tensors=None, **metadata):
-    save_file(checkpoint() if tensors is None else tensors, path, metadata or None)
+    save_file(checkpoint() if tensors is None else tensors, path, {"head_dim": "32"} | metadata)
     return path
 
 
@@ -2699,14 +2701,16 @@ def damaged(value):
 
 @pytest.mark.parametrize("tensors, text", [
     (damaged(math.nan), "blocks.1.ffn.0.weight: got NaN or infinite values, expected finite"),
-    (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), -math.inf)}, "norm3.weight: got NaN or infin"),
-    ({"layer.weight": torch.ones(16, 16)}, "not a Wan DiT"),
+    (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), -math.inf)}, "norm3.weight: got NaN or inf"),
+    ({"layer.weight": torch.ones(16, 16)}, "patch_embedding.weight: got nothing, expec"),
+    ({n: t for n, t in checkpoint().items() if not n.startswith("blocks.1.ffn")}, "4 missing .first blocks.1.f"),
+    (lora_factors("blocks.0.self_attn.q", torch.ones(64, 2), torch.ones(2, 64)), "this is a LoRA, which is no"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "already 8-bit"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).int()}, "got I32, expected BF16"),
     (checkpoint() | {"blocks.0.ffn.0.comfy_quant": torch.ones(2)}, "already quantized"),
     (checkpoint() | {"diffusion_model.head.head.bias": torch.ones(2)}, "head.head.bias: duplicate tensor .also"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(0, 16)}, "ffn.0.weight: got shape .0, 16., expected no"),
-    (checkpoint() | {"blocks.999999999.ffn.0.weight": torch.ones(16, 16)}, "got blocks 0, 1, 999999999, "),
+    (checkpoint() | {"blocks.999999999.ffn.0.weight": torch.ones(16, 16)}, "1 unexpected .first blocks.99999999"),
     (checkpoint() | {"blocks.0.ffn.0.weight_global_scale": torch.ones(())}, "python -m extra.lightx2v "),
 ])
 def test_sources_that_are_refused(tmp_path, out, tensors, text):
@@ -2738,13 +2742,6 @@ TABLE = {"cross_attn.k": (7.5, 17.5, 75), "cross_attn.q": (2.5, 2.5, 95), "cross
          "self_attn.k": (10, 17.5, 72.5), "self_attn.q": (7.5, 2.5, 90), "self_attn.v": (0, 0, 100),
          "self_attn.o": (0, 0, 100), "ffn.0": (0, 20, 80), "ffn.2": (0, 0, 100),
          "all, with norms": (36.0, 4.7, 59.3)}
-
-
-def wan_shapes(**sizes):
-    """{name: shape} of the Wan2.1 I2V DiT, at the 14B's sizes by default."""
-    with torch.device("meta"):
-        dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(**sizes))
-    return {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -2895,18 +2892,20 @@ def test_the_rules_of_the_plan_by_score(kind, scores, kurtosis, plan, reasons):
 
 
 def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
-    """Five weights of 24 have an excess kurtosis over 8, three of them a score in the highest tenth."""
-    tensors = checkpoint(blocks=24, linears={"self_attn.k": (128, 128)})
-    for i in range(2, 7):
-        tensors[f"blocks.{i}.self_attn.k.weight"][0, 0] = 0.5 * i  # 20, 30, ... 60 standard deviations
+    """48 weights of 288 have an excess kurtosis over 8; 29 of them have a score in the highest tenth."""
+    tensors = checkpoint(num_blocks=24)
+    for i in range(24):
+        for layer in "q", "k":
+            tensors[f"blocks.{i}.self_attn.{layer}.weight"][0, 0] = 0.9 + 0.02 * i  # 18 sigma or more
     model = write_checkpoint(tmp_path / "m.safetensors", tensors)
     convert.main(["-i", model, "-o", out, "--plan", "score", "--print-flags"])
     layers, text = read_layers(out), capsys.readouterr().out
-    assert {f"blocks.{i}.self_attn.k" for i in range(24)} - layers.keys() == {
-        f"blocks.{i}.self_attn.k" for i in range(2, 7)}
-    assert sum(info["format"] == "mxfp8" for info in layers.values()) <= 1
-    assert "\nself_attn.k       bf16 instead of MXFP8: kurtosis: blocks 2, 3\n" in text
-    assert r'--exclude-layers "blocks\.(2|3|4|5|6)\.self_attn\.k\.weight"' in text
+    assert {f"blocks.{i}.{layer}" for i in range(24) for layer in LINEARS} - layers.keys() == {
+        f"blocks.{i}.self_attn.{layer}" for i in range(24) for layer in ("q", "k")}
+    found = re.findall(r"\nself_attn.[qk] +bf16 instead of (?:MXFP8|NVFP4): kurtosis: blocks ([0-9, ]+)", text)
+    assert sum(len(blocks.split(", ")) for blocks in found) == 48 - 29
+    blocks = "|".join(map(str, range(24)))
+    assert rf'--exclude-layers "blocks\.({blocks})\.self_attn\.k\.weight|blocks' in text
 
 
 def test_the_map_shows_every_layer():
@@ -2967,12 +2966,12 @@ def test_quantize_weight_gives_what_quant_linear_takes(fmt, least):
     assert convert.snr(w, rounded(w, fmt)) == convert.snr(w, layer.dequantized(torch.float32))
 
 
-@pytest.mark.parametrize("flags, layers", [("--fp8", 10), ("--custom-type fp8 --custom-layers ffn", 4)])
+@pytest.mark.parametrize("flags, layers", [("--fp8", 24), ("--custom-type fp8 --custom-layers ffn", 4)])
 def test_fp8_has_one_scale_for_a_weight(model, out, flags, layers):
     convert.main(["-i", model, "-o", out, *flags.split()])
     written, markers = load_file(out), read_layers(out)
     names = [name for name, info in markers.items() if info["format"] == "float8_e4m3fn"]
-    assert len(names) == layers and len(markers) == 10
+    assert len(names) == layers and len(markers) == 24
     for name in names:
         stored, w = layer_tensors(written, name), checkpoint()[f"{name}.weight"]
         scale = w.float().abs().max() / 448
@@ -3010,7 +3009,7 @@ def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
     convert.main(["-i", model, "-o", out, "--extract-lora", "--lora-rank", "16",
                   "--exclude-layers", r"blocks\.1\."])
     lora, base = load_file(out.with_name("out_lora.safetensors")), load_file(out)
-    layers = ["blocks.0.ffn.0", "blocks.0.ffn.2"]  # of LINEARS, what --lora-target names by default
+    layers = [f"blocks.0.{layer}" for layer in ("ffn.0", "ffn.2", "self_attn.v", "self_attn.o")]  # by default
     suffixes = "lora_up.weight", "lora_down.weight", "alpha"
     assert set(lora) == {f"diffusion_model.{x}.{suffix}" for x in layers for suffix in suffixes}
     report = capsys.readouterr().out
@@ -3097,7 +3096,7 @@ def test_shards_convert_to_the_same_tensors(tmp_path, model):
     shards.mkdir()
     places = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(places.values()):
-        save_file({name: tensors[name] for name in places if places[name] == file}, shards / file)
+        write_checkpoint(shards / file, {name: tensors[name] for name in places if places[name] == file})
     convert.main(["-i", model])
     convert.main(["-i", shards])
     index = shards / "m.safetensors.index.json"
@@ -3142,8 +3141,8 @@ def test_memory_holds_a_few_weights_not_the_model(tmp_path):
     """For 200 MB more in the file, the peak of the process rises by less than a third of that."""
     program = f"import sys, convert\n{PEAK}\nconvert.main(sys.argv[1:])\nprint(peak())"
     peaks, sizes = [], []
-    for blocks in (4, 16):  # both keep all threads busy, which hold a few weights each
-        tensors = checkpoint(torch.float32, blocks=blocks, linears={"self_attn.q": (2048, 2048)})
+    for blocks in (2, 6):  # both keep all threads busy, which hold a few weights each
+        tensors = checkpoint(torch.float32, num_blocks=blocks, dim=1024, ffn_dim=1024)
         file = write_checkpoint(tmp_path / "m", tensors)
         peaks.append(int(run_python(program, "-i", file, "-o", tmp_path / "out", "--simple").split()[-1]))
         sizes.append(file.stat().st_size)
@@ -3198,7 +3197,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(interrupted, monkeypatch, 
         progress.write('["blocks.1.ffn.2.wei')
     rounded = interrupt(monkeypatch, None, after=math.inf)
     convert.main([*argv, "--resume"])
-    assert 5 <= len(rounded) <= 6  # of ten; one thread runs a little ahead
+    assert 19 <= len(rounded) <= 20  # of 24; one thread runs a little ahead
     assert all(file.read_bytes() == data for file, data in complete.items())
     assert len(list(argv[1].parent.iterdir())) == 3  # no .part, no list
 
@@ -3248,7 +3247,7 @@ def test_two_runs_do_not_write_one_file(model, out, monkeypatch):
     monkeypatch.setattr(convert, "quantize_weight", start_second)
     monkeypatch.setattr(convert, "ThreadPoolExecutor", lambda workers: ThreadPoolExecutor(1))
     convert.main(["-i", model, "-o", out, *flags])
-    assert started and len(load_file(out)) == len(checkpoint()) + 3 * 10  # complete
+    assert started and len(load_file(out)) == len(checkpoint()) + 3 * 24  # complete
     assert sorted(file.name for file in out.parent.iterdir()) == [
         "lora.safetensors", "m.safetensors", "out.safetensors"]
 
