@@ -802,13 +802,13 @@ REFUSED_BY_QUANT = [
     (lambda: quant.dequantize_nvfp4(*OCTETS, 1.0), "got data torch.float8_e4m3fn .*, expected uint8"),
     (lambda: quant.dequantize_nvfp4(*BLOCKS, shape=(33, 32)), r"got shape \(33, 32\), .* \(32, 32\)"),
     (lambda: quant.dequantize_nvfp4(BLOCKS[0], BLOCKS[1][:64], BLOCKS[2]), r"got \(64, 4\), expected \(128, 4\)"),
-    (lambda: quant.dequantize_nvfp4(*BLOCKS[:2], torch.ones(3)), "got tensor_scale .*, expected one positive"),
+    (lambda: quant.dequantize_nvfp4(*BLOCKS[:2], torch.ones(3)), "got tensor_scale .*, expected one number"),
     (lambda: quant.dequantize_mxfp8(OCTETS[0], torch.ones(128, 4)), "block_scale torch.float32, expected uint8"),
     (lambda: quant.swizzle(torch.zeros(4)), "expected 2-D"),
     (layer_of("nvfp4", {"weight_scale": torch.ones(32, 16).to(torch.float8_e4m3fn)}),
      r"0\.weight_scale: got \(32, 16\), expected \(256, 16\); the scales must be padded and swizzled"),
     (layer_of("nvfp4", {"weight_scale_2": None}), r"0\.weight_scale_2: got no such tensor, but bias, .*NVFP4"),
-    (layer_of("nvfp4", {"weight_scale_2": torch.ones((), dtype=torch.bfloat16)}), "must not be cast"),
+    (layer_of("nvfp4", {"weight_scale_2": torch.ones((), dtype=torch.bfloat16)}), "do not cast stored"),
     (layer_of("nvfp4", {"comfy_quant": None}), r"0\.weight: got torch.uint8, .* plain, without a comfy_quant"),
     (layer_of("mxfp8", {"pre_quant_scale": torch.ones(256)}), r"pre_quant_scale: got a tensor, expected none"),
     (layer_of(None, {"bias": torch.ones(255)}), r"0\.bias: got \(255,\), expected"),
@@ -2892,7 +2892,7 @@ def test_the_rules_of_the_plan_by_score(kind, scores, kurtosis, plan, reasons):
 
 
 def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
-    """48 weights of 288 have an excess kurtosis over 8; 29 of them have a score in the highest tenth."""
+    """48 weights of 288 have an excess kurtosis over 8, more than the tenth whose score is high enough."""
     tensors = checkpoint(num_blocks=24)
     for i in range(24):
         for layer in "q", "k":
@@ -2903,7 +2903,10 @@ def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
     assert {f"blocks.{i}.{layer}" for i in range(24) for layer in LINEARS} - layers.keys() == {
         f"blocks.{i}.self_attn.{layer}" for i in range(24) for layer in ("q", "k")}
     found = re.findall(r"\nself_attn.[qk] +bf16 instead of (?:MXFP8|NVFP4): kurtosis: blocks ([0-9, ]+)", text)
-    assert sum(len(blocks.split(", ")) for blocks in found) == 48 - 29
+    scores = convert.score({f"blocks.{i}.{layer}.weight": convert.sensitivity(
+        tensors[f"blocks.{i}.{layer}.weight"]) for i in range(24) for layer in LINEARS})
+    high = [name for name in scores if scores[name] >= np.quantile([*scores.values()], 0.9)]
+    assert sum(len(blocks.split(", ")) for blocks in found) == 48 - len(high) > 10
     blocks = "|".join(map(str, range(24)))
     assert rf'--exclude-layers "blocks\.({blocks})\.self_attn\.k\.weight|blocks' in text
 
@@ -2932,7 +2935,8 @@ def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path, capsys):
     capsys.readouterr()
     convert.main(["-i", model, "-o", out, *FPMM])
     text = capsys.readouterr().out
-    assert re.search(r"\nffn.0 +8W .*\nffn.2 +4w .*\nself_attn.k +4w .*\nself_attn.q +44 ", text)
+    for kind, cells in ("ffn.0", "8W"), ("ffn.2", "4w"), ("self_attn.k", "4w"), ("self_attn.q", "44"):
+        assert re.search(rf"\n{kind} +{cells} ", text)
     assert re.search(r"\nffn.0 +W8A16 +1 .*\nself_attn.k +NVFP4 +1 .*\nself_attn.k +W4A16 +1 ", text, re.DOTALL)
     ours, other, key = load_file(out), load_file(plain), "full_precision_matrix_mult"
     marked = {f"blocks.1.{layer}" for layer in ("ffn.0", "ffn.2", "self_attn.k")}
@@ -3087,7 +3091,7 @@ def test_tensors_are_aligned_and_fill_the_file(model, out):
     offsets = sorted(entry["data_offsets"] for entry in entries.values())
     assert length % 8 == 0 and offsets[0][0] == 0 and offsets[-1][1] == len(raw) - 8 - length
     assert all(end == begin for (_, end), (begin, _) in zip(offsets, offsets[1:]))
-    assert all(entry["data_offsets"][0] % convert.DTYPES[entry["dtype"]].itemsize == 0
+    assert all(entry["data_offsets"][0] % wan_fp4.DTYPES[entry["dtype"]].itemsize == 0
                for entry in entries.values())
 
 
