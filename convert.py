@@ -350,7 +350,7 @@ class Source:
                 tensor = f.get_tensor(stored)
         except safetensors.SafetensorError as error:  # the header could be read when the run started
             raise OSError(f"{file}: {stored}: cannot be read ({error})") from None
-        if tensor.is_floating_point() and not tensor.abs().amax().isfinite():
+        if tensor.is_floating_point() and not all(edge.isfinite() for edge in tensor.aminmax()):
             raise wan_fp4.wrong(f"{file}: {stored}", "NaN or infinite values", "finite ones",
                                 "get an undamaged copy")
         return tensor

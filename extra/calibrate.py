@@ -110,6 +110,9 @@ def find_networks(source, named, models):
     if unused:
         raise ValueError(f"--{unused[0]}: this model's calibration does not use it; leave it out")
     files, _ = sample.find_files({flag: named.get(flag) for flag in wanted}, models)
+    if own == "dit-low" and not wan_fp4.is_expert(files["dit"]):
+        raise ValueError(f"--calib: {source.path} is Wan2.2's low-noise expert, got {files['dit']} for the steps "
+                         f"before it, expected the high-noise one; name it with --dit")
     return files | {own: source.path}
 
 
