@@ -23,7 +23,6 @@ import textwrap
 import types
 import unicodedata
 import weakref
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
