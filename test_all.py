@@ -6,6 +6,8 @@ Nothing here needs a GPU, nor extra/.
 import ast
 import contextlib
 import ctypes
+import functools
+import html
 import io
 import itertools
 import json
@@ -19,12 +21,14 @@ import subprocess
 import sys
 import textwrap
 import types
+import unicodedata
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
+import ftfy
 import numpy as np
 import pytest
 import sentencepiece
@@ -1400,6 +1404,144 @@ def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere(cuda):
     assert [n for n, p in umt5.named_parameters() if p.device.type == "cpu"] == ["token_embedding.weight"]
 
 
+# What a file is: one line says it before any network is loaded
+
+def transformers_t5():
+    """google/t5-v1_1-xxl in small: only its first block has a position bias."""
+    from transformers import T5Config, T5EncoderModel
+    return T5EncoderModel(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                   feed_forward_proj="gated-gelu")).state_dict()
+
+
+def without_image(tensors, channels=36, **more):
+    """A DiT's tensors without those of the image branch; patch_embedding takes `channels`."""
+    return {name: tensor for name, tensor in tensors.items() if "img" not in name} | {
+        "patch_embedding.weight": torch.zeros(64, channels, 1, 2, 2), **more}
+
+
+def adapter(*parts):
+    return {f"diffusion_model.blocks.0.self_attn.q.{part}": torch.ones(64, 64) for part in parts}
+
+
+def stored_as(tensors, dtype, **more):
+    """A DiT's tensors, those of q in another dtype."""
+    return tensors | {"blocks.0.self_attn.q.weight": torch.ones(64, 64).to(dtype), **{
+        f"blocks.0.self_attn.q.{suffix}": tensor for suffix, tensor in more.items()}}
+
+
+DIT_ADVICE = "is not supported; use Wan2.1 I2V or Wan2.2 I2V A14B"
+OTHER_FILES = {  # the flag, the file's tensors made of a small DiT's, what the line says
+    "T2V": ("dit", lambda dit: without_image(dit, 16), f"Wan T2V, which {DIT_ADVICE}"),
+    "TI2V 5B": ("dit", lambda dit: without_image(dit, 48), f"Wan2.2 TI2V 5B, which {DIT_ADVICE}"),
+    "FLF2V": ("dit", lambda dit: dit | {"img_emb.emb_pos": torch.zeros(1, 514, 40)},
+              f"Wan2.1 FLF2V, which {DIT_ADVICE}"),
+    "diffusers' FLF2V": ("dit", lambda dit: diffusers_dit(pos_embed_seq_len=514).state_dict(), "Wan2.1 FLF2V"),
+    "VACE": ("dit", lambda dit: without_image(dit, 16, **{"vace_blocks.0.after_proj.bias": torch.zeros(64)}),
+             f"Wan VACE, which {DIT_ADVICE}"),
+    "Fun Control": ("dit", lambda dit: dit | {"patch_embedding.weight": torch.zeros(64, 48, 1, 2, 2)},
+                    f"Wan Fun Control or another variant, which {DIT_ADVICE}"),
+    "Fun Camera": ("dit", lambda dit: dit | {"patch_embedding.weight": torch.zeros(64, 32, 1, 2, 2),
+                                             "control_adapter.conv.bias": torch.zeros(64)}, "Wan Fun Control"),
+    "Animate": ("dit", lambda dit: dit | {"face_adapter.fuser_blocks.0.k_norm.weight": torch.zeros(64)},
+                f"Wan Animate, which {DIT_ADVICE}"),
+    "S2V": ("dit", lambda dit: without_image(dit, 16, **{"audio_injector.injector.0.q.bias": torch.zeros(64)}),
+            f"Wan S2V, which {DIT_ADVICE}"),
+    "GGUF": ("dit", None, r"\(a GGUF file, which is not supported: take the safetensors file\)$"),
+    "a GGUF of UMT5": ("text-encoder", None, "a GGUF file, which is not supported"),
+    "a LoRA as model": ("dit", lambda _: adapter("lora_A.weight", "lora_B.weight"),
+                        "a LoRA, which is no model; pass it with --lora"),
+    "DoRA": ("lora", lambda _: adapter("lora_A.weight", "lora_B.weight", "dora_scale"),
+             "a DoRA, which is not supported; merge it"),
+    "PEFT's DoRA": ("lora", lambda _: adapter("lora_A.weight", "lora_magnitude_vector"), "a DoRA, which is not"),
+    "LoKr": ("lora", lambda _: adapter("alpha", "lokr_w1", "lokr_w2"), "a LoKr, which is not supported; merge"),
+    "LoHa": ("lora", lambda _: adapter("hada_w1_a", "hada_w1_b"), "a LoHa, which is not supported; merge it"),
+    "a model as LoRA": ("lora", lambda dit: dit, "a WanDiT, which belongs to --dit"),
+    "int8": ("dit", lambda dit: stored_as(dit, torch.int8, weight_scale=torch.ones(64)),
+             "an int8 model, which is not supported; use the bf16 or the fp8 one"),
+    "ModelOpt's NVFP4": ("dit", lambda dit: stored_as(
+        dit, torch.uint8, weight=torch.zeros(64, 32, dtype=torch.uint8), weight_scale=torch.zeros(64, 4),
+        weight_scale_2=torch.ones(())), "NVFP4 without comfy_quant markers, .*not supported; convert the bf16"),
+    "T5": ("text-encoder", lambda _: transformers_t5(), "T5, which is not UMT5; use umt5_xxl"),
+    "the VAE of 5B": ("vae", lambda _: {"decoder.upsamples.0.upsamples.0.residual.2.weight": torch.zeros(1),
+                                        "conv2.bias": torch.zeros(48)}, "the VAE of Wan2.2 5B, .*use Wan2.1's"),
+    "diffusers' DiT as VAE": ("vae", lambda _: diffusers_dit().state_dict(), "a WanDiT, which belongs to --dit"),
+    "ComfyUI's UMT5 as DiT": ("dit", lambda _: transformers_umt5().state_dict(),
+                              "a UMT5Encoder, which belongs to --text-encoder"),
+    **{f"{other} as {flag}": (flag, lambda _, name=name: load_file(DEMO / f"{name}.safetensors"),
+                              f"a {network}, which belongs to --{other}")
+       for other, name, network in (("dit", "dit", "WanDiT"), ("text-encoder", "umt5", "UMT5Encoder"),
+                                    ("clip", "clip", "CLIPVision"), ("vae", "vae", "WanVAE"))
+       for flag in ("dit", "text-encoder", "clip", "vae") if flag != other}}
+
+
+@pytest.mark.parametrize("case", OTHER_FILES)
+def test_a_file_is_named_before_a_network_is_loaded(case, dit_path, tmp_path, monkeypatch):
+    """And not called incomplete: downloading it again would not help."""
+    flag, make, text = OTHER_FILES[case]
+    for network in ("dit", "umt5", "clip", "vae"):
+        monkeypatch.delattr(wan_fp4, f"load_{network}")  # what the pipeline calls; the check has its own
+    path = tmp_path / "x.safetensors"
+    if make:
+        save_file({name: t.contiguous().clone() for name, t in make(load_file(dit_path)).items()}, path,
+                  {"head_dim": "32"})
+    else:
+        path.write_bytes(b"GGUF" + bytes(100))
+    files = demo_files() | {flag: path}
+    argv = [part for name, file in files.items() for part in (f"--{name}", file)]
+    fails(sample.main, [PHOTO, "-o", tmp_path / "o.mp4", *argv],
+          rf"^(?!.*(complete|[Dd]ownload)).*x\.safetensors: .*{text}")
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def three_shards(dit_path, folder):
+    """A model in three files, without an index."""
+    tensors = load_file(dit_path)
+    folder.mkdir()
+    for i in range(3):
+        save_file({name: tensors[name] for name in sorted(tensors)[i::3]},
+                  folder / f"m-0000{i + 1}-of-00003.safetensors", {"head_dim": "32"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", "m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"])
+def test_shards_need_no_index_but_each_other(name, dit_path, tmp_path):
+    folder = three_shards(dit_path, tmp_path / "dit")
+    assert same_tensors(dict(wan_fp4.load_dit(folder / name).state_dict()), load_file(dit_path))
+    assert sample.search(tmp_path) == ({"dit": [folder / "m-00001-of-00003.safetensors"]}, [])
+    (folder / "m-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="m-00002-of-00003.safetensors: no such file$"):
+        wan_fp4.load_dit(folder / name, "meta")
+    _, broken = sample.search(tmp_path)
+    assert broken and all("m-00002-of-00003.safetensors: no such file" in line for line in broken)
+
+
+E4M3FN, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FP8_FILES = {  # dtype, a scale per row, the scale's name, the tensors beside them, the names' prefix
+    "fp8_scaled": (E4M3FN, False, "scale_weight", {"scaled_fp8": torch.zeros(0).to(E4M3FN)},
+                   "model.diffusion_model."),
+    "e5m2": (E5M2, False, "scale_weight", {"scaled_fp8": torch.zeros(2).to(E5M2)}, "diffusion_model."),
+    "LightX2V's": (E4M3FN, True, "weight_scale", {}, "")}
+
+
+@pytest.mark.parametrize("case", FP8_FILES)
+@torch.no_grad()
+def test_fp8_files_are_what_they_dequantize_to(case, dit_path, tmp_path):
+    dtype, by_row, scale_name, more, prefix = FP8_FILES[case]
+    packed, exact = load_file(dit_path), load_file(dit_path)
+    for name, w in load_file(dit_path).items():
+        if name.startswith("blocks.") and name.endswith(".weight") and w.dim() == 2:
+            scale = w.abs().amax(1, keepdim=True) if by_row else w.abs().max()
+            scale = scale / torch.finfo(dtype).max
+            packed[name], exact[name] = (w / scale).to(dtype), (w / scale).to(dtype).float() * scale
+            packed[name.removesuffix("weight") + scale_name] = scale
+    save_file({prefix + name: tensor for name, tensor in (packed | more).items()}, tmp_path / "fp8",
+              {"head_dim": "32"})
+    save_file(exact, tmp_path / "exact", {"head_dim": "32"})
+    ours, inputs = wan_fp4.load_dit(tmp_path / "fp8"), dit_inputs(1, 4, 6, 5)
+    assert relative_error(ours(**inputs), wan_fp4.load_dit(tmp_path / "exact")(**inputs)) < 1e-6
+    assert re.match(r"FP8( \(E5M2\))? 24 layers", quant.describe(ours))
+
+
 # LoRA
 
 NAMINGS = {  # prefix, a self-attention q, up, down
@@ -1538,6 +1680,122 @@ def test_lora_says_what_it_skipped_and_why(names, skipped, lora_file):
 def test_loras_that_are_refused(lora, error, dit_path, lora_file):
     with pytest.raises(ValueError, match=error):
         wan_fp4.load_dit(dit_path, loras=[(lora_file(lora), 1.0)])
+
+
+# The same LoRA of every layer under the names of each program
+
+@functools.cache
+def diffusers_layers():
+    """{official name: diffusers'} of every Linear."""
+    return {wan_fp4.official_dit_name(layer): layer for layer, module in diffusers_dit().named_modules()
+            if isinstance(module, torch.nn.Linear)}
+
+
+def diffusers_layer(name):
+    return diffusers_layers()[name]
+
+
+SPELLINGS = {  # a layer's name from the official one, lora_up's ending, lora_down's
+    "PEFT's endings": (lambda n: f"diffusion_model.{n}", "lora_B.weight", "lora_A.weight"),
+    "kohya and musubi": (lambda n: "lora_unet_" + n.replace(".", "_"), "lora_up.weight", "lora_down.weight"),
+    "VideoX-Fun": (lambda n: "lora_unet__" + n.replace(".", "_"), "lora_up.weight", "lora_down.weight"),
+    "half kohya": (lambda n: re.sub(r"^blocks\.(\d+)\.", r"lora_unet_blocks_\1.", n), "lora_up.weight",
+                   "lora_down.weight"),
+    "kohya of diffusers": (lambda n: "lora_unet_" + diffusers_layer(n).replace(".", "_"), "lora_up.weight",
+                           "lora_down.weight"),
+    "DiffSynth": (lambda n: f"pipe.dit.{n}", "lora_B.default.weight", "lora_A.default.weight"),
+    "PEFT": (lambda n: f"base_model.model.{diffusers_layer(n)}", "lora_B.weight", "lora_A.weight"),
+    "an adapter's name": (lambda n: f"transformer.{diffusers_layer(n)}", "lora_B.lightx2v_t1.weight",
+                          "lora_A.lightx2v_t1.weight")}
+PARTLY = {"half kohya": "blocks.", "kohya of diffusers": "blocks."}  # what those who use it train
+
+
+@pytest.fixture(scope="session")
+def every_layer(dit_path):
+    """{name: (up, down)} of every Linear of the small DiT."""
+    g, linears = torch.Generator().manual_seed(5), wan_fp4.load_dit(dit_path, "meta").named_modules()
+    return {name: (torch.randn(module.out_features, 4, generator=g) * 0.1,
+                   torch.randn(4, module.in_features, generator=g) * 0.1)
+            for name, module in linears if isinstance(module, quant.QuantLinear)}
+
+
+def spelled(layers, spelling, alpha=None):
+    name_of, up_ending, down_ending = spelling
+    lora = {}
+    for layer, (up, down) in layers.items():
+        lora |= {f"{name_of(layer)}.{up_ending}": up, f"{name_of(layer)}.{down_ending}": down}
+        lora |= {} if alpha is None else {f"{name_of(layer)}.alpha": torch.tensor(alpha)}
+    return lora
+
+
+USUAL = (lambda name: f"diffusion_model.{name}", "lora_up.weight", "lora_down.weight")
+
+
+@torch.no_grad()
+def velocity_with(dit_path, *files):
+    """A velocity of the small DiT with LoRAs at strength 0.5, and the line about the last one."""
+    dit = wan_fp4.load_dit(dit_path, loras=[(file, 0.5) for file in files])
+    return dit(**dit_inputs(1, 4, 6, 5)), dit.loras[-1:]
+
+
+@pytest.mark.parametrize("naming", SPELLINGS)
+def test_every_programs_names_are_read(naming, every_layer, dit_path, lora_file):
+    layers = {name: factors for name, factors in every_layer.items() if name.startswith(PARTLY.get(naming, ""))}
+    usual = lora_file(spelled(layers, USUAL, alpha=8.0), name="usual")
+    lora = lora_file(spelled(layers, SPELLINGS[naming], alpha=8.0))
+    expected, _ = velocity_with(dit_path, usual)
+    got, line = velocity_with(dit_path, lora)
+    assert torch.equal(got, expected) and line == [f"lora: {len(layers)} layers"]
+    assert relative_error(got, velocity_with(dit_path)[0]) > 0.1
+
+
+PEFT_CONFIG = {"r": 4, "lora_alpha": 16, "use_rslora": False, "alpha_pattern": {"attn1.to_q": 2}}
+
+
+@pytest.mark.parametrize("place", ["diffusers", "adapter_model.safetensors", "peft/"])
+def test_alpha_is_where_diffusers_and_peft_keep_it(place, every_layer, dit_path, lora_file, tmp_path):
+    """diffusers writes the file itself. One pattern gives q of self-attention another alpha."""
+    usual = spelled(every_layer, USUAL, alpha=16.0)
+    usual |= {name: torch.tensor(2.0) for name in usual if name.endswith("self_attn.q.alpha")}
+    expected, _ = velocity_with(dit_path, lora_file(usual))
+    if place == "diffusers":
+        from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+        path = tmp_path / "diffusers.safetensors"
+        WanLoraLoaderMixin.save_lora_weights(
+            str(tmp_path), spelled(every_layer, (diffusers_layer, "lora_B.weight", "lora_A.weight")),
+            weight_name=path.name, transformer_lora_adapter_metadata=PEFT_CONFIG)
+    else:
+        path, folder = tmp_path / "peft", tmp_path / "peft"
+        folder.mkdir()
+        save_file(spelled(every_layer, SPELLINGS["PEFT"]), folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG))
+        path = folder if place == "peft/" else folder / place
+    assert torch.equal(velocity_with(dit_path, path)[0], expected)
+
+
+@pytest.mark.parametrize("alpha", [4.0, 16.0])
+def test_the_bias_of_lora_b_is_scaled_as_its_weight(alpha, every_layer, dit_path, lora_file):
+    """PEFT multiplies all that lora_B gives by alpha / r. diffusers' reading of diff_b has alpha = r."""
+    biases = {name: up[:, 0].clone() for name, (up, _) in every_layer.items()}
+    usual = spelled(every_layer, USUAL, alpha) | {
+        f"diffusion_model.{name}.diff_b": bias * (alpha / 4) for name, bias in biases.items()}
+    lora = spelled(every_layer, SPELLINGS["PEFT"]) | {
+        f"base_model.model.{diffusers_layer(name)}.lora_B.bias": bias for name, bias in biases.items()}
+    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha, "transformer.r": 4})}
+    expected, _ = velocity_with(dit_path, lora_file(usual, name="usual"))
+    got, _ = velocity_with(dit_path, lora_file(lora, header))
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("stored, text", [
+    ({"transformer.use_rslora": True, "transformer.lora_alpha": 4}, "rank-stabilized LoRA .*not supported"),
+    ({"transformer.lora_alpha": "much"}, "got .*, expected JSON with lora_alpha"),
+    ({"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"(": 1}}, "expected JSON with lora_alpha"),
+    ([], "expected JSON with lora_alpha")])
+def test_an_alpha_that_cannot_be_used_is_refused(stored, text, every_layer, dit_path, lora_file):
+    path = lora_file(spelled(every_layer, USUAL), {"lora_adapter_metadata": json.dumps(stored)})
+    with pytest.raises(ValueError, match=f"lora: .*{text}"):
+        wan_fp4.load_dit(dit_path, "meta", loras=[(path, 1.0)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1754,6 +2012,58 @@ def test_image_condition_is_the_official_regrouping():
     assert video.shape == (1, 3, 13, 4, 6) and (video[:, :, 0] == 0.5).all() and (video[:, :, 1:] == 0).all()
 
 
+def saved_picture(kind):
+    """The bytes of a picture, by its kind."""
+    ext, options = {"baseline": ("jpeg", {}), "progressive": ("jpeg", {"progressive": True}),
+                    "restarts": ("jpeg", {"restart_marker_rows": 1}), "png": ("png", {}), "webp": ("webp", {}),
+                    "lossless": ("webp", {"lossless": True})}[kind]
+    Image.fromarray(picture(120, 160)).save(data := io.BytesIO(), ext, quality=92, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "restarts", "png", "webp", "lossless"])
+def test_half_a_download_is_refused_and_what_follows_a_picture_ignored(kind, tmp_path):
+    """Phones append a video or a gain map to a jpg."""
+    data, path = saved_picture(kind), tmp_path / "a.jpg"
+    for share in (0.1, 0.5, 0.9):
+        path.write_bytes(data[:int(share * len(data))])
+        with pytest.raises(ValueError, match="a.jpg: is (damaged|not a picture)"):
+            sample.read_image(path)
+    pictures = []
+    for more in (b"", bytes(1000), b"\xff\xd8 not a picture" * 50, data):
+        path.write_bytes(data + more)
+        pictures.append(sample.read_image(path))
+        assert torch.equal(pictures[0], pictures[-1])
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(as_uint8(pictures[0]) - expected).max() <= 25
+
+
+@pytest.mark.parametrize("start, name", [
+    (b"\0\0\0\x18ftypheic", "HEIC"), (b"\0\0\0\x18ftypmif1", "HEIC"), (b"\0\0\0\x18ftyphevc", "HEIC"),
+    (b"\0\0\0\x1cftypavis", "AVIF"), (b"\0\0\0\x14ftypqt  ", "a video"), (b"MM\0*\0\0\0\x08", "TIFF")])
+def test_other_pictures_are_named_by_their_first_bytes(start, name, tmp_path):
+    """A file's name may lie. Pictures that Pillow writes are in the table above."""
+    (tmp_path / "photo.jpg").write_bytes(start + bytes(200))
+    with pytest.raises(ValueError, match=f"photo.jpg: is {name}, expected png, jpg or webp; convert it: ffmpeg "):
+        sample.read_image(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("ext", ["png", "webp"])
+def test_an_animation_is_called_one(ext, tmp_path):
+    frames = [Image.fromarray(picture(seed=seed)) for seed in range(2)]
+    frames[0].save(tmp_path / f"a.{ext}", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=f"a.{ext}: is .*an animation"):
+        sample.read_image(tmp_path / f"a.{ext}")
+
+
+@pytest.mark.parametrize("ext", ["png", "jpg", "webp"])
+def test_a_profile_of_srgb_is_no_reason_to_warn(ext, tmp_path, capsys):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(picture()).save(tmp_path / f"a.{ext}", icc_profile=profile)
+    sample.read_image(tmp_path / f"a.{ext}")
+    assert capsys.readouterr().err == ""
+
+
 # the prompt
 
 @pytest.fixture(scope="session")
@@ -1806,6 +2116,33 @@ def test_tokenize(spiece, capsys):
     stand_in = types.SimpleNamespace(encode=lambda text: seen.append(text) or [], eos_id=lambda: 3)
     sample.tokenize(stand_in, "\u201ca\u2019s &amp;amp; b\u201d")
     assert seen == ['"a\'s & b"']
+
+
+PROMPTS = [  # as people paste them
+    "a\u00a0cat\u3000in \u2028 the\tsun\r\n", "she said \u201chi\u201d and it\u2019s \u2018fine\u2019",
+    "\u201elow\u201f \u201asingle\u201b \u02bcletter", "cats &amp; dogs", "&quot;cats&quot; &amp;amp; dogs &#39;",
+    "&ldquo;curly&rdquo; entities", "fish &lt;3 chips", "a < b &amp; c", "AT&T, R&D; &notanentity;",
+    "镜头向左移动，“小猫”在跑！", "  "]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompts_are_cleaned_as_by_ftfy_and_html(prompt):
+    """Wan's tokenizers.py: ftfy.fix_text, html.unescape twice, white space. SentencePiece applies NFKC."""
+    expected = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+    seen = []
+    stand_in = types.SimpleNamespace(encode=lambda text: seen.append(text) or [], eos_id=lambda: 3)
+    assert sample.tokenize(stand_in, prompt).tolist() == [[3]]
+    assert unicodedata.normalize("NFKC", seen[0]) == unicodedata.normalize("NFKC", expected)
+
+
+@pytest.mark.parametrize("words, lost", [(511, 0), (512, 1), (600, 89)])
+def test_a_long_prompt_is_cut_with_a_count(words, lost, capsys):
+    stand_in = types.SimpleNamespace(encode=lambda text: [int(word) for word in text.split()], eos_id=lambda: 1,
+                                     decode=lambda ids: " ".join(map(str, ids)))
+    ids = sample.tokenize(stand_in, " ".join(map(str, range(10, 10 + words))))
+    assert ids.tolist() == [[*range(10, 10 + min(words, 511)), 1]]
+    err = capsys.readouterr().err
+    assert (err == "") if not lost else f"has {words} tokens, 511 are used: its last {lost} words are cut" in err
 
 
 # video files
@@ -1891,6 +2228,59 @@ else:
     raise AssertionError("written")
 """, tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_browser_can_play_an_mp4_while_it_loads(tmp_path):
+    sample.write_video(tmp_path / "a.mp4", clip(5))
+    data, at, boxes = (tmp_path / "a.mp4").read_bytes(), 0, []
+    while at < len(data):
+        boxes.append(data[at + 4:at + 8].decode())
+        at += int.from_bytes(data[at:at + 4], "big")
+    assert boxes.index("moov") < boxes.index("mdat")
+
+
+@pytest.mark.parametrize("image, prompt, name", [
+    ("фото.jpg", "поверни налево", "фото-поверни-налево-seed0.mp4"), ("写真.png", "左へ", "写真-左へ-seed0.mp4"),
+    ("a/../b c.jpg", "\u202e/\\:*?\"<>|\0\n%d", "b-c-d-seed0.mp4"), ("-x.png", "", "x-seed0.mp4"),
+    ("\ud800.png", "zoom", "zoom-seed0.mp4"), ("CON.png", "é" * 200, None)])
+def test_names_keep_letters_of_every_script_and_nothing_else(image, prompt, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with sample.reserve(None, image, prompt, 0) as (path, _):
+        assert path == name if name else len(os.fsencode(path)) <= 115
+        assert os.fsdecode(os.fsencode(path)) == path and os.path.dirname(path) == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_run_that_is_terminated_leaves_nothing(tmp_path):
+    """SIGTERM comes while the video is written, as when a container stops."""
+    latents = tmp_path / "a.mp4.latents.safetensors"
+    save_file({"latents": torch.zeros(1, 16, 1, 2, 2)}, latents)
+    code = """
+import itertools, os, runpy, signal, sys
+import av, wan_fp4
+count = itertools.count
+def stop(*args):
+    if sys._getframe(1).f_code.co_name == "open_video":  # its temporary file is there
+        print(os.listdir(os.path.dirname(sys.argv[2])), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return count(*args)
+itertools.count = stop
+runpy.run_path("sample.py", run_name="__main__")"""
+    argv = ["--decode", latents, "--vae", DEMO / "vae.safetensors", "-o", tmp_path / "a.mp4", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=REPOSITORY, capture_output=True,
+                          text=True)
+    assert ".part" in done.stdout and done.returncode == 130, done.stderr
+    assert "sample.py: interrupted" in done.stderr and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == [latents.name]
+
+
+@pytest.mark.parametrize("flags, text", [
+    ("--cfg 5", "warning: --cfg 5 with an empty --negative prompt"), ("--cfg 5 --negative blur", None),
+    ("", None)])
+def test_guidance_without_a_negative_prompt_is_reported(flags, text, capsys):
+    sample.make_settings(sample.make_parser().parse_args(flags.split()), {})
+    err = capsys.readouterr().err
+    assert (text in err) if text else err == ""
 
 
 # a pretended GPU
@@ -2637,6 +3027,185 @@ def test_the_seed_changes_the_frames(tmp_path):
         run(f"{PHOTO} -o {folder} --seed {seed} --frames 1 --size 64x64 --steps 1")
         frames.append(np.asarray(Image.open(folder / "0000.png")).astype(int))
     assert np.array_equal(*frames[:2]) and np.abs(frames[0] - frames[2]).mean() > 1
+
+
+# Wan2.2's two experts, by diffusers
+
+def expert(seed):
+    """One of diffusers' transformers without an image branch."""
+    return random_weights(diffusers_dit(image_dim=None, added_kv_proj_dim=None), seed)
+
+
+def expert_file(theirs, path, prefix="", names=wan_fp4.official_dit_name):
+    path.parent.mkdir(exist_ok=True)
+    tensors = {prefix + names(name): tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, path, {"head_dim": "32"})
+    return path
+
+
+@pytest.mark.parametrize("prefix, names", [
+    ("", wan_fp4.official_dit_name), ("model.diffusion_model.", wan_fp4.official_dit_name), ("", str)])
+@torch.no_grad()
+def test_an_expert_equals_diffusers_under_all_names(prefix, names, tmp_path):
+    theirs, i = expert(3), dit_inputs(2, 4, 6, 9)
+    path = expert_file(theirs, tmp_path / "x.safetensors", prefix, names)
+    ours = wan_fp4.load_dit(path)
+    expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"])).sample
+    assert relative_error(ours(**i | {"image": None}), expected) < 1e-5
+    assert ours.cfg.image_dim is None and wan_fp4.is_expert(path)
+
+
+def test_a_damaged_wan21_is_not_taken_for_an_expert(dit_path, tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(dit_path).items() if not name.startswith("img_emb.")}
+    save_file(tensors, path, {"head_dim": "32"})
+    assert not wan_fp4.is_expert(path)
+    with pytest.raises(ValueError, match="img_emb.proj.0.weight: got nothing, expected a tensor"):
+        wan_fp4.load_dit(path, "meta")
+
+
+@pytest.fixture(scope="session")
+def two_experts(tmp_path_factory):
+    """diffusers' two transformers, and their files as a run takes them."""
+    folder, theirs = tmp_path_factory.mktemp("wan22"), (expert(1), expert(2))
+    names = ("high_noise_model/m.safetensors", "low_noise_model/m.safetensors")
+    return theirs, dict(zip(("dit", "dit-low"), (expert_file(t, folder / n) for t, n in zip(theirs, names))))
+
+
+@pytest.fixture
+def sampled(two_experts, monkeypatch):
+    """Runs generate without text encoder and VAE: gives its latents, its inputs and how often it loaded a DiT."""
+    i, loaded = dit_inputs(2, 4, 6, 9), []
+    load = wan_fp4.load_dit
+
+    def load_dit(path, *args, **kwargs):
+        assert all(dit() is None for dit in loaded)  # the expert before is freed
+        dit = load(path, *args, **kwargs)
+        loaded.append(weakref.ref(dit))
+        return dit
+    monkeypatch.setattr(wan_fp4, "load_dit", load_dit)
+    monkeypatch.delattr(wan_fp4, "load_clip")
+    monkeypatch.setattr(sample, "encode_text", lambda path, prompts, *_: [i["text"], -i["text"]][:len(prompts)])
+    monkeypatch.setattr(sample, "encode_first_frames", lambda *_: [i["y"]])
+    monkeypatch.setattr(sample, "decode", lambda *_: None)
+    files = {flag: None for flag in ("text-encoder", "vae")} | two_experts[1]
+
+    def run(files=files, **settings):
+        kept = []
+        sample.generate(torch.rand(3, 32, 48), "x", files, sample.Settings(**settings), kept.append)
+        return kept[0], i, len(loaded)
+    return run
+
+
+def pipeline_latents(theirs, i, noise, steps, shift, cfg):
+    """Sampled by diffusers' pipeline with Euler's steps and ComfyUI's schedule "simple"."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+
+    class Simple(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, steps, device=None):
+            super().set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
+    pipeline = WanImageToVideoPipeline(None, None, None, Simple(shift=shift), transformer=theirs[0],
+                                       transformer_2=theirs[1], boundary_ratio=0.9)
+    pipeline.vae = types.SimpleNamespace(config=types.SimpleNamespace(z_dim=16))
+    pipeline.prepare_latents = lambda *_: (noise, i["y"])
+    pipeline.set_progress_bar_config(disable=True)
+    text = padded(i["text"])
+    return pipeline(Image.new("RGB", (48, 32)), prompt_embeds=text, negative_prompt_embeds=-text, height=32,
+                    width=48, num_frames=5, num_inference_steps=steps, guidance_scale=cfg,
+                    output_type="latent").frames
+
+
+@pytest.mark.parametrize("steps, shift, cfg", [(4, 5.0, 1.0), (4, 3.0, 1.0), (8, 5.0, 1.0), (8, 3.0, 3.5)])
+@torch.no_grad()
+def test_two_experts_sample_what_diffusers_pipeline_does(steps, shift, cfg, sampled, two_experts):
+    """With shift 3, a step is at exactly 900."""
+    got, i, loads = sampled(steps=steps, shift=shift, cfg=cfg, negative="y" if cfg != 1 else "",
+                            sampler="euler", scheduler="simple")
+    noise = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
+    expected = pipeline_latents(two_experts[0], i, noise, steps, shift, cfg)
+    assert relative_error(got, expected) < 1e-5 and loads == 2
+    swapped = pipeline_latents(two_experts[0][::-1], i, noise, steps, shift, cfg)
+    assert relative_error(got, swapped) > 0.01
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_two_experts_of_the_same_weights_are_one_model(sampler, sampled, two_experts, tmp_path):
+    """The noise that lcm adds goes on where the first one stopped."""
+    copy = shutil.copy(two_experts[1]["dit"], tmp_path / "m.safetensors")
+    one = {flag: None for flag in ("text-encoder", "vae")} | {"dit": two_experts[1]["dit"]}
+    both = sampled(one | {"dit-low": copy}, sampler=sampler)[0]
+    assert relative_error(both, sampled(one, sampler=sampler)[0]) < 1e-6
+
+
+HIGH = {  # scheduler, shift, steps: how many of them the high-noise expert takes
+    ("simple", 5.0, 4): 2, ("simple", 3.0, 4): 2, ("simple", 5.0, 8): 3, ("simple", 3.0, 8): 3,
+    ("simple", 8.0, 4): 2, ("simple", 3.0, 20): 6, ("simple", 5.0, 1): 1, ("normal", 5.0, 4): 2,
+    ("normal", 3.0, 4): 1, ("normal", 5.0, 8): 3, ("normal", 0.05, 4): 1, ("linear_quadratic", 5.0, 4): 3,
+    ("linear_quadratic", 5.0, 8): 6}
+
+
+@pytest.mark.parametrize("case", HIGH)
+def test_steps_are_dealt_out_at_900(case):
+    scheduler, shift, steps = case
+    settings = sample.Settings(scheduler=scheduler, shift=shift, steps=steps, loras=(1,), loras_low=(2,))
+    experts = sample.experts({"dit": "high", "dit-low": "low"}, settings)
+    assert [(path, loras) for path, loras, _ in experts] == [("high", (1,)), ("low", (2,))][:len(experts)]
+    assert [len(levels) - 1 for *_, levels in experts] == [n for n in (HIGH[case], steps - HIGH[case]) if n]
+    levels = torch.cat([experts[0][2], *(levels[1:] for *_, levels in experts[1:])])
+    assert torch.equal(levels, sample.sigmas(scheduler, steps, shift))
+    assert experts[-1][2][0] == experts[0][2][-1] or len(experts) == 1
+
+
+PAIRS_OF_EXPERTS = {  # two paths, and what the error says; high comes first where it says nothing
+    ("high_noise_model/m.safetensors", "low_noise_model/m.safetensors"): None,
+    ("wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors", "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors"): None,
+    ("transformer/m.safetensors", "transformer_2/m.safetensors"): None,
+    ("HighNoise.safetensors", "LowNoise.safetensors"): None, ("a.safetensors", "b.safetensors"): None,
+    ("low_noise_model/m.safetensors", "high_noise_model/m.safetensors"): "exchange them",
+    ("transformer_2/m.safetensors", "transformer/m.safetensors"): "exchange them",
+    ("transformer_2", "transformer"): "exchange them", ("low_noise_model", "high_noise_model"): "exchange them",
+    ("a.safetensors", "x/../a.safetensors"): "exchange them",
+    ("a.safetensors", "link.safetensors"): "exchange them",
+    ("a.safetensors", None): "no file found for Wan2.2 I2V's dit-low; name it with --dit-low FILE",
+    (None, "b.safetensors"): "no file found for Wan2.2 I2V's dit; name it with --dit FILE"}
+
+
+@pytest.mark.parametrize("pair", PAIRS_OF_EXPERTS)
+def test_pairs_of_experts(pair, place):
+    text = PAIRS_OF_EXPERTS[pair]
+    for folder in ("x", "models"):
+        (place / folder).mkdir()
+    for i, name in enumerate(pair):
+        path = place / (name or "unused.safetensors")
+        path = path if path.suffix else path / "m.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        if name == "link.safetensors":
+            path.symlink_to("a.safetensors")
+        elif name:
+            save_file(signs("dit-low"), path)
+    files = {flag: path for flag, path in demo_files(place / "demo").items() if flag in ("text-encoder", "vae")}
+    named = NOT_NAMED | files | dict(zip(("dit", "dit-low"), pair))
+    if text:
+        with pytest.raises((ValueError, FileNotFoundError), match=text):
+            sample.find_files(named)
+    else:
+        assert sample.find_files(named)[0].keys() == {"dit", "dit-low", "text-encoder", "vae"}  # no CLIP
+
+
+@pytest.mark.parametrize("high, low, text", [
+    ("a", None, "got LoRAs for one of the two experts, expected them for both"),
+    (None, "a", "got LoRAs for one of the two experts, expected them for both"), ("a", "a", None),
+    (None, None, None)])
+def test_loras_are_for_both_experts_or_none(high, low, text, two_experts, every_layer, lora_file):
+    """A LoRA of Wan2.1 fits, without its parts for the image."""
+    a = lora_file(spelled(every_layer, USUAL), name="a")
+    settings = sample.Settings(loras=((a, 1.0),) if high else (), loras_low=((a, 1.0),) if low else ())
+    files = two_experts[1] | {flag: demo_files()[flag] for flag in ("text-encoder", "vae")}
+    with pytest.raises(ValueError, match=text) if text else contextlib.nullcontext():
+        sample.check_files(files, settings)
+    if text is None and high:
+        line, = wan_fp4.load_dit(two_experts[1]["dit"], loras=settings.loras).loras
+        assert re.fullmatch(r"a: \d+ layers, skipped 6: .*img.* \(has no weight\)", line)
 
 
 # --------------------------------------------------------------------------------------------------
