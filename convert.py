@@ -75,7 +75,7 @@ def main(argv=None):
         paths = output_paths(args, source)
         made = {"quantization_command": command,
                 "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
-        made |= {"expert": f"{source.expert}_noise"} if source.expert else {}  # OUT's name need not tell
+        made |= {"expert": f"{source.expert}_noise"} if source.expert else {}  # OUT's name may not show it
         if args.calib:
             from extra.calibrate import calibrate
             named = {"dit": args.dit, "text-encoder": args.text_encoder, "clip": args.clip, "vae": args.vae}
@@ -302,9 +302,6 @@ class Source:
             if wan_fp4.is_lightx2v(tensors):
                 raise ValueError(f"{file}: already NVFP4, in LightX2V's layout; repack it without rounding: "
                                  f"python -m extra.lightx2v {shlex.quote(str(path))} -o OUT")
-            if "_quantization_metadata" in metadata:
-                raise ValueError(f"{file}: already quantized (its header has _quantization_metadata); "
-                                 f"convert the bf16 model")
             self.metadata |= metadata
             for stored, (dtype, shape) in tensors.items():
                 self.add(file, stored, dtype, shape)
@@ -324,11 +321,10 @@ class Source:
         if name in self.shapes:
             raise ValueError(f"{file}: {stored}: duplicate tensor (also in {self.stored[name][0]}, as "
                              f"{self.stored[name][1]}); give one model")
-        if name.endswith((".comfy_quant", ".weight_scale")):
-            raise ValueError(f"{file}: already quantized (it has {name}); convert the bf16 model")
-        if dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8")):
-            raise ValueError(f"{file}: {name}: already 8-bit ({dtype}), and rounding it again would add to "
-                             f"its error; convert the bf16 model")
+        scales = ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8"
+        if name.endswith(scales) or dtype.startswith("F8"):
+            raise ValueError(f"{file}: {name}: already quantized ({dtype}), and rounding it again would add to its "
+                             f"error; convert the bf16 model")
         if dtype not in wan_fp4.DTYPES or name.endswith(".weight") and wan_fp4.DTYPES[dtype] not in FLOATS:
             raise wan_fp4.wrong(f"{file}: {name}", dtype, "BF16, F16 or F32", "convert the bf16 model")
         if 0 in shape:

@@ -153,8 +153,6 @@ def check_choice(name, value, choices):
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
-    if [] in vars(args).values():  # argparse makes this of --steps=--
-        raise ValueError("got -- in place of a flag's value, expected a value")
     check_device(args.device)
     SECONDS.clear()
     if args.decode:
@@ -248,7 +246,7 @@ def check_device(name):
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
+    if device.index is not None:  # cuda:1
         torch.cuda.set_device(device)
     if quant.default_dtype(device) == torch.float16:
         print(f"{device}: computes in float16, the text encoder in float32: attention in bfloat16 needs compute "
@@ -313,8 +311,8 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
         paths = [given[flag]] if flag in given else found.get(flag, [])
         if flag == "dit":
             wan22 = "dit-low" in given.keys() | found.keys()
-            if paths:  # Wan2.2's has no image branch; another model is refused here
-                wan22 = wan_fp4.load_dit(paths[0], "meta").cfg.image_dim is None
+            if paths:
+                wan22 = recognize(paths[0]) in ("dit", "dit-low") and wan_fp4.is_expert(paths[0])
         if flag == ("clip" if wan22 else "dit-low"):
             if flag in given:
                 raise ValueError(f"--{flag} {given[flag]}: this model does not use it; leave it out")
@@ -391,10 +389,11 @@ def downloads(flags, folder, wan22):
 
 
 def own_settings(files) -> dict:
-    """What a model's recipe and the header of its DiT say: {"frames": int, "area": int, "prompt": str} and, for
-    Wan2.2, its sampler and scheduler. Raises ValueError for a bad number in the header."""
+    """The model's own settings, from its DiT's header and, for Wan2.2, its recipe: {"frames": int, "area": int,
+    "prompt": str} and, for Wan2.2, its sampler and scheduler. Raises ValueError for a bad number in the
+    header."""
     path = files["dit"]
-    header = wan_fp4.read_header(path)[0] if path.suffix == ".safetensors" else {}
+    header = wan_fp4.read_metadata(path)
     own = {"frames": Settings.frames, "area": Settings.area, "prompt": header.get("prompt", "")}
     for name in {"frames", "area"} & header.keys():
         if not re.fullmatch("[0-9]{1,9}", header[name]):
@@ -566,9 +565,10 @@ def announce(name, image, prompt, files, settings, demo):
     print(f"{name} -> {settings.frames} frames of {width}x{height}\n"
           f"prompt: {prompt!r}, {recipe}, on {settings.device}", flush=True)
     negative = f"negative: {settings.negative}; " if settings.cfg != 1 else ""
-    loras = "".join(f", {path.name} at {strength:g}" for path, strength in settings.loras)
-    comment = (f"{prompt}; {negative}{recipe}; {files['dit'].name}{loras}; {width}x{height}, {settings.frames} "
-               f"frames; torch {torch.__version__}")
+    models = "".join(f"{path.name}{''.join(f', {file.name} at {strength:g}' for file, strength in loras)}; "
+                     for path, loras, _ in experts(files, settings))
+    comment = (f"{prompt}; {negative}{recipe}; {models}{width}x{height}, {settings.frames} frames; "
+               f"torch {torch.__version__}")
     comment.encode()  # raises UnicodeEncodeError, a ValueError, for bytes that are no text
     return {"title": prompt, "comment": comment, "fps": str(settings.fps), "seed": str(settings.seed)}
 
@@ -617,9 +617,10 @@ def generate(image, prompt, files, settings=Settings(), on_latents=None) -> torc
 
     def velocity(x, sigma):  # (1, 16, T, H, W) -> the same
         t = torch.full((1,), 1000 * sigma, device=device)
-        v, *negative = [dit(x, t, text, tokens, y) for text in texts]
-        for away in negative:  # one, with guidance (arXiv 2205.11487, eq. 3)
-            v = away + settings.cfg * (v - away)
+        v = dit(x, t, texts[0], tokens, y)
+        if len(texts) > 1:  # guidance, away from the negative prompt (arXiv 2205.11487, eq. 3)
+            v_negative = dit(x, t, texts[1], tokens, y)
+            v = v_negative + settings.cfg * (v - v_negative)
         return v
 
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same noise on every device
