@@ -323,8 +323,8 @@ class Source:
                              f"{self.stored[name][1]}); give one model")
         scales = ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8"
         if name.endswith(scales) or dtype.startswith("F8"):
-            raise ValueError(f"{file}: {name}: already quantized ({dtype}), and rounding it again would add to its "
-                             f"error; convert the bf16 model")
+            raise ValueError(f"{file}: {name}: already quantized ({dtype}), and rounding it again would add to "
+                             f"its error; convert the bf16 model")
         if dtype not in wan_fp4.DTYPES or name.endswith(".weight") and wan_fp4.DTYPES[dtype] not in FLOATS:
             raise wan_fp4.wrong(f"{file}: {name}", dtype, "BF16, F16 or F32", "convert the bf16 model")
         if 0 in shape:
