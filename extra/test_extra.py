@@ -22,6 +22,7 @@ import types
 import weakref
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -902,7 +903,7 @@ def alone(tmp_path_factory):
     return folder, made(folder, CASES, sample.generate)
 
 
-@pytest.mark.parametrize("size, cases", [(2, [*CASES]), (3, ["odd", "guided"])])
+@pytest.mark.parametrize("size, cases", [(2, [*CASES]), (3, ["guided"])])
 def test_ranks_make_the_video_of_a_single_process(alone, size, cases):
     """Up to rounding. All ranks make it, and rank 0 gets it."""
     (folder, expected), wanted = alone, {case: CASES[case] for case in cases}
@@ -1260,13 +1261,14 @@ assert needed / 2 < sample.decoding_memory(vae, z) < 2 * needed, needed
 
 
 def test_the_14b_model_streams_within_8_gb(monkeypatch):
-    """By arithmetic, on the meta device: the estimates that sample.py chooses by are no smaller."""
+    """By arithmetic, on the meta device, of two of its blocks: a forward's peak does not depend on their number.
+    The estimates that sample.py chooses by are no smaller."""
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
     gpu = importlib.import_module("gpu")
-    tokens = math.prod(gpu.FULL.grid) // 4
-    for mode, rank, two_pass in (("dequantize", 0, False), ("dequantize", 64, False), ("tensor_cores", 0, False),
-                                 ("tensor_cores", 64, True)):
-        working = gpu.dit_working(mode, gpu.FULL, rank, two_pass)
-        assert 3e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
-    vae, z = types.SimpleNamespace(cfg=gpu.FULL.vae, dtype=torch.bfloat16), torch.empty(1, 16, *gpu.FULL.grid)
-    assert gpu.vae_working(gpu.FULL) <= sample.decoding_memory(vae, z) and gpu.vae_working(gpu.FULL) < 4e9
+    size = replace(gpu.FULL, cfg=replace(gpu.FULL.cfg, num_blocks=2))
+    for mode, rank, two_pass in (("dequantize", 64, False), ("tensor_cores", 64, True)):
+        working = gpu.dit_working(mode, size, rank, two_pass)
+        assert 3e9 < working <= sample.WORKING * math.prod(size.grid) // 4 * 5120
+        assert working + 1.2 * 2 ** 30 < 8e9
+    vae, z = types.SimpleNamespace(cfg=size.vae, dtype=torch.bfloat16), torch.empty(1, 16, *size.grid)
+    assert gpu.vae_working(size) <= sample.decoding_memory(vae, z) and gpu.vae_working(size) < 4e9
