@@ -75,9 +75,10 @@ def main(argv=None):
         paths = output_paths(args, source)
         made = {"quantization_command": command,
                 "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
+        made |= {"expert": f"{source.expert}_noise"} if source.expert else {}  # OUT's name need not tell
         if args.calib:
             from extra.calibrate import calibrate
-            named = {"text-encoder": args.text_encoder, "clip": args.clip, "vae": args.vae}
+            named = {"dit": args.dit, "text-encoder": args.text_encoder, "clip": args.clip, "vae": args.vae}
             calibration = calibrate(source, args.calib, named, args.models, args.calib_samples, args.seed,
                                     args.device)
             made |= calibration.header_entries()
@@ -199,6 +200,8 @@ def add_rounding_flags(group):
         "models/ beside this script, or the demo's)")
     for flag in ("text-encoder", "clip", "vae"):
         add(f"--{flag}", type=Path, metavar="FILE", help="network for --calib (default: found in --models)")
+    add("--dit", type=Path, metavar="FILE", help="for --calib of Wan2.2's low-noise expert: the high-noise one, "
+        "whose steps come first (default: found in --models)")
     add("--calib-samples", type=whole_number(1), default=8192, metavar="N",
         help="with --calib, the maximum number of tokens to record for each layer (%(default)s)")
     add("--num-iter", type=whole_number(1), default=4, metavar="N", help="with --calib, the maximum number of "
@@ -248,7 +251,7 @@ def check_flags(args):
     if args.size and args.plan in ("score", "recipe"):
         raise ValueError(f"--size: --plan {args.plan} has a fixed size; leave one of the two out, or give "
                          f"--plan measured")
-    others = args.models, args.text_encoder, args.clip, args.vae, args.size
+    others = args.models, args.text_encoder, args.clip, args.vae, args.dit, args.size
     if not args.calib and (args.plan == "measured" or args.w4a16 is not None or any(others)):
         raise ValueError("--plan measured, --size, --w4a16, --models and networks: require --calib IMAGE...")
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET):
@@ -266,9 +269,6 @@ def check_flags(args):
 # Source: the checkpoint to convert
 # ----------------------------------------------------------------------------------------------------
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # as a safetensors header spells them
 FLOATS = torch.float32, torch.float16, torch.bfloat16  # of weights that can be quantized
 
 # The Linears of the blocks hold 98 % of the weights. Of the others, only those in OPTIONAL may be quantized,
@@ -286,15 +286,17 @@ def open_source(args):
 
 
 class Source:
-    """A checkpoint's tensors by bare official name: shapes, dtypes, metadata; tensor(name) reads one.
+    """A checkpoint's tensors by bare official name: shapes, dtypes, metadata; tensor(name) reads one. expert:
+    "high" or "low" for one of Wan2.2's two, "" for Wan2.1 or if the name does not tell.
 
-    Raises FileNotFoundError, and ValueError if path is not a Wan DiT in safetensors, or is quantized already.
+    Raises FileNotFoundError, and ValueError if path is not a whole Wan DiT in safetensors, or is quantized
+    already.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.files = wan_fp4.shards(self.path)
-        self.shapes, self.dtypes, self.metadata, self.stored = {}, {}, {}, {}
+        self.shapes, self.dtypes, self.metadata, self.stored, self.others = {}, {}, {}, {}, []
         for file in self.files:
             metadata, tensors = wan_fp4.read_header(file)
             if wan_fp4.is_lightx2v(tensors):
@@ -306,19 +308,19 @@ class Source:
             self.metadata |= metadata
             for stored, (dtype, shape) in tensors.items():
                 self.add(file, stored, dtype, shape)
-        if not any(BLOCK_WEIGHT.fullmatch(name) and ".self_attn." in name and len(shape) == 2
-                   for name, shape in self.shapes.items()):
-            first = min(self.shapes, default="no tensor")[:200]
-            raise wan_fp4.wrong(f"{path}: not a Wan DiT", first, "matrices such as blocks.0.self_attn.q.weight, "
-                                "or diffusers' blocks.0.attn1", "give the DiT")
-        blocks = {name.split(".")[1] for name in self.shapes if name.startswith("blocks.")}
-        if missing := {str(i) for i in range(len(blocks))} - blocks:
-            raise wan_fp4.wrong(path, f"blocks {', '.join(sorted(blocks))[:200]}", f"also {min(missing)}",
-                                "give all shards of the model")
+        wan_fp4.load_dit(self.path, "meta")  # raises ValueError unless this is a whole DiT of Wan
+        has_image = any(name.startswith("img_emb.") for name in self.shapes)
+        self.expert = "" if has_image else wan_fp4.expert_noise(self.path)
+        if self.others:
+            print(f"{path}: left out {len(self.others)} tensors of other networks, such as "
+                  f"{self.others[0][:200]}")
         self.nbytes = sum(self.size(name) for name in self.shapes)
 
     def add(self, file, stored, dtype, shape):
         name = wan_fp4.official_dit_name(wan_fp4.bare_name(stored))
+        if name.startswith(wan_fp4.OTHER_NETWORKS):
+            self.others.append(stored)
+            return
         if name in self.shapes:
             raise ValueError(f"{file}: {stored}: duplicate tensor (also in {self.stored[name][0]}, as "
                              f"{self.stored[name][1]}); give one model")
@@ -327,11 +329,11 @@ class Source:
         if dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8")):
             raise ValueError(f"{file}: {name}: already 8-bit ({dtype}), and rounding it again would add to "
                              f"its error; convert the bf16 model")
-        if dtype not in DTYPES or name.endswith(".weight") and DTYPES[dtype] not in FLOATS:
+        if dtype not in wan_fp4.DTYPES or name.endswith(".weight") and wan_fp4.DTYPES[dtype] not in FLOATS:
             raise wan_fp4.wrong(f"{file}: {name}", dtype, "BF16, F16 or F32", "convert the bf16 model")
         if 0 in shape:
             raise wan_fp4.wrong(f"{file}: {name}", f"shape {shape}", "no size of 0", "get an undamaged copy")
-        self.shapes[name], self.dtypes[name], self.stored[name] = shape, DTYPES[dtype], (file, stored)
+        self.shapes[name], self.dtypes[name], self.stored[name] = shape, wan_fp4.DTYPES[dtype], (file, stored)
 
     def size(self, name):
         """The bytes of a tensor."""
@@ -348,7 +350,7 @@ class Source:
                 tensor = f.get_tensor(stored)
         except safetensors.SafetensorError as error:  # the header could be read when the run started
             raise OSError(f"{file}: {stored}: cannot be read ({error})") from None
-        if tensor.is_floating_point() and not tensor.abs().amax().isfinite():
+        if tensor.is_floating_point() and not all(edge.isfinite() for edge in tensor.aminmax()):
             raise wan_fp4.wrong(f"{file}: {stored}", "NaN or infinite values", "finite ones",
                                 "get an undamaged copy")
         return tensor
@@ -723,7 +725,7 @@ def header(tensors, metadata):
     bytes, the JSON, and the bytes of the tensors. The largest dtypes come first and the JSON is padded with
     spaces, so that every tensor is aligned to its dtype.
     """
-    spelling = {dtype: text for text, dtype in DTYPES.items()}
+    spelling = {dtype: text for text, dtype in wan_fp4.DTYPES.items()}
     entries, offsets, end = {}, {}, 0
     for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
         dtype, shape = tensors[name]

@@ -312,7 +312,9 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     for flag in named:  # the DiT first: the others depend on it
         paths = [given[flag]] if flag in given else found.get(flag, [])
         if flag == "dit":
-            wan22 = wan_fp4.is_expert(paths[0]) if paths else "dit-low" in given.keys() | found.keys()
+            wan22 = "dit-low" in given.keys() | found.keys()
+            if paths:  # Wan2.2's has no image branch; another model is refused here
+                wan22 = wan_fp4.load_dit(paths[0], "meta").cfg.image_dim is None
         if flag == ("clip" if wan22 else "dit-low"):
             if flag in given:
                 raise ValueError(f"--{flag} {given[flag]}: this model does not use it; leave it out")

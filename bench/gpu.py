@@ -22,6 +22,7 @@ meta device, with flash attention. Measured: by torch's allocator.
 The tests import FULL, TINY, dit_working, vae_working and measure.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -376,7 +377,7 @@ def products(dit, size, device):
         if layer.mode == "tensor_cores":
             *operands, scale = quant.scaled_mm_operands(quant.quantize_activation(x, layer)[0], layer)
             multiply = functools.partial(torch._scaled_mm, *operands, out_dtype=torch.bfloat16)
-            y = multiply()
+            y = random_tensor("", torch.bfloat16, (kind[1], layer.out_features), device)
             rows["quantizing activations"] += len(fed[kind]) * seconds(
                 lambda: quant.quantize_activation(x, layer), device)
             rows[kind[0]] += count * seconds(multiply, device)
@@ -418,11 +419,11 @@ def peak(work, device):
 @torch.inference_mode()
 def measure(size, device):
     """{row of arithmetic: seconds} on a device, {row: bytes}, and a line on the DiT's formats."""
-    formats, arguments, rows, memory = recipe(size.cfg), inputs(size, device), {}, {}
+    formats, arguments, memory = recipe(size.cfg), inputs(size, device), {}
     dit = random_dit(size.cfg, formats, device)
     parts = products(dit, size, device) | attentions(size, device)
     two_pass, fp8 = parts.pop("two-pass", math.nan), parts.pop("fp8", math.nan)
-    dit(*arguments)  # compiles
+    seconds(lambda: dit(*arguments), device, 1, 0)  # compiles
     forward, memory["a forward"] = peak(lambda: dit(*arguments), device)
     rows = parts | {REST: forward - sum(parts.values()), "a forward": forward,
                     "a forward, --attention fp8": forward + fp8, "a forward, --two-pass": forward + two_pass}
@@ -467,11 +468,12 @@ def machine(device):
     """Card, driver, torch and system in one line."""
     parts = [f"torch {torch.__version__}", f"Python {platform.python_version()}", platform.platform()]
     if on_gpu(device):
-        query = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                               capture_output=True, text=True)
-        card = torch.cuda.get_device_properties(device)
-        parts = [f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / GIB:.1f} GiB",
-                 f"driver {query.stdout.partition(chr(10))[0]}", f"CUDA {torch.version.cuda}", *parts]
+        card, driver = torch.cuda.get_device_properties(device), "unknown"
+        with contextlib.suppress(OSError, IndexError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
+        parts = [card.name, f"sm_{card.major}{card.minor}", f"{card.total_memory / GIB:.1f} GiB",
+                 f"driver {driver}", f"CUDA {torch.version.cuda}", *parts]
     return ", ".join(parts)
 
 

@@ -47,55 +47,81 @@ def calibrate(source, pictures, named=None, models=None, samples=8192, seed=0, d
 
     source    a convert.Source
     pictures  their paths. A picture's prompt is the text file beside it, or else that in the source's header
-    named     {"text-encoder": path or None, "clip": ..., "vae": ...}; the others are looked for in the folder
-              `models`, as sample.find_files does
+    named     {"text-encoder": path or None, "clip": ..., "vae": ..., "dit": ...}; the others are looked for in
+              the folder `models`, as sample.find_files does. "dit" is Wan2.2's high-noise expert, whose steps
+              come before those of a low-noise source
     samples   the maximum number of rows to record for each layer
 
     Raises what sample.py and the loaders raise, and ValueError if the encoders do not fit the model.
     """
-    files = find_encoders(source, named or {}, models)
-    own = sample.own_settings(source.files[0])
-    settings = sample.Settings(frames=own["frames"], area=own["area"], seed=seed, device=device)
+    files = find_networks(source, named or {}, models)
+    own = sample.own_settings(files | ({"dit-low": source.path} if source.expert else {}))
+    settings = sample.Settings(**{name: own[name] for name in own if name != "prompt"}, seed=seed, device=device)
     images = [sample.read_image(path) for path in pictures]
     captions = [path.with_suffix(".txt") for path in map(Path, pictures)]
     prompts = [(path.read_text("utf-8") if path.exists() else own["prompt"]).strip() for path in captions]
-    calibration = Calibration(source, samples, settings.steps, device)
-    calibration.files = [file for path in files.values() for file in wan_fp4.shards(path)]
-    calibration.files += [*map(Path, pictures), *(path for path in captions if path.exists())]
+    *before, (_, _, levels) = runs(source, files, settings)
 
     sized = [sample.resize(image, *sample.video_size(image, settings)) for image in images]
     with torch.no_grad():
         texts = sample.encode_text(files["text-encoder"], prompts, device)  # (1, L, D) each
-        tokens = sample.encode_images(files["clip"], images, device)  # (1, 257, D) each
+        tokens = sample.encode_images(files["clip"], images, device) if "clip" in files else [None] * len(images)
         frames = sample.encode_first_frames(files["vae"], sized, settings.frames, device)  # (1, 20, T, H, W) each
-    cfg, widths = calibration.dit.cfg, (texts[0].shape[2], tokens[0].shape[2])
+        generators = [torch.Generator().manual_seed(seed) for _ in images]
+        latents = [torch.randn((1, 16, *y.shape[2:]), generator=generator).to(device)
+                   for y, generator in zip(frames, generators)]
+        for path, _, high in before:  # the high-noise expert's steps lead to the low-noise expert's first inputs
+            dit = sample.load_dit(path, (), settings, frames[0])
+            for i, (text, y) in enumerate(zip(texts, frames)):
+                def velocity(x, sigma):
+                    return dit(x, torch.full((1,), 1000 * sigma, device=device), text, None, y)
+                latents[i] = sample.sample_latents(velocity, latents[i], high, settings.sampler, generators[i])
+            dit = None
+
+    calibration = Calibration(source, samples, len(levels) - 1, device)
+    calibration.files = [file for path in files.values() for file in wan_fp4.shards(path)]
+    calibration.files += [*map(Path, pictures), *(path for path in captions if path.exists())]
+    cfg = calibration.dit.cfg
+    widths = texts[0].shape[2], None if tokens[0] is None else tokens[0].shape[2]
     if widths != (cfg.text_dim, cfg.image_dim):
-        raise ValueError(f"--calib: {files['text-encoder']} and {files['clip']}: got features of width "
+        raise ValueError(f"--calib: {files['text-encoder']} and {files.get('clip')}: got features of width "
                          f"{widths[0]} and {widths[1]}, expected {cfg.text_dim} and {cfg.image_dim} for this "
                          f"model; give the folder of its own encoders with --models")
 
-    levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift)
-    total = len(images) * settings.steps * calibration.num_blocks
+    total = len(images) * (len(levels) - 1) * calibration.num_blocks
     with tqdm(total=total, desc="sampling", unit="block", disable=None) as progress:
-        for conditions in zip(texts, tokens, frames):
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn((1, 16, *conditions[2].shape[2:]), generator=generator).to(device)
+        for x, generator, *conditions in zip(latents, generators, texts, tokens, frames):
             velocity = functools.partial(calibration.velocity, conditions=conditions, progress=progress.update)
-            sample.sample_latents(velocity, noise, levels, settings.sampler, generator)
+            sample.sample_latents(velocity, x, levels, settings.sampler, generator)
     calibration.print_attention()
     return calibration
 
 
-def find_encoders(source, named, models):
-    """{network: file} of the encoders: those named, others from the folder `models`, or else the demo's."""
-    if not any(name.startswith("img_emb.") for name in source.shapes):
-        raise ValueError(f"--calib: {source.path}: got a model without image branch, such as Wan2.2's experts, "
-                         f"expected Wan2.1 I2V; leave --calib out")
-    named = dict.fromkeys(("dit", "text-encoder", "clip", "vae")) | named
-    if models or any(named.values()) or (sample.HERE / "models").is_dir():
-        named["dit"] = source.path  # the model that is converted
-    files, _ = sample.find_files(named, models)
-    return {network: path for network, path in files.items() if network != "dit"}
+def find_networks(source, named, models):
+    """{network: file} of what runs: the source, those named, others from the folder `models`, or else the demo's.
+    Raises ValueError for one of Wan2.2's experts if it cannot be told which."""
+    if not source.expert and not any(name.startswith("img_emb.") for name in source.shapes):
+        raise ValueError(f"--calib: {source.path}: got one of Wan2.2's experts, expected high_noise or low_noise "
+                         f"in its name or its folder's; rename it")
+    own = {"low": "dit-low"}.get(source.expert, "dit")
+    wanted = ["text-encoder", "vae"] if source.expert else ["text-encoder", "clip", "vae"]
+    wanted += ["dit"] if own == "dit-low" else []
+    unused = [flag for flag, path in named.items() if path and flag not in wanted]
+    if unused:
+        raise ValueError(f"--{unused[0]}: this model's calibration does not use it; leave it out")
+    files, _ = sample.find_files({flag: named.get(flag) for flag in wanted}, models)
+    if own == "dit-low" and not wan_fp4.is_expert(files["dit"]):
+        raise ValueError(f"--calib: {source.path} is Wan2.2's low-noise expert, got {files['dit']} for the steps "
+                         f"before it, expected the high-noise one; name it with --dit")
+    return files | {own: source.path}
+
+
+def runs(source, files, settings):
+    """sample.experts, up to the source: what runs before it, and its own noise levels."""
+    if not source.expert:
+        return sample.experts(files, settings)
+    high, low = sample.experts({"dit": source.path, "dit-low": source.path} | files, settings)
+    return [high, low] if source.expert == "low" else [high]
 
 
 class Calibration:
@@ -208,8 +234,10 @@ class Calibration:
 
 
 def moved(value, device):
-    """A tensor, or a tuple of them and of further tuples, on another device."""
-    return value.to(device) if isinstance(value, torch.Tensor) else tuple(moved(v, device) for v in value)
+    """A tensor, or a tuple of them, of further tuples and of None, on another device."""
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    return None if value is None else value.to(device)
 
 
 def as_nvfp4(x, tensor_scale=None):

@@ -43,8 +43,13 @@ def join_loras(loras):
     together.
     """
     terms, tensors = {}, {}  # terms: {(parameter, number of factors): [(shape, scale, factors)]}
+    with torch.device("meta"):
+        known = dict(wan_fp4.WanDiT().named_parameters())
     for path, strength in loras:
         for name, shape, scale, factors in wan_fp4.lora_terms(path, strength):
+            if name not in known:  # ComfyUI would skip it
+                raise ValueError(f"{path}: {name}: got a name that is no parameter of Wan's DiT, expected names "
+                                 f"such as blocks.0.self_attn.q.weight; use LoRAs for this model")
             same = terms.setdefault((name, len(factors)), [])
             same.append((shape, scale, factors))
             if shape != same[0][0]:

@@ -103,22 +103,24 @@ def gradient_scores(calibration, draws=4):
 
         signs = [(torch.randn(x.shape, generator=generator).sign() * t.cpu() / 1000,) for _ in range(draws)]
         signs = backward(last, [tokens], signs, dit, "", scores, flops)
-        to_context = [(0, 0)] * draws  # the gradients of text and image
+        context = [text] if image is None else [text, image]
+        to_context = [(0,) * len(context)] * draws  # their gradients
         for i in reversed(range(calibration.num_blocks)):
             block = calibration.block(i)
 
-            def forward(tokens, text, image):
+            def forward(tokens, text, image=None):
                 return block(tokens, e0, rope, text, text_bias, image),
 
-            leaves = [states.pop().to(device, torch.float32), text, image]
+            leaves = [states.pop().to(device, torch.float32), *context]
             signs = backward(forward, leaves, [s[:1] for s in signs], block, f"blocks.{i}.", scores, flops)
-            to_context = [(a + s[1], b + s[2]) for (a, b), s in zip(to_context, signs)]
+            to_context = [tuple(a + b for a, b in zip(c, s[1:])) for c, s in zip(to_context, signs)]
 
-        def embed(text, image):
+        def embed(text, image=None):
             _, _, (_, _, text, _, image) = dit.prepare(x, t, text, image, y)
-            return text, image
+            return (text,) if image is None else (text, image)
 
-        backward(embed, [x.clone() for x in features], to_context, dit, "", scores, flops)
+        leaves = [feature.clone() for feature in features if feature is not None]
+        backward(embed, leaves, to_context, dit, "", scores, flops)
     return {name: score / (draws * len(calibration.inputs)) for name, score in scores.items()}, flops
 
 
