@@ -1418,8 +1418,7 @@ OTHER_FILES = {  # the flag, the file's tensors made of a small DiT's, what the 
 def test_a_file_is_named_before_a_network_is_loaded(case, dit_path, tmp_path, monkeypatch):
     """And not called incomplete: downloading it again would not help."""
     flag, make, text = OTHER_FILES[case]
-    for network in ("dit", "umt5", "clip", "vae"):
-        monkeypatch.delattr(wan_fp4, f"load_{network}")  # what the pipeline calls; the check has its own
+    monkeypatch.setattr(sample, "generate", None)
     path = tmp_path / "x.safetensors"
     if make:
         save_file({name: t.contiguous().clone() for name, t in make(load_file(dit_path)).items()}, path,
