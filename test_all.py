@@ -288,7 +288,9 @@ def test_weights_too_small_for_a_scale_become_zeros_not_nan(value):
     w[0, 0] = value
     for method in ("rtn", "search"):
         assert (quant.dequantize_nvfp4(*quant.quantize_nvfp4(w, method=method)) - w).abs().max() <= 1e-41
-    assert quant.dequantize_mxfp8(*quant.quantize_mxfp8(w, method="search")).abs().max() <= 1e-40
+    data, block_scale = quant.quantize_mxfp8(w, method="search")
+    assert quant.dequantize_mxfp8(data, block_scale).abs().max() <= 1e-40
+    assert block_scale.count_nonzero() == (value != 0)  # a block of zeros has scale 0
     layer, _ = make("mxfp8", 32, 32, mode="emulate", bias=False)
     assert layer(w).eq(0).all()  # an activation; as a weight, "rtn" repeats comfy-kitchen's NaN
     assert torch.equal(quant.dequantize_mxfp8(*quant.quantize_mxfp8(w)).isnan(), (w == 0) & w[:, :1].ne(0))
@@ -740,14 +742,15 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, two_pass, shape, mo
 
 
 def test_layers_of_one_input_quantize_it_once_for_each_format(monkeypatch):
-    kinds = ("nvfp4", None), ("nvfp4", None), ("mxfp8", None), ("mxfp8", None), ("nvfp4", "input_scale")
-    layers = [make(fmt, mode="emulate", seed=seed, extra={suffix: torch.tensor(0.01)} if suffix else None)[0]
-              for seed, (fmt, suffix) in enumerate(kinds)]
-    layers += [make("nvfp4", mode="emulate", seed=seed, two_pass=True)[0] for seed in (5, 6)]
+    own = {"input_scale": torch.tensor(0.01)}, {"pre_quant_scale": torch.linspace(0.5, 2, 56)}  # not shared
+    kinds = [("nvfp4", None)] * 2 + [("mxfp8", None)] * 2 + [("nvfp4", extra) for extra in own]
+    layers = [make(fmt, mode="emulate", seed=seed, extra=extra)[0] for seed, (fmt, extra) in enumerate(kinds)]
+    layers += [make("nvfp4", mode="emulate", seed=seed, two_pass=True)[0] for seed in (6, 7)]
     x, seen, real = torch.randn(3, 56), [], quant.quantize_activation
     expected = [layer(x) for layer in layers]
     monkeypatch.setattr(quant, "quantize_activation", lambda *args: seen.append(args[1].format) or real(*args))
-    assert all_same_bits(quant.project(x, *layers), expected) and seen == ["nvfp4", "mxfp8", "nvfp4", "nvfp4"]
+    assert all_same_bits(quant.project(x, *layers), expected)
+    assert seen == ["nvfp4", "mxfp8", "nvfp4", "nvfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize("capability, mode, dtype", [
