@@ -535,6 +535,7 @@ PRODUCTS = {  # the layer; what becomes of x before it meets the weight
     "plain": (dict(fmt=None), lambda x: x), "FP8": (dict(fmt="float8_e4m3fn"), lambda x: x),
     "NVFP4": (dict(fmt="nvfp4"), lambda x: x), "MXFP8": (dict(fmt="mxfp8"), lambda x: x),
     "W4A4": (dict(fmt="nvfp4", mode="emulate"), through_nvfp4),
+    "W4A4, in float32 always": (dict(fmt="nvfp4", mode="emulate", compute_dtype=torch.float16), through_nvfp4),
     "W8A8": (dict(fmt="mxfp8", mode="emulate"), through_mxfp8),
     "two passes": (dict(fmt="nvfp4", mode="emulate", two_pass=True), through_two_passes),
     "two passes are of NVFP4 only": (dict(fmt="mxfp8", mode="emulate", two_pass=True), through_mxfp8),
@@ -777,11 +778,12 @@ def test_marker_round_trip():
 
 
 def test_describe_counts_layers_by_format():
-    wanted = ("nvfp4", "emulate", True), ("nvfp4", "emulate", True), ("mxfp8", None, False), (None, None, False)
+    """Two passes are only of NVFP4, and only where activations are quantized."""
+    wanted = *[("nvfp4", "emulate", True)] * 2, ("mxfp8", "emulate", True), ("nvfp4", None, True), (None,) * 3
     layers = [make(fmt, mode=mode, two_pass=two_pass)[0] for fmt, mode, two_pass in wanted]
     line = quant.describe(torch.nn.Sequential(*layers, torch.nn.Linear(2, 2).half()))
-    assert line == ("NVFP4 2 layers (emulate, two passes), MXFP8 1 layers (dequantize), float32 1 layers, "
-                    "float16 1 layers")
+    assert line == ("NVFP4 2 layers (emulate, two passes), MXFP8 1 layers (emulate), NVFP4 1 layers (dequantize), "
+                    "float32 1 layers, float16 1 layers")
     assert "56 -> 40, NVFP4, emulate" in repr(layers[0])
 
 
@@ -820,6 +822,7 @@ REFUSED_BY_QUANT = [
     (layer_of("mxfp8", {"pre_quant_scale": torch.ones(256)}), r"pre_quant_scale: got a tensor, expected none"),
     (layer_of(None, {"bias": torch.ones(255)}), r"0\.bias: got \(255,\), expected"),
     (layer_of(None, {"bias": None}, bias=True), r"0\.bias: got nothing, expected a tensor"),
+    (layer_of(None, {}, bias=False), r"0\.bias: got a tensor, expected none"),
     (layer_of("nvfp4", {"comfy_quant": quant.write_marker({"format": "int3"})}), "comfy_quant: got .*int3.*nvfp"),
     (layer_of("nvfp4", {"comfy_quant": torch.tensor([123], dtype=torch.uint8)}), "not JSON .*; the file is dam"),
     (layer_of("nvfp4", {}, mode="fast"), ": got mode 'fast', expected one of tensor_cores, dequantize, emulate"),
