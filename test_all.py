@@ -288,7 +288,9 @@ def test_weights_too_small_for_a_scale_become_zeros_not_nan(value):
     w[0, 0] = value
     for method in ("rtn", "search"):
         assert (quant.dequantize_nvfp4(*quant.quantize_nvfp4(w, method=method)) - w).abs().max() <= 1e-41
-    assert quant.dequantize_mxfp8(*quant.quantize_mxfp8(w, method="search")).abs().max() <= 1e-40
+    data, block_scale = quant.quantize_mxfp8(w, method="search")
+    assert quant.dequantize_mxfp8(data, block_scale).abs().max() <= 1e-40
+    assert block_scale.count_nonzero() == (value != 0)  # a block of zeros has scale 0
     layer, _ = make("mxfp8", 32, 32, mode="emulate", bias=False)
     assert layer(w).eq(0).all()  # an activation; as a weight, "rtn" repeats comfy-kitchen's NaN
     assert torch.equal(quant.dequantize_mxfp8(*quant.quantize_mxfp8(w)).isnan(), (w == 0) & w[:, :1].ne(0))
@@ -533,6 +535,7 @@ PRODUCTS = {  # the layer; what becomes of x before it meets the weight
     "plain": (dict(fmt=None), lambda x: x), "FP8": (dict(fmt="float8_e4m3fn"), lambda x: x),
     "NVFP4": (dict(fmt="nvfp4"), lambda x: x), "MXFP8": (dict(fmt="mxfp8"), lambda x: x),
     "W4A4": (dict(fmt="nvfp4", mode="emulate"), through_nvfp4),
+    "W4A4, in float32 always": (dict(fmt="nvfp4", mode="emulate", compute_dtype=torch.float16), through_nvfp4),
     "W8A8": (dict(fmt="mxfp8", mode="emulate"), through_mxfp8),
     "two passes": (dict(fmt="nvfp4", mode="emulate", two_pass=True), through_two_passes),
     "two passes are of NVFP4 only": (dict(fmt="mxfp8", mode="emulate", two_pass=True), through_mxfp8),
@@ -740,14 +743,15 @@ def test_tensor_core_operands_give_the_emulated_product(fmt, two_pass, shape, mo
 
 
 def test_layers_of_one_input_quantize_it_once_for_each_format(monkeypatch):
-    kinds = ("nvfp4", None), ("nvfp4", None), ("mxfp8", None), ("mxfp8", None), ("nvfp4", "input_scale")
-    layers = [make(fmt, mode="emulate", seed=seed, extra={suffix: torch.tensor(0.01)} if suffix else None)[0]
-              for seed, (fmt, suffix) in enumerate(kinds)]
-    layers += [make("nvfp4", mode="emulate", seed=seed, two_pass=True)[0] for seed in (5, 6)]
+    own = {"input_scale": torch.tensor(0.01)}, {"pre_quant_scale": torch.linspace(0.5, 2, 56)}  # not shared
+    kinds = [("nvfp4", None)] * 2 + [("mxfp8", None)] * 2 + [("nvfp4", extra) for extra in own]
+    layers = [make(fmt, mode="emulate", seed=seed, extra=extra)[0] for seed, (fmt, extra) in enumerate(kinds)]
+    layers += [make("nvfp4", mode="emulate", seed=seed, two_pass=True)[0] for seed in (6, 7)]
     x, seen, real = torch.randn(3, 56), [], quant.quantize_activation
     expected = [layer(x) for layer in layers]
     monkeypatch.setattr(quant, "quantize_activation", lambda *args: seen.append(args[1].format) or real(*args))
-    assert all_same_bits(quant.project(x, *layers), expected) and seen == ["nvfp4", "mxfp8", "nvfp4", "nvfp4"]
+    assert all_same_bits(quant.project(x, *layers), expected)
+    assert seen == ["nvfp4", "mxfp8", "nvfp4", "nvfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize("capability, mode, dtype", [
@@ -774,11 +778,12 @@ def test_marker_round_trip():
 
 
 def test_describe_counts_layers_by_format():
-    wanted = ("nvfp4", "emulate", True), ("nvfp4", "emulate", True), ("mxfp8", None, False), (None, None, False)
+    """Two passes are only of NVFP4, and only where activations are quantized."""
+    wanted = *[("nvfp4", "emulate", True)] * 2, ("mxfp8", "emulate", True), ("nvfp4", None, True), (None,) * 3
     layers = [make(fmt, mode=mode, two_pass=two_pass)[0] for fmt, mode, two_pass in wanted]
     line = quant.describe(torch.nn.Sequential(*layers, torch.nn.Linear(2, 2).half()))
-    assert line == ("NVFP4 2 layers (emulate, two passes), MXFP8 1 layers (dequantize), float32 1 layers, "
-                    "float16 1 layers")
+    assert line == ("NVFP4 2 layers (emulate, two passes), MXFP8 1 layers (emulate), NVFP4 1 layers (dequantize), "
+                    "float32 1 layers, float16 1 layers")
     assert "56 -> 40, NVFP4, emulate" in repr(layers[0])
 
 
@@ -817,6 +822,7 @@ REFUSED_BY_QUANT = [
     (layer_of("mxfp8", {"pre_quant_scale": torch.ones(256)}), r"pre_quant_scale: got a tensor, expected none"),
     (layer_of(None, {"bias": torch.ones(255)}), r"0\.bias: got \(255,\), expected"),
     (layer_of(None, {"bias": None}, bias=True), r"0\.bias: got nothing, expected a tensor"),
+    (layer_of(None, {}, bias=False), r"0\.bias: got a tensor, expected none"),
     (layer_of("nvfp4", {"comfy_quant": quant.write_marker({"format": "int3"})}), "comfy_quant: got .*int3.*nvfp"),
     (layer_of("nvfp4", {"comfy_quant": torch.tensor([123], dtype=torch.uint8)}), "not JSON .*; the file is dam"),
     (layer_of("nvfp4", {}, mode="fast"), ": got mode 'fast', expected one of tensor_cores, dequantize, emulate"),
