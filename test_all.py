@@ -782,8 +782,8 @@ def test_describe_counts_layers_by_format():
     wanted = *[("nvfp4", "emulate", True)] * 2, ("mxfp8", "emulate", True), ("nvfp4", None, True), (None,) * 3
     layers = [make(fmt, mode=mode, two_pass=two_pass)[0] for fmt, mode, two_pass in wanted]
     line = quant.describe(torch.nn.Sequential(*layers, torch.nn.Linear(2, 2).half()))
-    assert line == ("NVFP4 2 layers (emulate, two passes), MXFP8 1 layers (emulate), NVFP4 1 layers (dequantize), "
-                    "float32 1 layers, float16 1 layers")
+    assert line == ("NVFP4 2 layers (emulate, two passes), MXFP8 1 layers (emulate), "
+                    "NVFP4 1 layers (dequantize), float32 1 layers, float16 1 layers")
     assert "56 -> 40, NVFP4, emulate" in repr(layers[0])
 
 
