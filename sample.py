@@ -238,19 +238,21 @@ def parse_size(text):
 
 
 def check_device(name):
-    """Raises ValueError for a device that is not supported or that torch cannot use here."""
+    """The device of this name. Raises ValueError for one that is not supported or that torch cannot use here."""
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {name}: only cpu and cuda are supported")
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; for a GPU, install torch as "
+                         f"https://pytorch.org/get-started says") from None
     if device.index is not None:  # cuda:1
         torch.cuda.set_device(device)
     if quant.default_dtype(device) == torch.float16:
         print(f"{device}: computes in float16, the text encoder in float32: attention in bfloat16 needs compute "
               f"capability 8.0", flush=True)
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------
