@@ -258,8 +258,8 @@ def check_flags(args):
                          f"--plan measured")
     others = args.models, args.text_encoder, args.clip, args.vae, args.dit, args.size
     if not args.calib and (args.plan == "measured" or args.w4a16 is not None or any(others)):
-        raise ValueError(f"{'--size' if args.size else '--w4a16, --plan measured, --models and networks'}: requires "
-                         f"--calib IMAGE...")
+        flags = "--size" if args.size else "--w4a16, --plan measured, --models and networks"
+        raise ValueError(f"{flags}: requires --calib IMAGE...")
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET):
         raise ValueError("--lora-target and --lora-output: require --extract-lora")
     if not re.fullmatch("(cpu|cuda)(:[0-9]{1,3})?", args.device):
