@@ -47,6 +47,7 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -464,7 +465,7 @@ def read_image(path) -> torch.Tensor:
             planes = frame.reformat(format="gbrap").planes
     except (av.error.FFmpegError, StopIteration, IndexError):
         raise ValueError(f"{path}: {what_is_wrong(data)}") from None
-    if re.search(b"ICC_PROFILE|iCCP|ICCP", data) and b"sRGB" not in data:
+    if not is_srgb(data):
         print(f"sample.py: warning: {path}: its color profile is ignored; colors are read as sRGB",
               file=sys.stderr)
     green, blue, red, alpha = (  # each (h, w) in [0, 1], of rows of line_size bytes
@@ -474,7 +475,17 @@ def read_image(path) -> torch.Tensor:
     return image.rot90(frame.rotation // 90, (1, 2)).contiguous()  # by EXIF; mirrored pictures stay mirrored
 
 
+def is_srgb(data):
+    """Whether the bytes of a picture hold no color profile, or that of sRGB, whose name may be in UTF-16."""
+    profile = re.search(rb"ICC_PROFILE|ICCP|iCCP[^\0]{1,79}\0\0", data)
+    if profile and profile[0].startswith(b"iCCP"):  # png compresses it
+        with suppress(zlib.error):
+            data = zlib.decompressobj().decompress(data[profile.end():])
+    return not profile or b"sRGB" in data or "sRGB".encode("utf-16-be") in data
+
+
 OTHER_FORMATS = {"HEIC": rb"....ftyp(hei|hevc|mif1|msf1)", "AVIF": rb"....ftypavi", "a video": rb"....ftyp",
+                 "an animation": rb"\x89PNG.{33,999}acTL",
                  "GIF": rb"GIF8", "TIFF": rb"II\*\0|MM\0\*", "BMP": rb"BM"}  # by their first bytes
 
 
@@ -726,7 +737,7 @@ def tokenize(tokenizer, prompt: str) -> torch.Tensor:
     entities unescaped (twice, as there), curly quotes straightened, white space reduced to single spaces.
 
     There is no padding: the text encoder would mask it, and the DiT pads the features itself."""
-    text = html.unescape(html.unescape(prompt.translate(QUOTES)))
+    text = html.unescape(html.unescape(html.unescape(prompt).translate(QUOTES)))
     ids, most = tokenizer.encode(" ".join(text.split())), wan_fp4.TEXT_TOKENS - 1
     if len(ids) > most:
         lost = len(tokenizer.decode(ids[most:]).split())

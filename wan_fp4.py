@@ -900,7 +900,8 @@ def expert_noise(path):
         levels = set(re.findall("(high|low)[-_]?noise", words.lower()))
         if len(levels) == 1:
             return levels.pop()
-    return {"transformer": "high", "transformer_2": "low"}.get(folder, "")
+    levels = {"transformer": "high", "transformer_2": "low"}
+    return levels.get(name) or levels.get(folder, "")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1302,15 +1303,18 @@ def lora_terms(path, strength):
     ValueError for a file that is not a LoRA, and for factors that do not fit together."""
     tensors, metadata = read_tensors(path)
     layers, alphas = {}, stored_alphas(path, metadata)  # {official layer name: {part: tensor}}
+    low = [name.startswith("transformer_2.") for name in tensors]  # diffusers' name of Wan2.2's low-noise expert
+    if any(low) and not all(low):
+        raise wrong(path, "LoRAs of both of Wan2.2's experts", "those of one", "split the file in two")
     for name, tensor in tensors.items():
-        match = LORA_NAME.fullmatch(name)
+        match = LORA_NAME.fullmatch(name.removeprefix("transformer_2."))
         if not match:
             raise wrong(f"{path}: {repr(name)[1:-1][:200]}", "a tensor that is no part of a LoRA",
                         f"a name that ends in one of {', '.join(LORA_PARTS)}",
                         describe_file(tensors) or "check how the file was made")
         layer = official_name(match["layer"], KOHYA if match["layer"].startswith("lora_unet_") else ())
         parts = layers.setdefault(official_dit_name(layer), {})
-        parts["bias" if match["bias"] else LORA_PARTS[match["part"]]] = tensor
+        parts["up_bias" if match["bias"] else LORA_PARTS[match["part"]]] = tensor
         if (alpha := alphas(layer)) is not None:
             parts.setdefault("alpha", torch.tensor(alpha))
     for layer, parts in layers.items():
@@ -1328,13 +1332,16 @@ def lora_terms(path, strength):
         alpha = torch.tensor(float(len(down))) if alpha is None else alpha.double()
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise wrong(where, f"alpha {alpha.flatten()[:3].tolist()}", "one finite number", advice)
-        yield f"{layer}.weight", (len(up), *down.shape[1:]), strength * alpha.item() / len(down), (up, down)
+        scale = strength * alpha.item() / len(down)
+        yield f"{layer}.weight", (len(up), *down.shape[1:]), scale, (up, down)
+        if "up_bias" in parts:  # PEFT's lora_B is a whole Linear
+            yield f"{layer}.bias", tuple(parts["up_bias"].shape), scale, (parts["up_bias"],)
 
 
 def stored_alphas(path, metadata):
     """A function from a layer's name to its alpha where no tensor holds it. PEFT keeps one alpha for all layers,
     and patterns for some, in adapter_config.json; diffusers keeps the same in the file's header."""
-    config = Path(path).parent / "adapter_config.json"
+    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "adapter_config.json"
     text = metadata.get("lora_adapter_metadata") or (config.read_text() if config.exists() else "{}")
     try:
         stored = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
