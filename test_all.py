@@ -925,6 +925,18 @@ def dit(dit_path):
     return wan_fp4.load_dit(dit_path)
 
 
+def test_angles_are_those_of_float64():
+    """Of the largest times and places, where float32 is off by 6e-5."""
+    t, shares = torch.tensor([1000.0, 909.707]), 10000.0 ** (-np.arange(128) / 128)
+    angles = t.double().numpy()[:, None] * shares
+    time = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(wan_fp4.timestep_embedding(t, 256).numpy(), time, rtol=0, atol=1e-6)
+    angles = np.arange(1024)[:, None] * 10000.0 ** (-np.arange(21) / 21)  # of 64 pairs, those of the width
+    rope = wan_fp4.rope_3d(1, 1, 1024, 128, "cpu").numpy()
+    np.testing.assert_allclose(rope[..., -21:], [np.cos(angles), np.sin(angles)], rtol=0, atol=1e-6)
+    assert (rope[0, :, :-21] == 1).all() and (rope[1, :, :-21] == 0).all()
+
+
 @pytest.mark.parametrize("frames, height, width, length, batch, size, shard_size", [
     (1, 4, 6, 5, 1, dict(), "1GB"),
     (2, 6, 10, 512, 2, dict(heads=3, head_dim=16, ffn=80, layers=1), "1GB"),
@@ -1257,9 +1269,11 @@ def demo_markers():
 @pytest.mark.parametrize("place", ["tensors", "header"])
 @torch.no_grad()
 def test_load_dit_reads_markers_in_tensors_or_in_the_header(place, tmp_path):
-    """Under a prefix. A layer that the file does not have is ignored in the header."""
+    """Under a prefix. A tensor counts, whatever the header says; in the header, a layer that the file does not
+    have is ignored."""
     markers = demo_markers() | ({"blocks.99.ffn.0": MXFP8} if place == "header" else {})
-    got = wan_fp4.load_dit(marked(tmp_path / "x", prefix="diffusion_model.", **{place: markers}))
+    given = {"header": dict.fromkeys(markers, MXFP8)} | {place: markers}
+    got = wan_fp4.load_dit(marked(tmp_path / "x", prefix="diffusion_model.", **given))
     expected = wan_fp4.load_dit(DEMO / "dit.safetensors")
     inputs = demo_inputs(got.cfg, 900.0)
     assert torch.equal(got(*inputs), expected(*inputs)) and "NVFP4" in quant.describe(got)
