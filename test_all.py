@@ -2339,16 +2339,18 @@ class NoStream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Pretends a GPU of cuda.capability and cuda.free bytes; to be used together with PretendedCuda."""
-    cuda = types.SimpleNamespace(capability=(12, 0), free=80 << 30)
+    """Pretends a GPU of cuda.capability, with cuda.free bytes, of which PyTorch holds cuda.unused; to be used
+    together with PretendedCuda."""
+    cuda = types.SimpleNamespace(capability=(12, 0), free=80 << 30, unused=0)
     library = Path(torch.__file__).parent / "lib" / "libc10.so"
     symbol = "_ZN3c104impl26device_guard_impl_registryE"
     guards = (ctypes.c_void_p * 22).in_dll(ctypes.CDLL(str(library)), symbol)
     guards[1] = guards[1] or guards[14]  # by type of device: the meta device's guard, which does nothing
     empty = torch.empty
     for name, value in dict(get_device_capability=lambda device=None: cuda.capability,
-                            mem_get_info=lambda device=None: (cuda.free, 80 << 30),
-                            memory_reserved=lambda device=None: 0, memory_allocated=lambda device=None: 0,
+                            mem_get_info=lambda device=None: (cuda.free - cuda.unused, 80 << 30),
+                            memory_reserved=lambda device=None: cuda.unused + 1,
+                            memory_allocated=lambda device=None: 1,
                             Stream=NoStream, Event=NoStream, set_device=lambda device: None,
                             synchronize=lambda device=None: None, empty_cache=lambda: None,
                             current_stream=lambda device=None: NoStream(),
@@ -2650,7 +2652,7 @@ def test_blocks_stream_where_they_do_not_fit(network, spare, streams, cuda, monk
     with PretendedCuda():
         model = getattr(wan_fp4, f"load_{network}")(DEMO / f"{network}.safetensors", "cuda", stream=True)
         size = sum(t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers()))
-        cuda.free = size + 2 ** 20 + sample.MARGIN + spare
+        cuda.free, cuda.unused = size + 2 ** 20 + sample.MARGIN + spare, 2 ** 19
         sample.place_blocks(model, 2 ** 20, torch.device("cuda"), False)
     assert streamed == [model] * streams
     assert len({p.device for p in model.blocks.parameters()} | {torch.device("cpu")}) == (1 if streams else 2)
