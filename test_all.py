@@ -2675,6 +2675,7 @@ def test_names_are_valid_everywhere_and_free(tmp_path, monkeypatch):
         Path(expected).touch()
     Path("photo-seed0-3.mp4.latents.safetensors").touch()  # of an interrupted run
     assert name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
+    assert [*map(str, Path().glob("*.latents.*"))] == ["photo-seed0-3.mp4.latents.safetensors"]
 
 
 def test_two_runs_at_once_make_two_videos(place, fakes):
