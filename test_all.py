@@ -2658,6 +2658,18 @@ def test_blocks_stream_where_they_do_not_fit(network, spare, streams, cuda, monk
     assert len({p.device for p in model.blocks.parameters()} | {torch.device("cpu")}) == (1 if streams else 2)
 
 
+def test_what_decides_on_streaming(monkeypatch):
+    """--offload, and the memory of a forward: one of the DiT has a token for 2 x 2 latents."""
+    given = []
+    monkeypatch.setattr(sample, "place_blocks", lambda network, *rest: given.append((type(network).__name__, *rest)))
+    for offload in True, False:
+        sample.encode_text(DEMO / "umt5.safetensors", ["a"], "cpu", offload)
+        settings, y = sample.Settings(offload=offload), torch.zeros(1, 20, 3, 4, 6)
+        dit = sample.load_dit(DEMO / "dit.safetensors", (), settings, y)
+        working = sample.WORKING * (3 * 2 * 3) * dit.cfg.dim
+        assert given[-2:] == [("UMT5Encoder", 0, "cpu", offload), ("WanDiT", working, "cpu", offload)]
+
+
 # the video's name, and the latents beside it
 
 def test_names_are_valid_everywhere_and_free(tmp_path, monkeypatch):
