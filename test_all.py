@@ -925,6 +925,18 @@ def dit(dit_path):
     return wan_fp4.load_dit(dit_path)
 
 
+def test_angles_are_those_of_float64():
+    """Of the largest times and places, where float32 is off by 6e-5."""
+    t, shares = torch.tensor([1000.0, 909.707]), 10000.0 ** (-np.arange(128) / 128)
+    angles = t.double().numpy()[:, None] * shares
+    time = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(wan_fp4.timestep_embedding(t, 256).numpy(), time, rtol=0, atol=1e-6)
+    angles = np.arange(1024)[:, None] * 10000.0 ** (-np.arange(21) / 21)  # of 64 pairs, those of the width
+    rope = wan_fp4.rope_3d(1, 1, 1024, 128, "cpu").numpy()
+    np.testing.assert_allclose(rope[..., -21:], [np.cos(angles), np.sin(angles)], rtol=0, atol=1e-6)
+    assert (rope[0, :, :-21] == 1).all() and (rope[1, :, :-21] == 0).all()
+
+
 @pytest.mark.parametrize("frames, height, width, length, batch, size, shard_size", [
     (1, 4, 6, 5, 1, dict(), "1GB"),
     (2, 6, 10, 512, 2, dict(heads=3, head_dim=16, ffn=80, layers=1), "1GB"),
@@ -1233,9 +1245,11 @@ def demo_markers():
 @pytest.mark.parametrize("place", ["tensors", "header"])
 @torch.no_grad()
 def test_load_dit_reads_markers_in_tensors_or_in_the_header(place, tmp_path):
-    """Under a prefix. A layer that the file does not have is ignored in the header."""
+    """Under a prefix. A tensor counts, whatever the header says; in the header, a layer that the file does not
+    have is ignored."""
     markers = demo_markers() | ({"blocks.99.ffn.0": MXFP8} if place == "header" else {})
-    got = wan_fp4.load_dit(marked(tmp_path / "x", prefix="diffusion_model.", **{place: markers}))
+    given = {"header": dict.fromkeys(markers, MXFP8)} | {place: markers}
+    got = wan_fp4.load_dit(marked(tmp_path / "x", prefix="diffusion_model.", **given))
     expected = wan_fp4.load_dit(DEMO / "dit.safetensors")
     inputs = demo_inputs(got.cfg, 900.0)
     assert torch.equal(got(*inputs), expected(*inputs)) and "NVFP4" in quant.describe(got)
@@ -2229,16 +2243,18 @@ class NoStream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Pretends a GPU of cuda.capability and cuda.free bytes; to be used together with PretendedCuda."""
-    cuda = types.SimpleNamespace(capability=(12, 0), free=80 << 30)
+    """Pretends a GPU of cuda.capability, with cuda.free bytes, of which PyTorch holds cuda.unused; to be used
+    together with PretendedCuda."""
+    cuda = types.SimpleNamespace(capability=(12, 0), free=80 << 30, unused=0)
     library = Path(torch.__file__).parent / "lib" / "libc10.so"
     symbol = "_ZN3c104impl26device_guard_impl_registryE"
     guards = (ctypes.c_void_p * 22).in_dll(ctypes.CDLL(str(library)), symbol)
     guards[1] = guards[1] or guards[14]  # by type of device: the meta device's guard, which does nothing
     empty = torch.empty
     for name, value in dict(get_device_capability=lambda device=None: cuda.capability,
-                            mem_get_info=lambda device=None: (cuda.free, 80 << 30),
-                            memory_reserved=lambda device=None: 0, memory_allocated=lambda device=None: 0,
+                            mem_get_info=lambda device=None: (cuda.free - cuda.unused, 80 << 30),
+                            memory_reserved=lambda device=None: cuda.unused + 1,
+                            memory_allocated=lambda device=None: 1,
                             Stream=NoStream, Event=NoStream, set_device=lambda device: None,
                             synchronize=lambda device=None: None, empty_cache=lambda: None,
                             current_stream=lambda device=None: NoStream(),
@@ -2501,10 +2517,23 @@ def test_blocks_stream_where_they_do_not_fit(network, spare, streams, cuda, monk
     with PretendedCuda():
         model = getattr(wan_fp4, f"load_{network}")(DEMO / f"{network}.safetensors", "cuda", stream=True)
         size = sum(t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers()))
-        cuda.free = size + 2 ** 20 + sample.MARGIN + spare
+        cuda.free, cuda.unused = size + 2 ** 20 + sample.MARGIN + spare, 2 ** 19
         sample.place_blocks(model, 2 ** 20, torch.device("cuda"), False)
     assert streamed == [model] * streams
     assert len({p.device for p in model.blocks.parameters()} | {torch.device("cpu")}) == (1 if streams else 2)
+
+
+def test_what_decides_on_streaming(monkeypatch):
+    """--offload, and the memory of a forward: one of the DiT has a token for 2 x 2 latents."""
+    given = []
+    monkeypatch.setattr(sample, "place_blocks",
+                        lambda network, *rest: given.append((type(network).__name__, *rest)))
+    for offload in True, False:
+        sample.encode_text(DEMO / "umt5.safetensors", ["a"], "cpu", offload)
+        settings, y = sample.Settings(offload=offload), torch.zeros(1, 20, 3, 4, 6)
+        dit = sample.load_dit(DEMO / "dit.safetensors", (), settings, y)
+        working = sample.WORKING * (3 * 2 * 3) * dit.cfg.dim
+        assert given[-2:] == [("UMT5Encoder", 0, "cpu", offload), ("WanDiT", working, "cpu", offload)]
 
 
 # the video's name, and the latents beside it
@@ -2524,6 +2553,7 @@ def test_names_are_valid_everywhere_and_free(tmp_path, monkeypatch):
         Path(expected).touch()
     Path("photo-seed0-3.mp4.latents.safetensors").touch()  # of an interrupted run
     assert name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
+    assert [*map(str, Path().glob("*.latents.*"))] == ["photo-seed0-3.mp4.latents.safetensors"]
 
 
 def test_two_runs_at_once_make_two_videos(place, fakes):
@@ -2557,8 +2587,8 @@ def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys, 
         assert len(os.listdir("again")) == 13
     else:
         assert Path("whole.mp4").read_bytes() == Path("again.mp4").read_bytes()
-        run(f"--decode {kept}")  # into the place that its name tells
-        assert Path("whole.mp4").read_bytes() == Path("again.mp4").read_bytes()
+        run(f"--decode {kept}")  # into the place that its name tells, as a run that was not interrupted
+        assert Path("whole.mp4").read_bytes() == Path("again.mp4").read_bytes() and not Path(kept).exists()
     assert "again" in capsys.readouterr().out.splitlines()[-1]
 
 
