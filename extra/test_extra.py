@@ -185,7 +185,7 @@ def test_a_hessian_lowers_the_error_of_unseen_outputs(fmt, width):
     rtn = convert.dequantize_weight(convert.quantize_weight(w, fmt, "rtn"), w.shape)
     swept = [output_snr(w, rounded(w, fmt, hessian, num_iter=n), x) for n in (0, 1, 8)]
     assert swept[0] > output_snr(w, rtn, x) + 3 and swept[2] > output_snr(w, rtn, x) + 9
-    assert swept == sorted(swept)
+    assert swept[0] < swept[1] < swept[2]
 
 
 @pytest.mark.parametrize("fmt, least", [("nvfp4", 35), ("mxfp8", 44.5)])
@@ -254,11 +254,12 @@ def test_a_lora_corrects_the_outputs_that_were_seen():
 
 def test_the_hessian_is_shrunk_as_scikit_learn_does():
     x = torch.randn(40, 64) * torch.linspace(0.1, 3, 64)
-    inputs = extra.calibrate.Inputs(10 ** 9, 2, steps=1)
-    inputs.add(x[:10])
-    inputs.add(x[10:])
-    expected = sklearn.covariance.oas(x.double().numpy(), assume_centered=True)[0]
-    assert (inputs.hessian() - torch.tensor(expected)).abs().max() < 1e-4
+    expected = torch.tensor(sklearn.covariance.oas(x.double().numpy(), assume_centered=True)[0])
+    for parts, steps in ((x.split([10, 30]), 1), ([x] * 4, 4)):  # what four steps repeat counts once
+        inputs = extra.calibrate.Inputs(10 ** 9, len(parts), steps)
+        for part in parts:
+            inputs.add(part)
+        assert (inputs.hessian() - expected).abs().max() < 1e-4
     one = extra.calibrate.Inputs(10 ** 9, 1, steps=1)
     one.add(torch.ones(1, 16))
     torch.linalg.cholesky(one.hessian())  # one row has rank one; shrunk, it is positive definite
