@@ -1163,7 +1163,8 @@ class PretendedBuffer:
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5])
 @pytest.mark.parametrize("stop", [None, "error", "break", "before the block"])
 def test_streams_never_race(monkeypatch, blocks, stop):
-    """Also if a block raises, or if the loop is left and other kernels get the buffers' memory."""
+    """Also if a block raises, or if the loop is left and other kernels get the buffers' memory. A block is copied
+    while the one before it computes."""
     clocks = Clocks()
     compute, copy = (pretended_stream(clocks, name) for name in ("compute", "copy"))
     current = [compute]
@@ -1187,10 +1188,13 @@ def test_streams_never_race(monkeypatch, blocks, stop):
             clocks.access("compute", f"slots {i}", True)
 
     def one_pass(stop_at):
+        computed = None
         for i, _ in enumerate(streamed):
+            assert i == 0 or clocks.known["copy"]["compute"] < computed
             if i == stop_at and stop == "before the block":
                 return
             clocks.access("compute", f"slots {i % 2}", False)
+            computed = clocks.known["compute"]["compute"]
             if i == stop_at and stop == "error":
                 raise MemoryError
             if i == stop_at and stop == "break":
@@ -1226,6 +1230,8 @@ def test_weights_of_tiles_add_up_to_one(length, tile):
         assert 0 <= start < stop <= length and stop - start <= tile
         total[8 * start:8 * stop] += weight
     assert (total - 1).abs().max() < 1e-6
+    (_, _, weight), _ = extra.stream.tiles(17, 16)
+    assert weight[36] == pytest.approx(1 / (1 + 28.5 / 64))  # far from the end of the first, not of the second
 
 
 @torch.no_grad()
