@@ -75,7 +75,10 @@ def main(argv=None):
         paths = output_paths(args, source)
         made = {"quantization_command": command,
                 "quantization_versions": f"torch {torch.__version__}, safetensors {safetensors.__version__}"}
-        made |= {"expert": f"{source.expert}_noise"} if source.expert else {}  # OUT's name need not tell
+        made |= {"expert": f"{source.expert}_noise"} if source.expert else {}  # OUT's name may not show it
+        if args.size:
+            from extra.measure import check_size
+            check_size(args.size, source, made)
         if args.calib:
             from extra.calibrate import calibrate
             named = {"dit": args.dit, "text-encoder": args.text_encoder, "clip": args.clip, "vae": args.vae}
@@ -136,16 +139,18 @@ def make_parser():
         "convert.py", usage="python convert.py -i MODEL [options]", allow_abbrev=False,
         description="Convert a Wan2.1 checkpoint in bf16, fp16 or fp32 to NVFP4, MXFP8 or FP8.",
         epilog="A REGEX is searched in the full name of a weight, such as blocks.0.ffn.2.weight. Flags that "
-        "convert_to_quant has too are spelled as there, with dashes or underscores. Those that tune its learned "
-        f"rounding are accepted without effect: {', '.join(WITHOUT_EFFECT)}.")
+        "convert_to_quant has too are spelled as there, with dashes or underscores. These are accepted without "
+        f"effect: {', '.join(WITHOUT_EFFECT)}.")
     add = parser.add_argument
     add("-i", "--input", type=Path, metavar="MODEL", required=True,
         help="a safetensors file, a shard index .json, or a folder of shards; official or diffusers names")
-    add("-o", "--output", type=Path, metavar="OUT", help="default: MODEL-nvfp4.safetensors beside the input")
+    add("-o", "--output", type=Path, metavar="OUT", help="replaced if it exists (default: "
+        "MODEL-nvfp4.safetensors beside the input)")
     add("--merge-lora", action="append", metavar="FILE[:STRENGTH]",
         help="merge a LoRA (low-rank factors or whole differences) into MODEL before it is analyzed and rounded; "
         "can be given several times")
-    add("--device", default="cpu", metavar="D", help="where to round: cpu, cuda, cuda:1 (%(default)s)")
+    add("--device", default="cpu", metavar="D", help="where to round and, with --calib, to "
+        "run the networks: cpu, cuda, cuda:1 (%(default)s)")
     add("--seed", type=whole_number(-2 ** 63, 2 ** 63 - 1), default=0,
         help="for the noise of the calibration videos and the SVD of the LoRA (%(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
@@ -253,7 +258,8 @@ def check_flags(args):
                          f"--plan measured")
     others = args.models, args.text_encoder, args.clip, args.vae, args.dit, args.size
     if not args.calib and (args.plan == "measured" or args.w4a16 is not None or any(others)):
-        raise ValueError("--plan measured, --size, --w4a16, --models and networks: require --calib IMAGE...")
+        flags = "--size" if args.size else "--w4a16, --plan measured, --models and networks"
+        raise ValueError(f"{flags}: requires --calib IMAGE...")
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET):
         raise ValueError("--lora-target and --lora-output: require --extract-lora")
     if not re.fullmatch("(cpu|cuda)(:[0-9]{1,3})?", args.device):
@@ -302,9 +308,6 @@ class Source:
             if wan_fp4.is_lightx2v(tensors):
                 raise ValueError(f"{file}: already NVFP4, in LightX2V's layout; repack it without rounding: "
                                  f"python -m extra.lightx2v {shlex.quote(str(path))} -o OUT")
-            if "_quantization_metadata" in metadata:
-                raise ValueError(f"{file}: already quantized (its header has _quantization_metadata); "
-                                 f"convert the bf16 model")
             self.metadata |= metadata
             for stored, (dtype, shape) in tensors.items():
                 self.add(file, stored, dtype, shape)
@@ -324,10 +327,9 @@ class Source:
         if name in self.shapes:
             raise ValueError(f"{file}: {stored}: duplicate tensor (also in {self.stored[name][0]}, as "
                              f"{self.stored[name][1]}); give one model")
-        if name.endswith((".comfy_quant", ".weight_scale")):
-            raise ValueError(f"{file}: already quantized (it has {name}); convert the bf16 model")
-        if dtype.startswith("F8") or name.endswith((".scale_weight", "scaled_fp8")):
-            raise ValueError(f"{file}: {name}: already 8-bit ({dtype}), and rounding it again would add to "
+        scales = ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8"
+        if name.endswith(scales) or dtype.startswith("F8"):
+            raise ValueError(f"{file}: {name}: already quantized ({dtype}), and rounding it again would add to "
                              f"its error; convert the bf16 model")
         if dtype not in wan_fp4.DTYPES or name.endswith(".weight") and wan_fp4.DTYPES[dtype] not in FLOATS:
             raise wan_fp4.wrong(f"{file}: {name}", dtype, "BF16, F16 or F32", "convert the bf16 model")

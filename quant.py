@@ -641,7 +641,7 @@ class QuantLinear(nn.Module):
         marker = tensors.pop("comfy_quant", None)
         info = {} if marker is None else read_marker(marker, f"{name}.comfy_quant")
         fmt, weight = info.get("format"), tensors.get("weight")
-        if marker is None and weight is not None:  # FP8 is the only format of files without markers
+        if marker is None and "weight_scale" in tensors and weight is not None:  # FP8 needs no marker
             fmt = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}.get(weight.dtype)
         check_stored(name, tensors, fmt, in_features, out_features)
         for suffix in {"weight_scale_2", "input_scale"} & tensors.keys():

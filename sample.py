@@ -47,6 +47,7 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -153,8 +154,6 @@ def check_choice(name, value, choices):
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
-    if [] in vars(args).values():  # argparse makes this of --steps=--
-        raise ValueError("got -- in place of a flag's value, expected a value")
     check_device(args.device)
     SECONDS.clear()
     if args.decode:
@@ -240,19 +239,21 @@ def parse_size(text):
 
 
 def check_device(name):
-    """Raises ValueError for a device that is not supported or that torch cannot use here."""
+    """The device of this name. Raises ValueError for one that is not supported or that torch cannot use here."""
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {name}: only cpu and cuda are supported")
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; for a GPU, install torch as "
+                         f"https://pytorch.org/get-started says") from None
+    if device.index is not None:  # cuda:1
         torch.cuda.set_device(device)
     if quant.default_dtype(device) == torch.float16:
         print(f"{device}: computes in float16, the text encoder in float32: attention in bfloat16 needs compute "
               f"capability 8.0", flush=True)
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -312,7 +313,9 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
     for flag in named:  # the DiT first: the others depend on it
         paths = [given[flag]] if flag in given else found.get(flag, [])
         if flag == "dit":
-            wan22 = wan_fp4.is_expert(paths[0]) if paths else "dit-low" in given.keys() | found.keys()
+            wan22 = "dit-low" in given.keys() | found.keys()
+            if paths:
+                wan22 = recognize(paths[0]) in ("dit", "dit-low") and wan_fp4.is_expert(paths[0])
         if flag == ("clip" if wan22 else "dit-low"):
             if flag in given:
                 raise ValueError(f"--{flag} {given[flag]}: this model does not use it; leave it out")
@@ -389,10 +392,11 @@ def downloads(flags, folder, wan22):
 
 
 def own_settings(files) -> dict:
-    """What a model's recipe and the header of its DiT say: {"frames": int, "area": int, "prompt": str} and, for
-    Wan2.2, its sampler and scheduler. Raises ValueError for a bad number in the header."""
+    """The model's own settings, from its DiT's header and, for Wan2.2, its recipe: {"frames": int, "area": int,
+    "prompt": str} and, for Wan2.2, its sampler and scheduler. Raises ValueError for a bad number in the
+    header."""
     path = files["dit"]
-    header = wan_fp4.read_header(path)[0] if path.suffix == ".safetensors" else {}
+    header = wan_fp4.read_metadata(path)
     own = {"frames": Settings.frames, "area": Settings.area, "prompt": header.get("prompt", "")}
     for name in {"frames", "area"} & header.keys():
         if not re.fullmatch("[0-9]{1,9}", header[name]):
@@ -461,7 +465,7 @@ def read_image(path) -> torch.Tensor:
             planes = frame.reformat(format="gbrap").planes
     except (av.error.FFmpegError, StopIteration, IndexError):
         raise ValueError(f"{path}: {what_is_wrong(data)}") from None
-    if re.search(b"ICC_PROFILE|iCCP|ICCP", data) and b"sRGB" not in data:
+    if not is_srgb(data):
         print(f"sample.py: warning: {path}: its color profile is ignored; colors are read as sRGB",
               file=sys.stderr)
     green, blue, red, alpha = (  # each (h, w) in [0, 1], of rows of line_size bytes
@@ -471,7 +475,17 @@ def read_image(path) -> torch.Tensor:
     return image.rot90(frame.rotation // 90, (1, 2)).contiguous()  # by EXIF; mirrored pictures stay mirrored
 
 
+def is_srgb(data):
+    """Whether the bytes of a picture hold no color profile, or that of sRGB, whose name may be in UTF-16."""
+    profile = re.search(rb"ICC_PROFILE|ICCP|iCCP[^\0]{1,79}\0\0", data)
+    if profile and profile[0].startswith(b"iCCP"):  # png compresses it
+        with suppress(zlib.error):
+            data = zlib.decompressobj().decompress(data[profile.end():])
+    return not profile or b"sRGB" in data or "sRGB".encode("utf-16-be") in data
+
+
 OTHER_FORMATS = {"HEIC": rb"....ftyp(hei|hevc|mif1|msf1)", "AVIF": rb"....ftypavi", "a video": rb"....ftyp",
+                 "an animation": rb"\x89PNG.{33,999}acTL",
                  "GIF": rb"GIF8", "TIFF": rb"II\*\0|MM\0\*", "BMP": rb"BM"}  # by their first bytes
 
 
@@ -564,9 +578,10 @@ def announce(name, image, prompt, files, settings, demo):
     print(f"{name} -> {settings.frames} frames of {width}x{height}\n"
           f"prompt: {prompt!r}, {recipe}, on {settings.device}", flush=True)
     negative = f"negative: {settings.negative}; " if settings.cfg != 1 else ""
-    loras = "".join(f", {path.name} at {strength:g}" for path, strength in settings.loras)
-    comment = (f"{prompt}; {negative}{recipe}; {files['dit'].name}{loras}; {width}x{height}, {settings.frames} "
-               f"frames; torch {torch.__version__}")
+    models = "".join(f"{path.name}{''.join(f', {file.name} at {strength:g}' for file, strength in loras)}; "
+                     for path, loras, _ in experts(files, settings))
+    comment = (f"{prompt}; {negative}{recipe}; {models}{width}x{height}, {settings.frames} frames; "
+               f"torch {torch.__version__}")
     comment.encode()  # raises UnicodeEncodeError, a ValueError, for bytes that are no text
     return {"title": prompt, "comment": comment, "fps": str(settings.fps), "seed": str(settings.seed)}
 
@@ -615,9 +630,10 @@ def generate(image, prompt, files, settings=Settings(), on_latents=None) -> torc
 
     def velocity(x, sigma):  # (1, 16, T, H, W) -> the same
         t = torch.full((1,), 1000 * sigma, device=device)
-        v, *negative = [dit(x, t, text, tokens, y) for text in texts]
-        for away in negative:  # one, with guidance (arXiv 2205.11487, eq. 3)
-            v = away + settings.cfg * (v - away)
+        v = dit(x, t, texts[0], tokens, y)
+        if len(texts) > 1:  # guidance, away from the negative prompt (arXiv 2205.11487, eq. 3)
+            v_negative = dit(x, t, texts[1], tokens, y)
+            v = v_negative + settings.cfg * (v - v_negative)
         return v
 
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same noise on every device
@@ -721,7 +737,7 @@ def tokenize(tokenizer, prompt: str) -> torch.Tensor:
     entities unescaped (twice, as there), curly quotes straightened, white space reduced to single spaces.
 
     There is no padding: the text encoder would mask it, and the DiT pads the features itself."""
-    text = html.unescape(html.unescape(prompt.translate(QUOTES)))
+    text = html.unescape(html.unescape(html.unescape(prompt).translate(QUOTES)))
     ids, most = tokenizer.encode(" ".join(text.split())), wan_fp4.TEXT_TOKENS - 1
     if len(ids) > most:
         lost = len(tokenizer.decode(ids[most:]).split())

@@ -954,18 +954,6 @@ def test_dit_equals_diffusers(frames, height, width, length, batch, size, shard_
     assert same_tensors(theirs.state_dict(), convert_wan_transformer_to_diffusers(dict(ours.state_dict())))
 
 
-@torch.no_grad()
-def test_a_dit_without_an_image_branch_takes_no_image(tmp_path):
-    """As Wan2.2's. Either kind given to the other is an error, not noise."""
-    theirs = diffusers_dit(image_dim=None, added_kv_proj_dim=None)
-    i = dit_inputs(2, 4, 6, 9)
-    ours = wan_fp4.load_dit(saved(theirs, tmp_path, {"head_dim": "32"}))
-    expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"])).sample
-    assert relative_error(ours(**i | {"image": None}), expected) < 1e-5
-    with pytest.raises(ValueError, match="got image tokens, expected no image tokens"):
-        ours(**i)
-
-
 # VAE
 
 @pytest.fixture
@@ -1153,18 +1141,6 @@ def test_folders_that_are_no_model_are_refused(files, error, text, tmp_path):
             read(folder)
 
 
-@pytest.mark.parametrize("name", ["m-00001-of-00002.safetensors", "m.safetensors.index.json", ""])
-def test_one_shard_stands_for_all(name, dit_path, tmp_path):
-    tensors, places = load_file(dit_path), {}
-    for i in range(2):
-        file = f"m-0000{i + 1}-of-00002.safetensors"
-        part = {key: tensors[key] for key in sorted(tensors)[i::2]}
-        save_file(part, tmp_path / file, {"head_dim": "32"})
-        places |= dict.fromkeys(part, file)
-    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert same_tensors(dict(wan_fp4.load_dit(tmp_path / name).state_dict()), tensors)
-
-
 def test_broken_pickles_are_refused_and_run_no_code(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"x" * 100)
     torch.save({"x": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
@@ -1304,31 +1280,6 @@ def test_loaders_name_what_is_wrong(network, name, change, text, dit_path, tmp_p
     assert "\n" not in str(error.value)
 
 
-SIGNS = {  # names of other models' tensors: what the error says that the file is
-    "blocks.0.self_attn.q.lora_A.weight": "a LoRA, which is no model; pass it with --lora",
-    "vace_blocks.0.after_proj.weight": "Wan VACE", "casual_audio_encoder.audio_injector.x": "Wan S2V",
-    "face_adapter.k": "Wan Animate", "img_emb.emb_pos": "Wan2.1 FLF2V", "control_adapter.x": "Fun Control",
-    "decoder.middle.0.residual.0.gamma": "a WanVAE, which belongs to --vae",
-    "transformer.0.attn.to_qkv.weight": "a CLIPVision, which belongs to --clip",
-    "token_embedding.weight blocks.0.pos_embedding.embedding.weight": "T5, which is not UMT5",
-    "blocks.0.ffn.0.weight_scale_2": "NVFP4 without comfy_quant markers"}
-
-
-@pytest.mark.parametrize("names", SIGNS)
-def test_a_file_of_another_kind_is_named(names, tmp_path):
-    save_file({name: torch.zeros(2) for name in names.split()}, tmp_path / "x")
-    with pytest.raises(ValueError, match=f"x: .*this is .*{SIGNS[names]}"):
-        wan_fp4.load_dit(tmp_path / "x")
-
-
-@pytest.mark.parametrize("in_dim, name", [(16, "Wan T2V"), (48, "Wan2.2 TI2V 5B"), (52, "another variant")])
-def test_variants_are_told_apart_by_their_channels(in_dim, name, dit_path, tmp_path):
-    tensors = {n: t for n, t in load_file(dit_path).items() if not n.startswith("img_emb.")}
-    save_file(tensors | {"patch_embedding.weight": torch.zeros(64, in_dim, 1, 2, 2)}, tmp_path / "x")
-    with pytest.raises(ValueError, match=f"x: .*this is .*{name}"):
-        wan_fp4.load_dit(tmp_path / "x")
-
-
 def test_the_headers_alone_tell_whether_a_model_fits(dit_path, tmp_path, capsys):
     """Also one of an all-in-one file, whose other networks are left out."""
     others = {"first_stage_model.x": torch.ones(3), "text_encoders.umt5xxl.y": torch.ones(3)}
@@ -1353,17 +1304,6 @@ def test_wrong_head_widths_are_named(head_dim, tmp_path):
         save_file(load_file(DEMO / f"{network}.safetensors"), tmp_path / "x", {"head_dim": head_dim})
         with pytest.raises(ValueError, match=f"x: head width: got {head_dim[:50]}, expected an even divisor of"):
             getattr(wan_fp4, f"load_{network}")(tmp_path / "x")
-
-
-def test_new_networks_start_at_the_official_scale():
-    torch.manual_seed(0)
-    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=256, ffn_dim=64, num_blocks=1))
-    umt5 = wan_fp4.UMT5Encoder(wan_fp4.UMT5Config(vocab=50, dim=64, ffn_dim=64, num_blocks=1, inner=64))
-    clip = wan_fp4.CLIPVision(wan_fp4.CLIPConfig(dim=256, ffn_dim=64, num_blocks=1, head_dim=64))
-    for parameter, std in ((dit.blocks[0].modulation, 256 ** -0.5), (dit.head.modulation, 256 ** -0.5),
-                           (umt5.token_embedding.weight, 1), (clip.pos_embedding, 256 ** -0.5),
-                           (umt5.blocks[0].pos_embedding.embedding.weight, (2 * 32 * 64) ** -0.5)):
-        assert parameter.requires_grad and parameter.std().item() == pytest.approx(std, rel=0.15)
 
 
 def test_linears_stay_as_stored_and_norms_are_float32(dit_path, tmp_path):
@@ -1460,8 +1400,8 @@ OTHER_FILES = {  # the flag, the file's tensors made of a small DiT's, what the 
              f"Wan VACE, which {DIT_ADVICE}"),
     "Fun Control": ("dit", lambda dit: dit | {"patch_embedding.weight": torch.zeros(64, 48, 1, 2, 2)},
                     f"Wan Fun Control or another variant, which {DIT_ADVICE}"),
-    "Fun Camera": ("dit", lambda dit: dit | {"patch_embedding.weight": torch.zeros(64, 32, 1, 2, 2),
-                                             "control_adapter.conv.bias": torch.zeros(64)}, "Wan Fun Control"),
+    "Fun Camera of Wan2.2": ("dit", lambda dit: without_image(dit, **{
+        "control_adapter.conv.bias": torch.zeros(64)}), f"Wan Fun Control, which {DIT_ADVICE}"),
     "Animate": ("dit", lambda dit: dit | {"face_adapter.fuser_blocks.0.k_norm.weight": torch.zeros(64)},
                 f"Wan Animate, which {DIT_ADVICE}"),
     "S2V": ("dit", lambda dit: without_image(dit, 16, **{"audio_injector.injector.0.q.bias": torch.zeros(64)}),
@@ -1498,8 +1438,7 @@ OTHER_FILES = {  # the flag, the file's tensors made of a small DiT's, what the 
 def test_a_file_is_named_before_a_network_is_loaded(case, dit_path, tmp_path, monkeypatch):
     """And not called incomplete: downloading it again would not help."""
     flag, make, text = OTHER_FILES[case]
-    for network in ("dit", "umt5", "clip", "vae"):
-        monkeypatch.delattr(wan_fp4, f"load_{network}")  # what the pipeline calls; the check has its own
+    monkeypatch.setattr(sample, "generate", None)
     path = tmp_path / "x.safetensors"
     if make:
         save_file({name: t.contiguous().clone() for name, t in make(load_file(dit_path)).items()}, path,
@@ -1570,9 +1509,7 @@ NAMINGS = {  # prefix, a self-attention q, up, down
     "bare": ("", "self_attn.q", "lora_up.weight", "lora_down.weight"),
     "peft in memory": ("", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
     "peft": ("base_model.model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
-    "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight"),
-    "DiffSynth": ("pipe.dit.", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
-    "PEFT's adapter": ("base_model.model.", "self_attn.q", "lora_B.mine.weight", "lora_A.mine.weight")}
+    "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight")}
 
 
 def lora_factors(layer, up, down):
@@ -1613,10 +1550,6 @@ def differences():
     return lora, merged
 
 
-KOHYA = {f"lora_unet_blocks_1_self_attn_q.{ending}": tensor for ending, tensor in {
-    "lora_up.weight": UP, "lora_down.weight": DOWN.T.contiguous(), "alpha": torch.tensor(2.0)}.items()}
-
-
 LORAS = {  # the LoRAs and their strengths, what they add to the weights, the end of the last one's line
     **{naming: ([(named_lora(naming), 0.7)], {ATTN: 0.7 * UP @ DOWN.T}, "1 layers") for naming in NAMINGS},
     **{f"{naming}, alpha": ([(named_lora(naming, 2.0), 0.7)], {ATTN: 0.35 * UP @ DOWN.T}, "1 layers")
@@ -1624,7 +1557,6 @@ LORAS = {  # the LoRAs and their strengths, what they add to the weights, the en
     "differences": ([(differences()[0], 0.5)], None, ": 6 differences"),
     "several": ([(named_lora("bare"), 1.0), (named_lora("ComfyUI"), -0.25)], {ATTN: 0.75 * UP @ DOWN.T},
                 "1 layers"),
-    "kohya": ([(KOHYA, 0.7)], {ATTN: 0.35 * UP @ DOWN.T}, "1 layers"),
     "16 bits": ([({n: t.bfloat16() for n, t in named_lora("bare").items()}, 1.0)],
                 {ATTN: UP.bfloat16().float() @ DOWN.T.bfloat16().float()}, "1 layers")}
 
@@ -1644,19 +1576,6 @@ def test_a_lora_is_what_it_adds_to_the_weights(case, dit_path, tmp_path, lora_fi
     expected = wan_fp4.load_dit(tmp_path / "merged")(**inputs)
     assert (dit(**inputs) - expected).abs().max() < 1e-5 and dit.loras[-1].endswith(line)
     assert (wan_fp4.load_dit(dit_path)(**inputs) - expected).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("stored, alpha", [
-    ({"lora_alpha": 2}, 2), ({"lora_alpha": 2, "alpha_pattern": {"blocks.1.self_attn.q": 1}}, 1),
-    ({"lora_alpha": 2, "alpha_pattern": {"self_attn.k": 1}}, 2), ({"r": 4}, 4)])
-@pytest.mark.parametrize("place", ["adapter_config.json", "header"])
-def test_peft_and_diffusers_keep_alpha_beside_the_tensors(stored, alpha, place, tmp_path, lora_file):
-    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in stored.items()})}
-    path = lora_file(named_lora("peft"), header if place == "header" else None)
-    if place != "header":
-        (tmp_path / place).write_text(json.dumps(stored))
-    (_, _, scale, _), = wan_fp4.lora_terms(path, 1.0)
-    assert scale == alpha / 4
 
 
 def test_lora_does_not_write_to_the_parameters_it_changes(dit, lora_file):
@@ -1980,15 +1899,6 @@ def test_pictures_that_cannot_be_trusted_are_refused(tmp_path, name, text):
         sample.read_image(path)
 
 
-@pytest.mark.parametrize("ext", ["png", "jpg"])
-def test_a_color_profile_is_ignored_with_a_warning(tmp_path, ext, capsys):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    for options in {"icc_profile": profile}, {}:
-        Image.fromarray(picture()).save(tmp_path / f"a.{ext}", **options)
-        sample.read_image(tmp_path / f"a.{ext}")
-        assert ("color profile is ignored" in capsys.readouterr().err) == bool(options)
-
-
 def test_fit_size():
     assert sample.fit_size(832, 480, 480 * 832) == (832, 480)
     assert sample.fit_size(480, 832, 480 * 832) == (480, 832)
@@ -2045,7 +1955,7 @@ def saved_picture(kind):
 def test_half_a_download_is_refused_and_what_follows_a_picture_ignored(kind, tmp_path):
     """Phones append a video or a gain map to a jpg."""
     data, path = saved_picture(kind), tmp_path / "a.jpg"
-    for share in (0.1, 0.5, 0.9):
+    for share in (0.1, 0.5, 0.9, 0.99):
         path.write_bytes(data[:int(share * len(data))])
         with pytest.raises(ValueError, match="a.jpg: is (damaged|not a picture)"):
             sample.read_image(path)
@@ -2077,11 +1987,12 @@ def test_an_animation_is_called_one(ext, tmp_path):
 
 
 @pytest.mark.parametrize("ext", ["png", "jpg", "webp"])
-def test_a_profile_of_srgb_is_no_reason_to_warn(ext, tmp_path, capsys):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    Image.fromarray(picture()).save(tmp_path / f"a.{ext}", icc_profile=profile)
-    sample.read_image(tmp_path / f"a.{ext}")
-    assert capsys.readouterr().err == ""
+def test_a_profile_other_than_srgb_is_ignored_with_a_warning(ext, tmp_path, capsys):
+    for space, warned in ("LAB", True), ("sRGB", False):
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile(space)).tobytes()
+        Image.fromarray(picture()).save(tmp_path / f"a.{ext}", icc_profile=profile)
+        sample.read_image(tmp_path / f"a.{ext}")
+        assert ("its color profile is ignored" in capsys.readouterr().err) == warned
 
 
 # the prompt
@@ -2128,14 +2039,7 @@ def test_tokenize(spiece, capsys):
     ids = sample.tokenize(tokenizer, "  pan \n left\t")
     assert ids.dtype == torch.int64 and ids.tolist() == [[*tokenizer.encode("pan left"), 3]]  # 3 is its </s>
     assert sample.tokenize(tokenizer, "").tolist() == [[3]] and capsys.readouterr().err == ""
-    long = sample.tokenize(tokenizer, "zoom in " * 400)
-    count = len(tokenizer.encode("zoom in " * 400))
-    assert long.shape == (1, 512) and long[0, -1] == 3
-    assert f"the prompt has {count} tokens, 511 are used" in capsys.readouterr().err
-    seen = []  # cleaned as Wan's own code does, by ftfy and html
-    stand_in = types.SimpleNamespace(encode=lambda text: seen.append(text) or [], eos_id=lambda: 3)
-    sample.tokenize(stand_in, "\u201ca\u2019s &amp;amp; b\u201d")
-    assert seen == ['"a\'s & b"']
+
 
 
 PROMPTS = [  # as people paste them
@@ -2262,7 +2166,7 @@ def test_a_browser_can_play_an_mp4_while_it_loads(tmp_path):
 @pytest.mark.parametrize("image, prompt, name", [
     ("фото.jpg", "поверни налево", "фото-поверни-налево-seed0.mp4"), ("写真.png", "左へ", "写真-左へ-seed0.mp4"),
     ("a/../b c.jpg", "\u202e/\\:*?\"<>|\0\n%d", "b-c-d-seed0.mp4"), ("-x.png", "", "x-seed0.mp4"),
-    ("\ud800.png", "zoom", "zoom-seed0.mp4"), ("CON.png", "é" * 200, None)])
+    ("?.png", "", "seed0.mp4"), ("\ud800.png", "zoom", "zoom-seed0.mp4"), ("CON.png", "é" * 200, None)])
 def test_names_keep_letters_of_every_script_and_nothing_else(image, prompt, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with sample.reserve(None, image, prompt, 0) as (path, _):
@@ -2584,45 +2488,6 @@ def test_the_flags_reach_the_dit(place, fakes, capsys):
     assert fakes.modes[1:] == [("emulate", True)] and "tensor cores emulated" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("settings, high", [
-    ({}, 2), ({"scheduler": "simple"}, 2), ({"scheduler": "simple", "shift": 3.0}, 2),  # a step is at exactly 900
-    ({"steps": 1}, 1), ({"steps": 20, "scheduler": "simple", "sampler": "heun"}, 8), ({"shift": 0.01}, 1)])
-def test_wan22s_experts_share_the_steps(place, fakes, settings, high):
-    """One takes those that begin at t >= 900, in float32; the other takes the rest; one without steps is not
-    loaded. Neither gets an image."""
-    files = demo_files(place / "demo") | {"dit-low": place / "low.safetensors"}
-    del files["clip"]
-    settings = sample.Settings(frames=1, size=(64, 64), **settings, loras=[("a", 1.0)], loras_low=[("b", 1.0)])
-    sample.generate(torch.rand(3, 64, 64), "pan left", files, settings)
-    levels = sample.sigmas(settings.scheduler, settings.steps, settings.shift).numpy()
-    assert (np.float32(1000) * levels[:-1] >= 900).sum() == high
-    given = [t.item() for _, t, *_ in fakes.dit_calls]
-    assert all(image is None for *_, image, _ in fakes.dit_calls) and sorted(given, reverse=True) == given
-    assert fakes.log == ["umt5", "vae", *["dit"] * (1 + (high < settings.steps)), "vae"]
-    assert [name for name, _ in fakes.adapters] == ["a", "b"][:len(fakes.adapters)]
-    if settings.sampler != "heun":
-        assert given == pytest.approx([1000 * level for level in levels[:-1]], rel=1e-5)
-
-
-def test_wan22s_experts_are_told_apart(place):
-    """By the header, the name or the folder. Exchanged or the same, they are refused."""
-    low, high = place / "x_low_noise.safetensors", place / "x.safetensors"
-    save_file(signs("dit-low"), low)
-    save_file(signs("dit-low"), high, {"expert": "x_high_noise"})
-    others = {flag: path for flag, path in demo_files(place / "demo").items() if flag in ("text-encoder", "vae")}
-    named = NOT_NAMED | others
-    assert sample.find_files(named | {"dit": high, "dit-low": low})[0].keys() == {*others, "dit", "dit-low"}
-    own = sample.own_settings({"dit": high, "dit-low": low})
-    assert (own["sampler"], own["scheduler"]) == ("euler", "simple")  # Wan2.2's recipe
-    for dit, dit_low in ((low, high), (high, high), (low, low)):
-        with pytest.raises(ValueError, match="expected Wan2.2's high-noise expert and its low-noise"):
-            sample.find_files(named | {"dit": dit, "dit-low": dit_low})
-    with pytest.raises(FileNotFoundError, match="no file found for Wan2.2 I2V's dit-low; "):
-        sample.find_files(named | {"dit": high})
-    with pytest.raises(ValueError, match="--lora and --lora-low: got LoRAs for one of the two experts"):
-        sample.check_files({"dit": high, "dit-low": low}, sample.Settings(loras=(("a", 1.0),)))
-
-
 def test_loras_are_used_reported_and_recorded(place, fakes, capsys):
     for name in ("a", "b"):
         save_file({"w.diff": torch.zeros(1)}, f"{name}.safetensors")
@@ -2816,16 +2681,24 @@ def test_models_folder(place, layout):
     assert sample.find_files(NOT_NAMED, "models")[0].keys() == expected.keys()
 
 
-def test_models_may_be_links_that_lead_back(models, tmp_path_factory):
+def test_models_may_be_links_that_lead_back(models, tmp_path_factory, monkeypatch):
     """As in a download cache, or where ComfyUI's folder is linked. Nothing is found twice, nor walked twice."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    for i in range(8):  # two cycles that are not stopped would be walked 2 ** 40 times
+    for i in range(2):  # cycles that are not stopped would be walked 2 ** 40 times
         os.symlink(models, models / f"itself{i}")
     os.symlink("vae.safetensors", models / "the-same-vae.safetensors")
     (models / "dit.safetensors").rename(elsewhere / "0123abcd.safetensors")
     os.symlink(elsewhere, models / "linked")
     os.symlink("0123abcd.safetensors", elsewhere / "dit.safetensors")
     os.mkfifo(models / "a.safetensors")
+    walk = os.walk
+
+    def counted(*args, **kwargs):
+        for count, entry in enumerate(walk(*args, **kwargs)):
+            assert count < 100
+            yield entry
+
+    monkeypatch.setattr(os, "walk", counted)
     found, _ = sample.find_files(NOT_NAMED)
     assert found.keys() == demo_files().keys() and found["dit"].parent == models / "linked"
 
@@ -3088,16 +2961,15 @@ def test_an_expert_equals_diffusers_under_all_names(prefix, names, tmp_path):
     ours = wan_fp4.load_dit(path)
     expected = theirs(torch.cat([i["x"], i["y"]], 1), i["t"], padded(i["text"])).sample
     assert relative_error(ours(**i | {"image": None}), expected) < 1e-5
-    assert ours.cfg.image_dim is None and wan_fp4.is_expert(path)
+    assert ours.cfg.image_dim is None
 
 
 def test_a_damaged_wan21_is_not_taken_for_an_expert(dit_path, tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = {name: tensor for name, tensor in load_file(dit_path).items() if not name.startswith("img_emb.")}
     save_file(tensors, path, {"head_dim": "32"})
-    assert not wan_fp4.is_expert(path)
     with pytest.raises(ValueError, match="img_emb.proj.0.weight: got nothing, expected a tensor"):
-        wan_fp4.load_dit(path, "meta")
+        sample.check_files(sample.find_files(NOT_NAMED | demo_files() | {"dit": path})[0], sample.Settings())
 
 
 @pytest.fixture(scope="session")
@@ -3207,7 +3079,7 @@ PAIRS_OF_EXPERTS = {  # two paths, and what the error says; high comes first whe
 
 
 @pytest.mark.parametrize("pair", PAIRS_OF_EXPERTS)
-def test_pairs_of_experts(pair, place):
+def test_pairs_of_experts(pair, two_experts, place):
     text = PAIRS_OF_EXPERTS[pair]
     for folder in ("x", "models"):
         (place / folder).mkdir()
@@ -3218,7 +3090,7 @@ def test_pairs_of_experts(pair, place):
         if name == "link.safetensors":
             path.symlink_to("a.safetensors")
         elif name:
-            save_file(signs("dit-low"), path)
+            shutil.copy(two_experts[1]["dit"], path)
     files = {flag: path for flag, path in demo_files(place / "demo").items() if flag in ("text-encoder", "vae")}
     named = NOT_NAMED | files | dict(zip(("dit", "dit-low"), pair))
     if text:
@@ -3497,7 +3369,7 @@ def test_the_rules_of_the_plan_by_score(kind, scores, kurtosis, plan, reasons):
 
 
 def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
-    """48 weights of 288 have an excess kurtosis over 8, more than the tenth whose score is high enough."""
+    """48 weights of 288 have an excess kurtosis over 8: more than the tenth that a score alone keeps."""
     tensors = checkpoint(num_blocks=24)
     for i in range(24):
         for layer in "q", "k":
@@ -3510,7 +3382,8 @@ def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
     found = re.findall(r"\nself_attn.[qk] +bf16 instead of (?:MXFP8|NVFP4): kurtosis: blocks ([0-9, ]+)", text)
     scores = convert.score({f"blocks.{i}.{layer}.weight": convert.sensitivity(
         tensors[f"blocks.{i}.{layer}.weight"]) for i in range(24) for layer in LINEARS})
-    high = [name for name in scores if scores[name] >= np.quantile([*scores.values()], 0.9)]
+    high = [name for name in scores if scores[name] >= np.quantile([*scores.values()], 0.9) and re.search(
+        r"self_attn\.[qk]", name)]
     assert sum(len(blocks.split(", ")) for blocks in found) == 48 - len(high) > 10
     blocks = "|".join(map(str, range(24)))
     assert rf'--exclude-layers "blocks\.({blocks})\.self_attn\.k\.weight|blocks' in text
@@ -3752,10 +3625,10 @@ def test_the_report_has_means_and_the_worst(model, out, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
 def test_memory_holds_a_few_weights_not_the_model(tmp_path):
-    """For 200 MB more in the file, the peak of the process rises by less than a third of that."""
+    """For 400 MB more in the file, the peak of the process rises by less than a third of that."""
     program = f"import sys, convert\n{PEAK}\nconvert.main(sys.argv[1:])\nprint(peak())"
     peaks, sizes = [], []
-    for blocks in (2, 6):  # both keep all threads busy, which hold a few weights each
+    for blocks in (2, 10):  # both keep all threads busy, which hold a few weights each
         tensors = checkpoint(torch.float32, num_blocks=blocks, dim=1024, ffn_dim=1024)
         file = write_checkpoint(tmp_path / "m", tensors)
         peaks.append(int(run_python(program, "-i", file, "-o", tmp_path / "out", "--simple").split()[-1]))
@@ -3942,24 +3815,14 @@ def test_flags_of_convert_to_quant_without_effect_are_named(model, capsys, flags
 # Damaged files and odd command lines, chosen by seed: exit code 0 and a new file, or 2 after one line; no source
 # is touched, and nothing but latents is left.
 
-NUMBERS = ["", "0", "-1", "1.5", "nan", "inf", "abc", "9" * 30, "9" * 5000, "\u0663", " ", "1e400"]
-PATHS = ["", ".", "/", "missing/x.mp4", "x" * 300 + ".mp4", "fifo", "folder", "photo.jpg", "a\0b.mp4"]
 NAMES = ["", "blocks.999999999.ffn.0.weight", "blocks.x.y", "transformer.99999999.mlp.0.bias", "a" * 3000,
          "encoder.downsamples.999999999.residual.6.bias", "block0.convblock.99999999.beta", "spiece_model",
          "blocks.0.self_attn.q.lora_up.weight", f"blocks.{'9' * 5000}.x"]
 SHAPES = [(), (0,), (1,), (3,), (64,), (0, 64), (64, 0), (64, 64), (1, 64), (1,) * 5, (2, 3, 4)]
 ODD_DTYPES = [torch.int64, torch.uint8, torch.bool, torch.float64, torch.float8_e4m3fn, torch.complex64]
+NUMBERS = ["", "0", "-1", "1.5", "nan", "inf", "abc", "9" * 30, "9" * 5000, "\u0663", " ", "1e400"]
 MARKERS = [b"", b"[]", b"5", b"\xff", b'{"format":', b'{"format": ["nvfp4"]}', b'{"format": "mxfp8"}',
            9999 * b"[", b'{"format": "nvfp4", "orig_shape": 5}', b'{"format": "nvfp4", "orig_shape": [64, -64]}']
-FLAGS = {
-    sample.main: dict.fromkeys(("--frames", "--steps", "--shift", "--cfg", "--seed", "--size", "--fps"), NUMBERS)
-    | dict.fromkeys(("-o", "--dit", "--vae", "--lora", "--models", "--decode"), PATHS)
-    | {"--prompt": ["", "\n", "\ud83d", "\0", "a" * 10000], "--device": ["", "cuda:-1", "abc", "meta"]},
-    convert.main: dict.fromkeys(("--size", "--num-iter", "--lora-rank", "--seed", "--calib-samples"), NUMBERS)
-    | dict.fromkeys(("-i", "-o", "--lora-output"), PATHS)
-    | dict.fromkeys(("--custom-layers", "--exclude-layers"), ["", "(", "*", "nothing"])}
-
-
 def sample_argv(flag="--dit", network="nvfp4"):
     files = {"--dit": "nvfp4", "--vae": "vae", "--text-encoder": "umt5", "--clip": "clip", flag: network}
     return ["photo.jpg", "--steps", "1", "-o", "out.mp4"] + [
@@ -4036,15 +3899,6 @@ def test_damaged_files(seed, keeps_the_contract):
         keeps_the_contract(convert.main, CONVERT)
     else:
         keeps_the_contract(sample.main, argv[1:] if name == "latents" else argv)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_odd_command_lines(seed, keeps_the_contract):
-    rng = random.Random(seed)
-    main = rng.choice(list(FLAGS))
-    flags = rng.sample(sorted(FLAGS[main]), rng.choice([1, 1, 2]))
-    odd = [part for flag in flags for part in (flag, rng.choice(FLAGS[main][flag]))]
-    keeps_the_contract(main, [*(CONVERT if main is convert.main else sample_argv()), *odd])
 
 
 # --------------------------------------------------------------------------------------------------

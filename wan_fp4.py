@@ -357,7 +357,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ndim))
 
     def forward(self, x):
-        smallest = 1e-3 if x.dtype == torch.float16 else 1e-12  # below it, 1 / norm exceeds float16
+        smallest = 1e-3 if x.dtype == torch.float16 else 1e-12  # keeps sqrt(C) / norm within float16
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=smallest)
         return (x * (x.shape[1] ** 0.5 / norm)).mul_(self.gamma)
 
@@ -801,6 +801,12 @@ def read_header(path):
         return file.metadata() or {}, stored
 
 
+def read_metadata(path):
+    """The metadata of all of a checkpoint's safetensors files."""
+    files = [file for file in shards(path) if file.suffix not in PICKLES]
+    return {key: text for file in files for key, text in read_header(file)[0].items()}
+
+
 def read_pickle(path):
     """The tensors of a file written by torch.save, memory-mapped. Runs no code from the file (weights only)."""
     with reading(path, "file of torch weights"):
@@ -888,13 +894,14 @@ IMAGE_BRANCH = "img_emb.", "condition_embedder.image_embedder."
 def expert_noise(path):
     """Which of Wan2.2's two experts a file is, "high" or "low": by its header, which convert.py writes, by its
     name or by its folder's; diffusers names the folders transformer and transformer_2. "" if nothing tells."""
-    header = read_header(path)[0] if Path(path).suffix == ".safetensors" else {}
+    header = read_metadata(path)
     folder, name = Path(os.path.abspath(path)).parts[-2:]
     for words in (header.get("expert", ""), name, folder):
         levels = set(re.findall("(high|low)[-_]?noise", words.lower()))
         if len(levels) == 1:
             return levels.pop()
-    return {"transformer": "high", "transformer_2": "low"}.get(folder, "")
+    levels = {"transformer": "high", "transformer_2": "low"}
+    return levels.get(name) or levels.get(folder, "")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -958,6 +965,16 @@ def official_name(name, table):
     return name
 
 
+def renamed(tensors, official, path):
+    """{official(name): tensor}. Raises ValueError if two names stand for one tensor."""
+    named = {}
+    for name, tensor in tensors.items():
+        if named.setdefault(official(name), tensor) is not tensor:
+            raise wrong(f"{path}: {name[:200]}", f"a second tensor for {official(name)[:200]}", "one model",
+                        "name one file")
+    return named
+
+
 def official_dit_name(name):
     return official_name(name, DIFFUSERS_DIT)
 
@@ -984,7 +1001,7 @@ KINDS = (
     (r"^vace_", None, "Wan VACE", MODELS),
     (r"^(face_adapter|pose_patch_embedding)\.", None, "Wan Animate", MODELS),
     (r"\baudio_injector\.", None, "Wan S2V", MODELS),
-    (r"^img_emb\.emb_pos$", None, "Wan2.1 FLF2V", MODELS),
+    (r"^img_emb\.emb_pos$|image_embedder\.pos_embed$", None, "Wan2.1 FLF2V", MODELS),
     (r"^(control_adapter|ref_conv)\.", None, "Wan Fun Control", MODELS),
     (r"^in_dim 16$", None, "Wan T2V", MODELS),
     (r"^in_dim 48$", r"^img_emb\.", "Wan2.2 TI2V 5B", MODELS),
@@ -994,8 +1011,8 @@ KINDS = (
     (r"^torch.int8$", None, "an int8 model", "is not supported; use the bf16 or the fp8 one"),
     (r"\.weight_scale_2$", r"\.comfy_quant$", "NVFP4 without comfy_quant markers, such as ModelOpt's", "has "
      "nibbles and scales in another order and is not supported; convert the bf16 model"),
-    (r"^time_projection\.", None, "a WanDiT", "belongs to --dit"),
-    (r"\bpos_embedding\.embedding\.", None, "a UMT5Encoder", "belongs to --text-encoder"),
+    (r"^(time_projection|condition_embedder)\.", None, "a WanDiT", "belongs to --dit"),
+    (r"\bpos_embedding\.embedding\.|relative_attention_bias", None, "a UMT5Encoder", "belongs to --text-encoder"),
     (r"^decoder\.(middle|mid_block)\.", None, "a WanVAE", "belongs to --vae"),
     (r"^(transformer|vision_model)\.", None, "a CLIPVision", "belongs to --clip"))
 
@@ -1122,7 +1139,7 @@ def check_tensors(model, tensors, path):
         got = "; ".join(f"{len(names)} {what} (first {names[0]})" for what, names in wrong.items() if names)
         network = type(model).__name__
         raise ValueError(f"{path}: tensors that do not fit a {network}: {got}; "
-                         f"{describe_file(tensors, network) or 'check that the file is complete, and for Wan'}")
+                         f"{describe_file(tensors, network) or 'check that it is complete and belongs to Wan'}")
 
 
 FP8 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -1151,7 +1168,7 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
     """
     tensors, metadata = read_tensors(path, device)
     others = [name for name in tensors if name.startswith(OTHER_NETWORKS)]
-    tensors = {official_dit_name(name): tensor for name, tensor in tensors.items() if name not in others}
+    tensors = renamed({name: tensors[name] for name in tensors if name not in others}, official_dit_name, path)
     tensors.pop("scaled_fp8", None)  # ComfyUI's mark of FP8 files
     dit = dit_from_tensors(tensors, metadata, path, device, dtype, stream, mode, two_pass)
     if others and torch.device(device).type != "meta":
@@ -1183,7 +1200,7 @@ def load_vae(path, device="cpu", dtype: torch.dtype | None = None) -> WanVAE:
     """The video autoencoder, in eval mode. dtype is its compute dtype; arguments and errors as for load_dit."""
     tensors, _ = read_tensors(path, device)
     blocks = count(tensors, "decoder.up_blocks.0.resnets.")  # per level, under diffusers' names
-    tensors = {official_vae_name(name, blocks): tensor for name, tensor in tensors.items()}
+    tensors = renamed(tensors, lambda name: official_vae_name(name, blocks), path)
 
     def config(shape):
         num_layers, dims, temporal = count(tensors, "encoder.downsamples."), [], []
@@ -1206,8 +1223,9 @@ def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool
     if dtype is None and default_dtype(device) == torch.float16:
         dtype = torch.float32
     tensors, _ = read_tensors(path, device)
-    tensors = {official_name(name, TRANSFORMERS_UMT5): tensor for name, tensor in tensors.items()
-               if name not in ("spiece_model", "scaled_fp8")}  # ComfyUI's tokenizer and its mark of FP8 files
+    for extra in ("spiece_model", "scaled_fp8"):  # ComfyUI's tokenizer, and its mark of FP8 files
+        tensors.pop(extra, None)
+    tensors = renamed(tensors, lambda name: official_name(name, TRANSFORMERS_UMT5), path)
 
     def config(shape):
         vocab, dim = shape("token_embedding.weight", None, None)
@@ -1223,7 +1241,7 @@ def load_clip(path, device="cpu", dtype: torch.dtype | None = None) -> CLIPVisio
     """The image tower, in eval mode, without its last block, which Wan does not use. Arguments and errors as
     for load_dit; official, ComfyUI's and transformers' names are read."""
     tensors, metadata = read_tensors(path, device)
-    tensors = {official_name(name, TRANSFORMERS_CLIP): tensor for name, tensor in tensors.items()}
+    tensors = renamed(tensors, lambda name: official_name(name, TRANSFORMERS_CLIP), path)
     for name in [name for name in tensors if ".self_attn.q_proj." in name]:  # transformers has no to_qkv
         parts = [name.replace(".q_proj.", part) for part in (".q_proj.", ".k_proj.", ".v_proj.")]
         if all(part in tensors and tensors[part].element_size() > 1 for part in parts):
@@ -1285,15 +1303,18 @@ def lora_terms(path, strength):
     ValueError for a file that is not a LoRA, and for factors that do not fit together."""
     tensors, metadata = read_tensors(path)
     layers, alphas = {}, stored_alphas(path, metadata)  # {official layer name: {part: tensor}}
+    low = [name.startswith("transformer_2.") for name in tensors]  # diffusers' name of Wan2.2's low-noise expert
+    if any(low) and not all(low):
+        raise wrong(path, "LoRAs of both of Wan2.2's experts", "those of one", "split the file in two")
     for name, tensor in tensors.items():
-        match = LORA_NAME.fullmatch(name)
+        match = LORA_NAME.fullmatch(name.removeprefix("transformer_2."))
         if not match:
             raise wrong(f"{path}: {repr(name)[1:-1][:200]}", "a tensor that is no part of a LoRA",
                         f"a name that ends in one of {', '.join(LORA_PARTS)}",
                         describe_file(tensors) or "check how the file was made")
         layer = official_name(match["layer"], KOHYA if match["layer"].startswith("lora_unet_") else ())
         parts = layers.setdefault(official_dit_name(layer), {})
-        parts["bias" if match["bias"] else LORA_PARTS[match["part"]]] = tensor
+        parts["up_bias" if match["bias"] else LORA_PARTS[match["part"]]] = tensor
         if (alpha := alphas(layer)) is not None:
             parts.setdefault("alpha", torch.tensor(alpha))
     for layer, parts in layers.items():
@@ -1311,13 +1332,16 @@ def lora_terms(path, strength):
         alpha = torch.tensor(float(len(down))) if alpha is None else alpha.double()
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise wrong(where, f"alpha {alpha.flatten()[:3].tolist()}", "one finite number", advice)
-        yield f"{layer}.weight", (len(up), *down.shape[1:]), strength * alpha.item() / len(down), (up, down)
+        scale = strength * alpha.item() / len(down)
+        yield f"{layer}.weight", (len(up), *down.shape[1:]), scale, (up, down)
+        if "up_bias" in parts:  # PEFT's lora_B is a whole Linear
+            yield f"{layer}.bias", tuple(parts["up_bias"].shape), scale, (parts["up_bias"],)
 
 
 def stored_alphas(path, metadata):
     """A function from a layer's name to its alpha where no tensor holds it. PEFT keeps one alpha for all layers,
     and patterns for some, in adapter_config.json; diffusers keeps the same in the file's header."""
-    config = Path(path).parent / "adapter_config.json"
+    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "adapter_config.json"
     text = metadata.get("lora_adapter_metadata") or (config.read_text() if config.exists() else "{}")
     try:
         stored = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
@@ -1379,7 +1403,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *arguments):
         args, rest = super().parse_known_args(*arguments)
         # argparse gives [] for --steps=--
-        if empty := [name for name, value in vars(args).items() if value == []]:
+        if empty := [name for name, value in vars(args).items() if value in ([], [[]])]:
             raise ValueError(f"argument --{empty[0].replace('_', '-')}: expected one argument")
         return args, rest
 
@@ -1396,7 +1420,7 @@ def one_line_errors(program, interrupted="interrupted"):
     except KeyboardInterrupt:
         print(f"\n{program}: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, SafetensorError, RuntimeError, IndexError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError, ImportError) as error:
         print(f"{program}: error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -1417,4 +1441,4 @@ def explain(error):
         return f"{error.filename or where.removesuffix(': ')}: {error.strerror[0].lower()}{error.strerror[1:]}"
     if isinstance(error, ValueError | OSError):
         return f"{where}{error}"
-    return f"{where}{reason}; check that the file is complete and belongs to Wan2.1 I2V"
+    return f"{where}{reason}" + ("; check that the file is complete and belongs to Wan" if where else "")

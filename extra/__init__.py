@@ -1,1 +1,4 @@
-"""Luxuries: one file each. The six files above work without this folder; README.md says what each is for."""
+"""Luxuries: one file each. The core works without this folder; README.md says what each file is for."""
+import warnings
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs numpy

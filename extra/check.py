@@ -1,4 +1,4 @@
-"""Whether this device computes right: python -m extra.check [--device cuda]
+"""Check that this device computes correctly: python -m extra.check [--device cuda]
 
 One product in each format, and 8-bit attention where the GPU has it, compared with the dequantized operands. Exit
 code 0 if all agree, 1 if not.
@@ -6,6 +6,7 @@ code 0 if all agree, 1 if not.
 import torch
 
 import quant
+import sample
 import wan_fp4
 from extra.attention import fp8_attention, has_fp8_kernel
 
@@ -14,7 +15,7 @@ def main(argv=None):
     parser = wan_fp4.Parser("python -m extra.check", description="Test each format on a device.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     with wan_fp4.one_line_errors("check.py"):
-        raise SystemExit(0 if check(torch.device(parser.parse_args(argv).device)) else 1)
+        raise SystemExit(0 if check(sample.check_device(parser.parse_args(argv).device)) else 1)
 
 
 def check(device):
@@ -23,7 +24,7 @@ def check(device):
         major, minor = torch.cuda.get_device_capability(device)
         reason = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor} (tensor cores need sm_100 or later)"
     else:
-        reason = f"{device} has no tensor cores for it"
+        reason = f"{device} has no FP4 tensor cores"
     print(f"torch {torch.__version__}, {reason}")
     kinds = [("nvfp4", False), ("mxfp8", False)]
     if quant.default_mode(device) == "tensor_cores":  # elsewhere activations are not quantized

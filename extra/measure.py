@@ -20,6 +20,15 @@ import quant
 from extra.calibrate import as_nvfp4, linears, moved
 
 
+def check_size(limit, source, made):
+    """Raises ValueError for a file size that no plan can reach: before the calibration, which takes long."""
+    smallest = dict.fromkeys(convert.quantizable(source.shapes), "nvfp4")
+    needed = convert.model_output(source.path, source, smallest, (), made).size
+    if limit < needed:
+        raise ValueError(f"--size {convert.gib(limit)}: too small, the smallest formats need "
+                         f"{convert.gib(needed)}")
+
+
 def improve_plan(args, source, calibration, by_score, marked, scores, notes, made):
     """What --plan measured and --w4a16 choose: {name: format}, the set of weights that multiply in full
     precision, and lines to print about them.

@@ -22,6 +22,7 @@ import types
 import weakref
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -581,7 +582,7 @@ def lightx2v_dit(tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("pair", PAIRS[:2])
+@pytest.mark.parametrize("pair", PAIRS)
 @torch.no_grad()
 def test_lightx2vs_file_runs_and_is_repacked_bit_by_bit(lightx2v_dit, out, capsys, pair):
     packed, exact = lightx2v_dit(pair)
@@ -705,12 +706,12 @@ def test_joined_loras_do_what_they_do_together(tmp_path, out, dtype, capsys):
 
 @pytest.mark.parametrize("flags, text", [
     ("a", "required: -o"), ("lost -o x", "lost: no such file"), ("a -o a", "a: would overwrite"),
-    ("a b -o x", r"b: w.weight: got a difference of shape \(3,\), expected \(2,\), as in the files before it"),
-    ("a:inf -o x", "a:inf: expected a finite strength"), ("a:1e39 -o x", "w.diff: gives NaN or")])
+    ("a b -o x", r"b: .*norm3.weight: got a difference of shape \(3,\), expected \(2,\), as in the files be"),
+    ("a:inf -o x", "a:inf: expected a finite strength"), ("a:1e39 -o x", "norm3.diff: gives NaN or")])
 def test_loras_that_cannot_be_joined(tmp_path, monkeypatch, flags, text):
     monkeypatch.chdir(tmp_path)
     for name, size in (("a", 2), ("b", 3)):
-        save_file({"w.diff": torch.ones(size)}, name)
+        save_file({"blocks.0.norm3.diff": torch.ones(size)}, name)
     fails(extra.loras.main, flags.split(), text)
     assert sorted(os.listdir()) == ["a", "b"]
 
@@ -903,7 +904,7 @@ def alone(tmp_path_factory):
     return folder, made(folder, CASES, sample.generate)
 
 
-@pytest.mark.parametrize("size, cases", [(2, [*CASES]), (3, ["odd", "guided"])])
+@pytest.mark.parametrize("size, cases", [(2, [*CASES]), (3, ["guided"])])
 def test_ranks_make_the_video_of_a_single_process(alone, size, cases):
     """Up to rounding. All ranks make it, and rank 0 gets it."""
     (folder, expected), wanted = alone, {case: CASES[case] for case in cases}
@@ -1267,13 +1268,14 @@ assert needed / 2 < sample.decoding_memory(vae, z) < 2 * needed, needed
 
 
 def test_the_14b_model_streams_within_8_gb(monkeypatch):
-    """By arithmetic, on the meta device: the estimates that sample.py chooses by are no smaller."""
+    """By arithmetic, on the meta device, of two of its blocks: a forward's peak does not depend on their number.
+    The estimates that sample.py chooses by are no smaller."""
     monkeypatch.syspath_prepend(REPOSITORY / "bench")
     gpu = importlib.import_module("gpu")
-    tokens = math.prod(gpu.FULL.grid) // 4
-    for mode, rank, two_pass in (("dequantize", 0, False), ("dequantize", 64, False), ("tensor_cores", 0, False),
-                                 ("tensor_cores", 64, True)):
-        working = gpu.dit_working(mode, gpu.FULL, rank, two_pass)
-        assert 3e9 < working <= sample.WORKING * tokens * 5120 and working + 1.2 * 2 ** 30 < 8e9
-    vae, z = types.SimpleNamespace(cfg=gpu.FULL.vae, dtype=torch.bfloat16), torch.empty(1, 16, *gpu.FULL.grid)
-    assert gpu.vae_working(gpu.FULL) <= sample.decoding_memory(vae, z) and gpu.vae_working(gpu.FULL) < 4e9
+    size = replace(gpu.FULL, cfg=replace(gpu.FULL.cfg, num_blocks=2))
+    for mode, rank, two_pass in (("dequantize", 64, False), ("tensor_cores", 64, True)):
+        working = gpu.dit_working(mode, size, rank, two_pass)
+        assert 3e9 < working <= sample.WORKING * math.prod(size.grid) // 4 * 5120
+        assert working + 1.2 * 2 ** 30 < 8e9
+    vae, z = types.SimpleNamespace(cfg=size.vae, dtype=torch.bfloat16), torch.empty(1, 16, *size.grid)
+    assert gpu.vae_working(size) <= min(sample.decoding_memory(vae, z), 4e9)
