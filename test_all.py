@@ -3485,6 +3485,7 @@ def test_large_low_rank_is_randomized_and_nearly_the_best():
     assert 0.98 < shares[-1] / (s[:64].square().sum() / s.square().sum()) <= 1.0001
     assert torch.equal(state, torch.random.get_rng_state())
     assert all_same_bits((up, down), convert.low_rank(error, 64)[:2])
+    assert not torch.equal(up, convert.low_rank(error, 64, seed=1)[0])
 
 
 def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
@@ -3494,17 +3495,21 @@ def test_the_lora_corrects_the_layers_that_it_names(model, out, capsys):
     layers = [f"blocks.0.{layer}" for layer in ("ffn.0", "ffn.2", "self_attn.v", "self_attn.o")]  # by default
     suffixes = "lora_up.weight", "lora_down.weight", "alpha"
     assert set(lora) == {f"diffusion_model.{x}.{suffix}" for x in layers for suffix in suffixes}
-    report = capsys.readouterr().out
-    assert "LoRA: layers  holds" in report
+    report, found = capsys.readouterr().out, []
+    assert "LoRA: layers  holds  mean dB  with it" in report
     assert 'load out_lora.safetensors with the node "Load LoRA (Bypass, Model Only) (for debugging)"' in report
     for layer in layers:
         w = checkpoint()[f"{layer}.weight"]
         stored = layer_tensors(base, layer) | {"bias": torch.zeros(len(w))}
         linear, x = quant.QuantLinear.from_tensors(layer, stored, *w.shape[::-1]), torch.randn(32, w.shape[1])
-        alone = convert.snr(x @ w.float().T, linear(x))
+        alone, weight = convert.snr(x @ w.float().T, linear(x)), linear.dequantized(torch.float32)
         up, down, alpha = (lora[f"diffusion_model.{layer}.{suffix}"] for suffix in suffixes)
         linear.attach_lora(up, down, alpha.item() / len(down))
         assert convert.snr(x @ w.float().T, linear(x)) > alone + 1.5
+        before, after = (decibels(w, q) for q in (weight, weight + up.float() @ down.float()))
+        found.append((100 - 100 * 10 ** ((before - after) / 10), before, after))
+    row = re.search(r"\nall +NVFP4 .* 4 +([0-9.]+)% +([0-9.]+) +([0-9.]+)\n", report)
+    assert [*map(float, row.groups())] == pytest.approx(np.mean(found, axis=0), abs=0.06)
 
 
 def test_solvers_are_loaded_before_the_threads_start(monkeypatch):
@@ -3724,6 +3729,7 @@ def test_two_runs_do_not_write_one_file(model, out, monkeypatch):
             started.append(None)
             for other in out, out.with_name("other.safetensors"):
                 fails(convert.main, ["-i", model, "-o", other, *flags], r"\.part: another run is writing this")
+            convert.main(["-i", model, "-o", out, *flags, "--dry-run"])  # which writes nothing
         return quantize(*args, **kwargs)
 
     monkeypatch.setattr(convert, "quantize_weight", start_second)
