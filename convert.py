@@ -364,16 +364,13 @@ def output_paths(args, source):
     path = Path(os.path.abspath(args.input))  # not resolve(): a download cache links to files named by hashes
     stem = path.name if path.is_dir() else re.sub(r"(\.safetensors)?(\.index)?\.\w+$", "", path.name)
     paths = [args.output or path.with_name(f"{stem}-nvfp4.safetensors")]
+    check_overwritten(paths, source.files)
     if args.extract_lora:
         paths.append(args.lora_output or paths[0].with_name(f"{paths[0].stem}_lora.safetensors"))
         if paths[0].resolve() == paths[1].resolve():
             raise ValueError(f"{paths[1]}: got one name for the model and its LoRA, expected two; change one")
     check_overwritten(paths, source.files)
     for path in paths:
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: cannot be written, its folder does not exist; create it first")
-        if path.exists() and (not path.is_file() or path.suffix not in ("", ".safetensors", ".sft")):
-            raise ValueError(f"{path}: would overwrite a file of another kind; give another name")
         if part_file(path).exists() and not (args.resume or args.dry_run):
             raise ValueError(f"{part_file(path)}: another run is writing this file, or was interrupted; wait for "
                              f"it, continue it with --resume, or delete the .part file")
@@ -381,10 +378,14 @@ def output_paths(args, source):
 
 
 def check_overwritten(paths, reads):
-    """Raises ValueError if one of the paths is a file that is read."""
+    """Raises ValueError if one of the paths is a file that is read or one of another kind, or has no folder."""
     for path in paths:
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: cannot be written, its folder does not exist; create it first")
         if path.exists() and any(path.samefile(file) for file in reads):
             raise ValueError(f"{path}: would overwrite a file that is read; give another name")
+        if path.exists() and (not path.is_file() or path.suffix not in ("", ".safetensors", ".sft")):
+            raise ValueError(f"{path}: would overwrite a file of another kind; give another name")
 
 
 def part_file(path):
@@ -700,8 +701,14 @@ class Output:
     def create(self):
         """Raises FileExistsError if the .part file exists."""
         with open(self.part, "xb") as file:
-            file.write(self.start)
-            file.truncate(self.size)
+            try:
+                file.write(self.start)
+                file.truncate(self.size)
+                file.flush()
+            except OSError as error:  # a full disk, which the system reports without a name
+                self.part.unlink()
+                error.filename = str(self.path)
+                raise
 
     def write(self, tensors):
         """Write some of the tensors, {name: tensor}."""
@@ -860,6 +867,10 @@ def convert(args, source, formats, exact, targets, outputs, calibration=None):
     except ValueError:
         for path in (progress, *(output.part for output in outputs)):
             path.unlink(missing_ok=True)
+        raise
+    except OSError as error:
+        if error.strerror and not error.filename:  # a full disk is reported without a name
+            error.filename = str(outputs[0].path)
         raise
     finish(outputs, progress)
     return {name: quality for name, quality in done.items() if quality}

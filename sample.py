@@ -531,8 +531,8 @@ def reserve(output, image, prompt, seed):
             kept.unlink()
         except FileExistsError:
             if output:
-                raise ValueError(f"{kept}: holds the latents of a run that was interrupted or is not finished; "
-                                 f"finish its video with --decode, or delete the file") from None
+                raise ValueError(f"{kept}: holds the latents of an interrupted or unfinished run; finish its "
+                                 f"video with --decode, or delete the file if that run is over") from None
     try:
         yield output or path.name, kept
     except BaseException:  # Ctrl-C too
@@ -1035,9 +1035,9 @@ def open_video(path, width: int, height: int, fps: int = 16, metadata: dict | No
             path.rmdir()  # video_path has made sure that it is empty
         part.replace(path)
     except BaseException as error:  # Ctrl-C too
-        if isinstance(error, OSError):
-            error.filename = str(path)  # not the temporary one
         shutil.rmtree(part, ignore_errors=True) if folder else part.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # av's has the temporary name, which cannot be set
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

@@ -1438,7 +1438,8 @@ def explain(error):
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
         return f"{where}out of memory; try --offload, fewer --frames or a smaller --size, or another --device"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or where.removesuffix(': ')}: {error.strerror[0].lower()}{error.strerror[1:]}"
+        where = f"{error.filename}: " if error.filename else where
+        return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
     if isinstance(error, ValueError | OSError):
         return f"{where}{error}"
     return f"{where}{reason}" + ("; check that the file is complete and belongs to Wan" if where else "")

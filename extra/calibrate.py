@@ -59,8 +59,7 @@ def calibrate(source, pictures, named=None, models=None, samples=8192, seed=0, d
     settings = sample.Settings(**{name: own[name] for name in own if name != "prompt"}, seed=seed, device=device)
     images = [sample.read_image(path) for path in pictures]
     captions = [path.with_suffix(".txt") for path in map(Path, pictures)]
-    prompts = [path.read_text("utf-8").strip() if path.exists() else source.metadata.get("prompt", "")
-               for path in captions]
+    prompts = [read_caption(path) if path.exists() else source.metadata.get("prompt", "") for path in captions]
     *before, (_, _, levels) = runs(source, files, settings)
 
     sized = [sample.resize(image, *sample.video_size(image, settings)) for image in images]
@@ -96,6 +95,11 @@ def calibrate(source, pictures, named=None, models=None, samples=8192, seed=0, d
             sample.sample_latents(velocity, x, levels, settings.sampler, generator)
     calibration.print_attention()
     return calibration
+
+
+def read_caption(path):
+    with wan_fp4.reading(path, "text file in UTF-8"):
+        return path.read_text("utf-8").strip()
 
 
 def find_networks(source, named, models):

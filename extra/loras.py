@@ -29,6 +29,7 @@ def main(argv=None):
         convert.check_overwritten([args.output], [file for path, _ in loras for file in wan_fp4.shards(path)])
         tensors = join_loras(loras)
         made = shlex.join(["extra/loras.py", *map(str, sys.argv[1:] if argv is None else argv)])
+        made = made.encode(errors="replace").decode()  # file names need not be valid text
         save(args.output, tensors, {"quantization_command": made})
         layers, size = sum(name.endswith(".alpha") for name in tensors), args.output.stat().st_size
         print(f"{len(loras)} LoRAs in one: {layers} layers, {len(tensors) - 3 * layers} differences\n"
