@@ -3430,7 +3430,8 @@ def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path, capsys):
                                                 mode="emulate")
         assert linear.mode == ("dequantize" if layer in marked else "emulate")
     convert.main(["-i", model, "--exclude-layers", r"blocks\.0\.ffn", "--fpmm-layers", "ffn", "--dry-run"])
-    assert "--fpmm-layers: 2 of the 4 layers are kept" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--fpmm-layers: 2 of the 4 layers are kept" in text and re.search(r"\nffn.0 +bw .*\nffn.2 +bw ", text)
 
 
 # Rounding
