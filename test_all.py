@@ -2762,6 +2762,7 @@ REFUSED = {  # arguments: what the one line says
     "photo.png --vae {demo}/clip.safetensors": "this is a CLIPVision, which belongs to --clip",
     "photo.png --dit-low {demo}/dit.safetensors": "dit.safetensors: this model does not use it; leave it out",
     "photo.png --lora lost.safetensors:1": "lost.safetensors: no such file",
+    "photo.png --lora a.safetensors:inf": "a.safetensors:inf: expected a finite strength",
     "photo.png --lora model.safetensors": "model.safetensors: blocks.0.ffn.0.weight: .*no part of a LoRA",
     "--decode channels": "--decode channels: latents: got F32 \\(1, 17, 1, 2, 2\\), expected F32 \\(1, 16, T",
     "--decode nan": "--decode nan: latents: got NaN or infinity",
@@ -3429,7 +3430,8 @@ def test_fpmm_layers_differ_only_in_their_markers(model, out, tmp_path, capsys):
                                                 mode="emulate")
         assert linear.mode == ("dequantize" if layer in marked else "emulate")
     convert.main(["-i", model, "--exclude-layers", r"blocks\.0\.ffn", "--fpmm-layers", "ffn", "--dry-run"])
-    assert "--fpmm-layers: 2 of the 4 layers are kept" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--fpmm-layers: 2 of the 4 layers are kept" in text and re.search(r"\nffn.0 +bw .*\nffn.2 +bw ", text)
 
 
 # Rounding
