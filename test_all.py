@@ -3740,6 +3740,10 @@ def test_two_runs_do_not_write_one_file(model, out, monkeypatch):
     assert started and len(load_file(out)) == len(checkpoint()) + 3 * 24  # complete
     assert sorted(file.name for file in out.parent.iterdir()) == [
         "lora.safetensors", "m.safetensors", "out.safetensors"]
+    output = convert.Output(out, {"a": (torch.uint8, (1,))}, {})
+    output.create()
+    with pytest.raises(FileExistsError):  # of two that start at the same moment, too
+        output.create()
 
 
 def test_too_little_disk_is_reported_before_the_start(model, monkeypatch):
