@@ -314,7 +314,7 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
         paths = [given[flag]] if flag in given else found.get(flag, [])
         if flag == "dit":
             wan22 = "dit-low" in given.keys() | found.keys()
-            if flag in given:
+            if flag in given and not demo:
                 NETWORKS[flag].load(paths[0], "meta")  # names another model before its companions are missed
             if paths:
                 wan22 = wan_fp4.is_expert(paths[0])
