@@ -1259,7 +1259,7 @@ def test_load_dit_reads_markers_in_tensors_or_in_the_header(place, tmp_path):
 
 @pytest.mark.parametrize("network, name, change, text", [
     ("dit", "blocks.1.ffn.2.weight", None, r"1 missing (first blocks.1.ffn.2.weight, (64, 96)); check that"),
-    ("dit", "blocks.1.norm3.bias", None, "1 missing (first blocks.1.norm3.bias, (64,)); check that it is complete"),
+    ("dit", "blocks.1.norm3.bias", None, "1 missing (first blocks.1.norm3.bias, (64,)); check that it is"),
     ("dit", "patch_embedding.weight", None, "patch_embedding.weight: got nothing, expected a tensor"),
     ("dit", "blocks.0.extra.weight", torch.zeros(2), "1 unexpected (first blocks.0.extra.weight)"),
     ("dit", "blocks.0.self_attn.q.weight", torch.zeros(64, 63), "q.weight, (64, 63) instead of (64, 64))"),
