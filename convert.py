@@ -421,7 +421,7 @@ def choose_plan(args, source, calibration, made):
     elif args.plan == "recipe":
         formats = plan(source.shapes, "nvfp4", "mxfp8", RECIPE_MXFP8, RECIPE_KEPT)
     else:
-        formats, scores, notes = scored_plan(source)
+        formats, scores = scored_plan(source)
     marked = exact = set(matching(args.fpmm_layers, allowed, "--fpmm-layers")) if args.fpmm_layers else set()
     if args.plan == "measured" or args.w4a16 is not None:
         from extra.measure import improve_plan
@@ -482,13 +482,12 @@ ONE_LOWER = {"bf16": "mxfp8", "mxfp8": "nvfp4", "nvfp4": "nvfp4"}
 
 
 def scored_plan(source):
-    """The score's plan: {name: format}, {name: score}, and lines on the weights whose score does not decide."""
+    """The score's plan {name: format}, and {name: score}."""
     names = [name for name in quantizable(source.shapes) if BLOCK_WEIGHT.fullmatch(name)]
     results = in_order(lambda name: sensitivity(source.tensor(name)), names)
     measures = dict(tqdm(results, total=len(names), desc="analyzing", disable=None))
     scores = score(measures)
-    formats, reasons = plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()})
-    return formats, scores, reason_lines(reasons)
+    return plan_by_score(scores, {name: kurtosis for name, (kurtosis, *_) in measures.items()}), scores
 
 
 def in_order(work, items, device="cpu"):
@@ -558,36 +557,26 @@ def layer_type(name):
 
 
 def plan_by_score(scores, kurtosis):
-    """{name: score} and {name: excess kurtosis} of the blocks' weights -> {name: format}, and {name: reason} for
-    each weight whose format is not that of its own score."""
+    """{name: score} and {name: excess kurtosis} of the blocks' weights -> {name: format}."""
     values = torch.tensor(list(scores.values()), dtype=torch.float64)
     mxfp8, kept = values.quantile(0.75).item(), values.quantile(0.90).item()
 
-    def by_score(value):
-        if value >= kept:
+    def verdict(value, peak):
+        if value >= kept or peak >= KURTOSIS_KEPT:
             return "bf16"
         return "mxfp8" if value >= max(mxfp8, LOWEST_MXFP8_SCORE) else "nvfp4"
 
-    def verdict(value, peak):
-        return "bf16" if peak >= KURTOSIS_KEPT else by_score(value)
-
-    formats, reasons = {}, {}
+    formats = {}
     for kind, groups in block_groups(scores).items():
         means = [sum(scores[name] for name in names) / len(names) for names in groups]
         alike = max(means) - min(means) < LEAST_SPREAD
         for names, value in zip(groups, means):
-            group, why = verdict(value, max(kurtosis[name] for name in names)), "group"
+            group = verdict(value, max(kurtosis[name] for name in names))
             if kind in OWN_VERDICT or group == "bf16" and not alike:
                 formats |= {name: verdict(scores[name], kurtosis[name]) for name in names}
-                why = "kurtosis"
-            elif alike and group != "nvfp4":
-                formats |= dict.fromkeys(names, ONE_LOWER[group])
-                why = "spread"
             else:
-                formats |= dict.fromkeys(names, group)
-            reasons |= {name: f"{FORMATS[formats[name]]} instead of {FORMATS[own]}: {why}"
-                        for name in names if (own := by_score(scores[name])) != formats[name]}
-    return {name: formats[name] for name in scores}, reasons
+                formats |= dict.fromkeys(names, ONE_LOWER[group] if alike else group)
+    return {name: formats[name] for name in scores}
 
 
 def block_groups(names):
@@ -602,18 +591,6 @@ def block_groups(names):
         place = "first" if block < n else "last" if block >= count - n else "middle"
         groups.setdefault(layer_type(name), {}).setdefault(place, []).append(name)
     return {kind: list(places.values()) for kind, places in groups.items()}
-
-
-def reason_lines(reasons):
-    """The weights whose format is not that of their own score, by type of layer and reason."""
-    lines = ["weights that get another format than their own score gives (kurtosis: 8 or more is kept; group: "
-             "the mean score of the first, middle or last blocks decides; spread: the groups score alike, so "
-             "they get one format lower):"] if reasons else []
-    for kind, row in grid(reasons).items():
-        for reason in sorted(set(row.values())):
-            blocks = ", ".join(str(block) for block in sorted(row) if row[block] == reason)
-            lines.append(f"{kind:17} {reason}: blocks {blocks}")
-    return lines
 
 
 def grid(values):
@@ -764,7 +741,7 @@ def print_plan(args, source, formats, exact, notes, outputs):
         print(f"LoRA of rank {args.lora_rank} for {len(outputs[1].tensors) // 3} layers: {gib(outputs[1].size)}")
     print(f"{gib(source.nbytes)} -> {gib(outputs[0].size)}")
     if args.print_flags:
-        print(*flags(formats, exact), sep="\n")
+        print(flags(formats, exact))
 
 
 def label(fmt, full_precision):
@@ -803,22 +780,14 @@ def gib(size):
 
 
 def flags(formats, exact=()):
-    """Lines: a plan as flags, all of them convert_to_quant's but --fpmm-layers, and how that program differs."""
+    """A plan as flags, all of them convert_to_quant's but --fpmm-layers."""
     used = set(formats.values()) - {"bf16"}
     base = "fp8" if "fp8" in used and "nvfp4" not in used else "nvfp4"
     layers = {f"--custom-type {fmt} --custom-layers": [name for name in formats if formats[name] == fmt]
               for fmt in sorted(used - {base})}
     layers["--exclude-layers"] = [name for name in formats if formats[name] == "bf16"]
     layers["--fpmm-layers"] = [name for name in formats if name in exact]
-    lines = [f"--{base}" + "".join(f' {flag} "{regex(names)}"' for flag, names in layers.items() if names)]
-    if exact:
-        names = regex(layers["--fpmm-layers"]).replace(r"\.weight", "$")
-        lines.append(f"(convert_to_quant has no --fpmm-layers; edit its output with --edit-quant --add-keys "
-                     f"\"'full_precision_matrix_mult': true\" --quant-filter \"{names}\")")
-    if beyond := sorted(name for name, fmt in formats.items() if fmt == base and OPTIONAL.fullmatch(name)):
-        lines.append(f"(convert_to_quant has one custom type and would keep, not {FORMATS[base]}: "
-                     f"{', '.join(beyond)})")
-    return lines
+    return f"--{base}" + "".join(f' {flag} "{regex(names)}"' for flag, names in layers.items() if names)
 
 
 def regex(names):
@@ -943,8 +912,10 @@ def round_tensor(source, name, fmt, full_precision, device, method, rank, seed):
     approximation = dequantize_weight(stored, w.shape)
     quality, lora = {"weight": snr(w, approximation)}, {}
     if rank:
-        lora, approximation, quality["share"] = correct(name, w, approximation, rank, seed=seed)
-        quality["weight with LoRA"] = snr(w, approximation)
+        error = approximation.neg_().add_(w)  # in place: a weight of the 14B takes 280 MB in float32
+        up, down, shares = low_rank(error, rank, seed)
+        lora, approximation = corrected(name, w, error, up, down)
+        quality |= {"share": shares[-1].item(), "weight with LoRA": snr(w, approximation)}
     return quality, {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in stored.items()}, lora
 
 
@@ -979,20 +950,18 @@ def dequantize_weight(stored, shape) -> torch.Tensor:
     return layer.dequantized(torch.float32)
 
 
-def snr(w, approximation, hessian=None) -> float:
-    """Signal-to-noise ratio in dB, infinite without noise. With the second moment of a layer's inputs, that of
-    its outputs."""
+def snr(w, approximation) -> float:
+    """Signal-to-noise ratio in dB, infinite without noise."""
     signal = noise = 0.0
     for i in range(0, len(w), 512):  # a few rows at a time: no second copy of w in float32
         x, y = w[i:i + 512].float(), approximation[i:i + 512]
-        signal, noise = signal + energy(x, hessian), noise + energy(x - y, hessian)
+        signal, noise = signal + energy(x), noise + energy(x - y)
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 
 
-def energy(x, hessian):
-    """tr(x H x^T): each row in float32, which is fast; the sum over rows in float64, which is accurate."""
-    squares = x.square() if hessian is None else (x @ hessian).mul_(x)
-    return squares.sum(1).double().sum().item()
+def energy(x):
+    """Each row's sum of squares in float32, which is fast; the sum over rows in float64, which is accurate."""
+    return x.square().sum(1).double().sum().item()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1001,59 +970,39 @@ def energy(x, hessian):
 #
 # The LoRA runs beside the layer, y = Q x + up (down x), and must not be merged: the sum would have to be
 # rounded again, which undoes the correction. Rounding errors are nearly white, so rank 64 of 5120 holds about
-# 4 % of their energy. With a Hessian, the energy is that of the output error, which is concentrated in far
-# fewer directions.
-
-DAMPING = 0.01  # added to the diagonal of a Hessian, whose mean is 1: an allowance for inputs that were not seen
-
-
-def correct(name, w, approximation, rank, hessian=None, seed=0):
-    """The LoRA of a weight: its tensors {name: tensor}, the approximation with it, and the share of the rounding
-    error's energy that it holds. Overwrites `approximation`."""
-    error = approximation.neg_().add_(w)  # in place: a weight of the 14B takes 280 MB in float32
-    up, down, shares = low_rank(error, rank, hessian, seed)
-    up, down = up.bfloat16(), down.bfloat16()
-    tensors = dict(zip(lora_names(name), (up, down, torch.tensor(float(len(down))))))
-    corrected = error.addmm_(up.float(), down.float(), alpha=-1).neg_().add_(w)
-    return tensors, corrected, shares[-1].item()
-
+# 4 % of their energy.
 
 @torch.no_grad()
-def low_rank(error, rank, hessian=None, seed=0):
+def low_rank(error, rank, seed=0):
     """error = W - Q (M, K) -> up (M, r), down (r, K), and the shares (r,) of the energy of `error` in the first
     1, 2, ..., r of their columns and rows.
 
-    r = min(rank, M, K). With a Hessian H = C C^T of the inputs, the energy is |error C|^2 = tr(E H E^T), and
-    the best factors are those of the SVD of error C, with down multiplied by C^-1. The SVD is exact for small
-    matrices, otherwise randomized (Halko et al. 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4).
+    r = min(rank, M, K). The SVD is exact for small matrices, otherwise randomized (Halko et al. 2011,
+    https://arxiv.org/abs/0909.4061, algorithm 4.4).
     """
     error, rank = error.float(), min(rank, *error.shape)
-    root = None if hessian is None else torch.linalg.cholesky(damped(hessian)).float()  # C (K, K)
-    weighted = error if root is None else error @ root
     if min(error.shape) <= max(512, rank + 16):
-        u, s, v = torch.linalg.svd(weighted, full_matrices=False)
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
     else:
         generator = torch.Generator().manual_seed(seed)  # the global one is shared between threads
-        start = torch.randn(weighted.shape[1], rank + 16, generator=generator).to(weighted)  # (K, r + 16)
-        basis = torch.linalg.qr(weighted @ start).Q  # (M, r + 16)
+        start = torch.randn(error.shape[1], rank + 16, generator=generator).to(error)  # (K, r + 16)
+        basis = torch.linalg.qr(error @ start).Q  # (M, r + 16)
         for _ in range(6):
-            basis = torch.linalg.qr(weighted @ torch.linalg.qr(weighted.T @ basis).Q).Q
-        u, s, v = torch.linalg.svd(basis.T @ weighted, full_matrices=False)
+            basis = torch.linalg.qr(error @ torch.linalg.qr(error.T @ basis).Q).Q
+        u, s, v = torch.linalg.svd(basis.T @ error, full_matrices=False)
         u = basis @ u
-    u, s, down = u[:, :rank], s[:rank], v[:rank]  # (M, r), (r,), (r, K)
-    total = torch.linalg.vector_norm(weighted, dim=1).double().square().sum().clamp(min=1e-300)
+    u, s, v = u[:, :rank], s[:rank], v[:rank]  # (M, r), (r,), (r, K)
+    total = torch.linalg.vector_norm(error, dim=1).double().square().sum().clamp(min=1e-300)
     shares = s.double().square().cumsum(0) / total
-    if root is not None:
-        down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
     balance = s.sqrt()  # both factors of the same magnitude, within the range of their dtype
-    return u * balance, down * balance[:, None], shares
+    return u * balance, v * balance[:, None], shares
 
 
-def damped(hessian):
-    """hessian (K, K) -> float64, scaled to a mean diagonal of 1, with DAMPING added."""
-    h = hessian.double() / hessian.diagonal().double().mean().clamp(min=1e-30)
-    h.diagonal().add_(DAMPING)
-    return h
+def corrected(name, w, error, up, down):
+    """The tensors {name: tensor} of a weight's LoRA, and W - error with the LoRA added. Overwrites `error`."""
+    up, down = up.bfloat16(), down.bfloat16()
+    tensors = dict(zip(lora_names(name), (up, down, torch.tensor(float(len(down))))))
+    return tensors, error.addmm_(up.float(), down.float(), alpha=-1).neg_().add_(w)
 
 
 def lora_names(name):

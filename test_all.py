@@ -3261,13 +3261,9 @@ def test_printed_flags_give_the_same_plan(flags):
     if args.fpmm_layers:
         exact = set(convert.matching(args.fpmm_layers, list(formats), "--fpmm-layers"))
     printed = convert.flags(formats, exact)
-    assert plan_of(shapes, printed[0]) == formats
-    again = parse(printed[0]).fpmm_layers
+    assert plan_of(shapes, printed) == formats
+    again = parse(printed).fpmm_layers
     assert (set(convert.matching(again, list(formats), "x")) if again else set()) == exact
-    quant_filter = re.search('--quant-filter "(.*)"', "".join(printed))
-    assert bool(quant_filter) == bool(exact)
-    if exact:  # it is matched with layers, not with weights
-        assert {name for name in formats if re.search(quant_filter[1], name.removesuffix(".weight"))} == exact
 
 
 def test_a_plan_lists_the_weights_in_the_models_order():
@@ -3335,38 +3331,33 @@ def test_groups_are_the_first_and_last_tenth_of_the_blocks(count, sizes):
     assert list(map(len, groups)) == sizes and sum(groups, []) == names
 
 
-@pytest.mark.parametrize("kind, scores, kurtosis, plan, reasons", [
+@pytest.mark.parametrize("kind, scores, kurtosis, plan", [
     # each weight by its own score or kurtosis
-    ("self_attn.k", [0.59, 0.6, 0.79, 0.8] + 16 * [0.1], {}, "488b" + 16 * "4", {}),
-    ("cross_attn.q", 20 * [0.1], {3: 8.0, 4: 7.99}, "444b" + 16 * "4", {"kurtosis": [3]}),
+    ("self_attn.k", [0.59, 0.6, 0.79, 0.8] + 16 * [0.1], {}, "488b" + 16 * "4"),
+    ("cross_attn.q", 20 * [0.1], {3: 8.0, 4: 7.99}, "444b" + 16 * "4"),
     # a group's mean score decides for all its weights: the first two blocks, the last two, the others
-    ("ffn.0", [0.5, 0.9] + 18 * [0.1], {}, "88" + 18 * "4", {"group": [0, 1]}),
-    ("ffn.2", 2 * [0.1] + [0.9, 0.7] + 14 * [0.1] + 2 * [0.3], {}, 20 * "4", {"group": [2, 3]}),
-    ("v_img", 5 * [0.1] + [0.7] + 14 * [0.1], {}, 20 * "4", {"group": [5]}),
+    ("ffn.0", [0.5, 0.9] + 18 * [0.1], {}, "88" + 18 * "4"),
+    ("ffn.2", 2 * [0.1] + [0.9, 0.7] + 14 * [0.1] + 2 * [0.3], {}, 20 * "4"),
+    ("v_img", 5 * [0.1] + [0.7] + 14 * [0.1], {}, 20 * "4"),
     # a group that would be kept leaves it to each weight
-    ("cross_attn.o", 18 * [0.1] + [0.7, 0.95], {}, 18 * "4" + "8b", {}),
-    ("cross_attn.v", 18 * [0.1] + [0.7, 0.1], {19: 8.0}, 18 * "4" + "8b", {"kurtosis": [19]}),
+    ("cross_attn.o", 18 * [0.1] + [0.7, 0.95], {}, 18 * "4" + "8b"),
+    ("cross_attn.v", 18 * [0.1] + [0.7, 0.1], {19: 8.0}, 18 * "4" + "8b"),
     # groups that are alike get one format lower
-    ("self_attn.v", [0.65, 0.65] + 18 * [0.62], {}, 20 * "4", {"spread": list(range(20))}),
-    ("self_attn.v", [0.69, 0.69] + 18 * [0.62], {}, 20 * "8", {}),
-    ("self_attn.o", [0.82, 0.82] + 18 * [0.78], {}, "88" + 18 * "4", {"spread": list(range(20))}),
-    ("cross_attn.k_img", 20 * [0.1], {5: 20.0}, "44" + 16 * "8" + "44", {"spread": list(range(2, 18))}),
+    ("self_attn.v", [0.65, 0.65] + 18 * [0.62], {}, 20 * "4"),
+    ("self_attn.v", [0.69, 0.69] + 18 * [0.62], {}, 20 * "8"),
+    ("self_attn.o", [0.82, 0.82] + 18 * [0.78], {}, "88" + 18 * "4"),
+    ("cross_attn.k_img", 20 * [0.1], {5: 20.0}, "44" + 16 * "8" + "44"),
     # MXFP8 takes a score of 0.5, even where the percentile is 0.3
-    ("low", [0.45, 0.45] + 16 * [0.1] + [0.55, 0.55], {}, 18 * "4" + "88", {}),
+    ("low", [0.45, 0.45] + 16 * [0.1] + [0.55, 0.55], {}, 18 * "4" + "88"),
 ])
-def test_the_rules_of_the_plan_by_score(kind, scores, kurtosis, plan, reasons):
+def test_the_rules_of_the_plan_by_score(kind, scores, kurtosis, plan):
     """181 other weights make the 75th percentile 0.6 (0.3 for "low") and the 90th 0.8, whatever these 20 are."""
     names = [f"blocks.{i}.{kind}.weight" for i in range(20)]
     others = 120 * [0.1] + 40 * [0.3 if kind == "low" else 0.6] + 21 * [0.8]
     table = dict(zip(names, scores)) | {f"blocks.0.other{i}.weight": score for i, score in enumerate(others)}
     peaks = dict.fromkeys(table, 0.0) | {names[i]: peak for i, peak in kurtosis.items()}
-    formats, why = convert.plan_by_score(table, peaks)
+    formats = convert.plan_by_score(table, peaks)
     assert "".join({"bf16": "b", "mxfp8": "8", "nvfp4": "4"}[formats[name]] for name in names) == plan
-    found = {}
-    for i, name in enumerate(names):
-        if name in why:
-            found.setdefault(why[name].rpartition(" ")[2], []).append(i)
-    assert found == reasons
 
 
 def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
@@ -3380,12 +3371,6 @@ def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
     layers, text = read_layers(out), capsys.readouterr().out
     assert {f"blocks.{i}.{layer}" for i in range(24) for layer in LINEARS} - layers.keys() == {
         f"blocks.{i}.self_attn.{layer}" for i in range(24) for layer in ("q", "k")}
-    found = re.findall(r"\nself_attn.[qk] +bf16 instead of (?:MXFP8|NVFP4): kurtosis: blocks ([0-9, ]+)", text)
-    scores = convert.score({f"blocks.{i}.{layer}.weight": convert.sensitivity(
-        tensors[f"blocks.{i}.{layer}.weight"]) for i in range(24) for layer in LINEARS})
-    high = [name for name in scores if scores[name] >= np.quantile([*scores.values()], 0.9) and re.search(
-        r"self_attn\.[qk]", name)]
-    assert sum(len(blocks.split(", ")) for blocks in found) == 48 - len(high) > 10
     blocks = "|".join(map(str, range(24)))
     assert rf'--exclude-layers "blocks\.({blocks})\.self_attn\.k\.weight|blocks' in text
 

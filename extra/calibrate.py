@@ -323,12 +323,46 @@ def round_tensor(source, name, fmt, full_precision, device, method, num_iter, ra
     else:
         stored = quantize_weight(w, fmt, hessian, num_iter, full_precision)
     approximation = convert.dequantize_weight(stored, w.shape)
-    quality = {"weight": convert.snr(w, approximation), "output": convert.snr(w, approximation, moment)}
+    quality = {"weight": convert.snr(w, approximation), "output": output_snr(w, approximation, moment)}
     if rank:
-        lora, approximation, quality["share"] = convert.correct(name, w, approximation, rank, hessian, seed)
-        quality["weight with LoRA"] = convert.snr(w, approximation)
-        quality["output with LoRA"] = convert.snr(w, approximation, moment)
+        error = approximation.neg_().add_(w)
+        up, down, shares = low_rank(error, rank, hessian, seed)
+        lora, approximation = convert.corrected(name, w, error, up, down)
+        quality |= {"share": shares[-1].item(), "weight with LoRA": convert.snr(w, approximation),
+                    "output with LoRA": output_snr(w, approximation, moment)}
     return quality, {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in stored.items()}, lora
+
+
+def output_snr(w, approximation, moment):
+    """Signal-to-noise ratio in dB of a layer's outputs, for the second moment of its inputs: that of tr(W H
+    W^T)."""
+    signal = noise = 0.0
+    for i in range(0, len(w), 512):
+        x = w[i:i + 512].float()
+        error = x - approximation[i:i + 512]
+        signal += (x @ moment).mul_(x).sum(1).double().sum().item()
+        noise += (error @ moment).mul_(error).sum(1).double().sum().item()
+    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+
+
+@torch.no_grad()
+def low_rank(error, rank, hessian, seed=0):
+    """convert.low_rank for the energy of the outputs' error. With H = C C^T it is |error C|^2 = tr(E H E^T),
+    which is concentrated in far fewer directions; the best factors are those of error C, with down multiplied by
+    C^-1."""
+    root = torch.linalg.cholesky(damped(hessian)).float()  # C (K, K)
+    up, down, shares = convert.low_rank(error @ root, rank, seed)
+    return up, torch.linalg.solve_triangular(root, down, upper=False, left=False), shares
+
+
+DAMPING = 0.01  # added to the diagonal of a Hessian, whose mean is 1: an allowance for inputs that were not seen
+
+
+def damped(hessian):
+    """hessian (K, K) -> float64, scaled to a mean diagonal of 1, with DAMPING added."""
+    h = hessian.double() / hessian.diagonal().double().mean().clamp(min=1e-30)
+    h.diagonal().add_(DAMPING)
+    return h
 
 
 def replace(calibration, module, prefix, name, stored):
@@ -374,7 +408,7 @@ def round_compensated(w, fmt, hessian, num_iter):
     tensor_scale = quant.quantize_nvfp4(w)[2] if fmt == "nvfp4" else None
     size = quant.BLOCK[fmt]
     w = F.pad(w.float(), (0, -w.shape[1] % size, 0, -w.shape[0] % size)).T.contiguous()  # (K, M)
-    h = convert.damped(F.pad(hessian.double(), (0, len(w) - len(hessian)) * 2))  # (K, K)
+    h = damped(F.pad(hessian.double(), (0, len(w) - len(hessian)) * 2))  # (K, K)
     blocks = len(w) // size
 
     # The blocks that matter most come first, while most columns are left to compensate.

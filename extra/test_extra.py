@@ -199,7 +199,7 @@ def test_blocks_of_most_energy_are_rounded_first(fmt, least):
     for first, last in ((0, 1.5), (1.5, 0)):  # the energy of the channels rises, or falls
         x = (normal(4096, 32, seed=1) @ normal(32, 256, seed=3) + normal(4096, 256, seed=2)) * torch.logspace(
             first, last, 256)
-        found.append(convert.snr(w, rounded(w, fmt, x.T @ x, num_iter=0), x.T @ x))
+        found.append(extra.calibrate.output_snr(w, rounded(w, fmt, x.T @ x, num_iter=0), x.T @ x))
     assert min(found) > least and abs(found[0] - found[1]) < 0.5
     flip = torch.arange(256).view(-1, quant.BLOCK[fmt]).flip(0).flatten()
     flipped = rounded(w[:, flip], fmt, (x.T @ x)[flip][:, flip], num_iter=0)
@@ -248,7 +248,7 @@ def test_bad_hessians_are_refused():
 def test_a_lora_corrects_the_outputs_that_were_seen():
     w, hessian, x = correlated(256)
     error = w.float() - convert.dequantize_weight(convert.quantize_weight(w, "nvfp4"), w.shape)
-    plain, weighted = convert.low_rank(error, 16), convert.low_rank(error, 16, hessian)
+    plain, weighted = convert.low_rank(error, 16), extra.calibrate.low_rank(error, 16, hessian)
     left = [(x @ (error - up @ down).T).square().sum() for up, down, _ in (plain, weighted)]
     assert left[1] < left[0] / 2 and weighted[2][-1] > 3 * plain[2][-1]
 
