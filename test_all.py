@@ -565,9 +565,13 @@ def test_a_layer_multiplies_by_its_weight_what_its_format_makes_of_x(case):
     assert torch.equal(layer.dequantized(torch.float32), w)
 
 
+SIGN = torch.tensor([[1.0], [-1.0]]).repeat(20, 1)  # of a scale for each row: all differ from their neighbors
+
+
 @pytest.mark.parametrize("change", [
     lambda t: {"weight": t["weight"], "scale_weight": t["weight_scale"], "scale_input": torch.tensor([1.0])},
-    lambda t: {"weight": t["weight"], "weight_scale": t["weight_scale"].expand(40, 1)},  # one for each row
+    lambda t: {"weight": (t["weight"].float() * SIGN).to(t["weight"].dtype),
+               "weight_scale": t["weight_scale"] * SIGN},
     lambda t: t | {"weight_scale": t["weight_scale"].view(1)}])
 def test_fp8_layers_are_read_under_other_names_and_by_rows(change):
     tensors, w = stored("float8_e4m3fn", bias=False)
