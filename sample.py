@@ -314,8 +314,10 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
         paths = [given[flag]] if flag in given else found.get(flag, [])
         if flag == "dit":
             wan22 = "dit-low" in given.keys() | found.keys()
+            if flag in given and not demo:
+                NETWORKS[flag].load(paths[0], "meta")  # names another model before its companions are missed
             if paths:
-                wan22 = recognize(paths[0]) in ("dit", "dit-low") and wan_fp4.is_expert(paths[0])
+                wan22 = wan_fp4.is_expert(paths[0])
         if flag == ("clip" if wan22 else "dit-low"):
             if flag in given:
                 raise ValueError(f"--{flag} {given[flag]}: this model does not use it; leave it out")

@@ -1263,7 +1263,7 @@ def test_load_dit_reads_markers_in_tensors_or_in_the_header(place, tmp_path):
 
 @pytest.mark.parametrize("network, name, change, text", [
     ("dit", "blocks.1.ffn.2.weight", None, r"1 missing (first blocks.1.ffn.2.weight, (64, 96)); check that"),
-    ("dit", "blocks.1.norm3.bias", None, "1 missing (first blocks.1.norm3.bias, (64,)); check that the file"),
+    ("dit", "blocks.1.norm3.bias", None, "1 missing (first blocks.1.norm3.bias, (64,)); check that it is"),
     ("dit", "patch_embedding.weight", None, "patch_embedding.weight: got nothing, expected a tensor"),
     ("dit", "blocks.0.extra.weight", torch.zeros(2), "1 unexpected (first blocks.0.extra.weight)"),
     ("dit", "blocks.0.self_attn.q.weight", torch.zeros(64, 63), "q.weight, (64, 63) instead of (64, 64))"),
@@ -3187,7 +3187,7 @@ def damaged(value):
     ({"layer.weight": torch.ones(16, 16)}, "patch_embedding.weight: got nothing, expec"),
     ({n: t for n, t in checkpoint().items() if not n.startswith("blocks.1.ffn")}, "4 missing .first blocks.1.f"),
     (lora_factors("blocks.0.self_attn.q", torch.ones(64, 2), torch.ones(2, 64)), "this is a LoRA, which is no"),
-    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "already 8-bit"),
+    (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "already quantized"),
     (checkpoint() | {"blocks.0.ffn.0.weight": torch.ones(16, 16).int()}, "got I32, expected BF16"),
     (checkpoint() | {"blocks.0.ffn.0.comfy_quant": torch.ones(2)}, "already quantized"),
     (checkpoint() | {"diffusion_model.head.head.bias": torch.ones(2)}, "head.head.bias: duplicate tensor .also"),
@@ -3744,6 +3744,10 @@ def test_two_runs_do_not_write_one_file(model, out, monkeypatch):
     assert started and len(load_file(out)) == len(checkpoint()) + 3 * 24  # complete
     assert sorted(file.name for file in out.parent.iterdir()) == [
         "lora.safetensors", "m.safetensors", "out.safetensors"]
+    output = convert.Output(out, {"a": (torch.uint8, (1,))}, {})
+    output.create()
+    with pytest.raises(FileExistsError):  # of two that start at the same moment, too
+        output.create()
 
 
 def test_too_little_disk_is_reported_before_the_start(model, monkeypatch):

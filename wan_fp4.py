@@ -1225,6 +1225,8 @@ def load_umt5(path, device="cpu", dtype: torch.dtype | None = None, stream: bool
     tensors, _ = read_tensors(path, device)
     for extra in ("spiece_model", "scaled_fp8"):  # ComfyUI's tokenizer, and its mark of FP8 files
         tensors.pop(extra, None)
+    if "shared.weight" in tensors:
+        tensors.pop("encoder.embed_tokens.weight", None)  # transformers stores the token table twice
     tensors = renamed(tensors, lambda name: official_name(name, TRANSFORMERS_UMT5), path)
 
     def config(shape):
@@ -1420,7 +1422,7 @@ def one_line_errors(program, interrupted="interrupted"):
     except KeyboardInterrupt:
         print(f"\n{program}: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, SafetensorError, RuntimeError, IndexError, MemoryError, ImportError) as error:
         print(f"{program}: error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
