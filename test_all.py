@@ -3183,7 +3183,8 @@ def damaged(value):
 
 @pytest.mark.parametrize("tensors, text", [
     (damaged(math.nan), "blocks.1.ffn.0.weight: got NaN or infinite values, expected finite"),
-    (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), -math.inf)}, "norm3.weight: got NaN or inf"),
+    (checkpoint() | {"blocks.0.norm3.weight": torch.tensor([-math.inf] + [1.0] * (WIDTH - 1))},
+     "norm3.weight: got NaN or inf"),
     ({"layer.weight": torch.ones(16, 16)}, "patch_embedding.weight: got nothing, expec"),
     ({n: t for n, t in checkpoint().items() if not n.startswith("blocks.1.ffn")}, "4 missing .first blocks.1.f"),
     (lora_factors("blocks.0.self_attn.q", torch.ones(64, 2), torch.ones(2, 64)), "this is a LoRA, which is no"),
