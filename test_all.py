@@ -565,9 +565,13 @@ def test_a_layer_multiplies_by_its_weight_what_its_format_makes_of_x(case):
     assert torch.equal(layer.dequantized(torch.float32), w)
 
 
+SIGN = torch.tensor([[1.0], [-1.0]]).repeat(20, 1)  # of a scale for each row: all differ from their neighbors
+
+
 @pytest.mark.parametrize("change", [
     lambda t: {"weight": t["weight"], "scale_weight": t["weight_scale"], "scale_input": torch.tensor([1.0])},
-    lambda t: {"weight": t["weight"], "weight_scale": t["weight_scale"].expand(40, 1)},  # one for each row
+    lambda t: {"weight": (t["weight"].float() * SIGN).to(t["weight"].dtype),
+               "weight_scale": t["weight_scale"] * SIGN},
     lambda t: t | {"weight_scale": t["weight_scale"].view(1)}])
 def test_fp8_layers_are_read_under_other_names_and_by_rows(change):
     tensors, w = stored("float8_e4m3fn", bias=False)
@@ -3179,7 +3183,8 @@ def damaged(value):
 
 @pytest.mark.parametrize("tensors, text", [
     (damaged(math.nan), "blocks.1.ffn.0.weight: got NaN or infinite values, expected finite"),
-    (checkpoint() | {"blocks.0.norm3.weight": torch.full((WIDTH,), -math.inf)}, "norm3.weight: got NaN or inf"),
+    (checkpoint() | {"blocks.0.norm3.weight": torch.tensor([-math.inf] + [1.0] * (WIDTH - 1))},
+     "norm3.weight: got NaN or inf"),
     ({"layer.weight": torch.ones(16, 16)}, "patch_embedding.weight: got nothing, expec"),
     ({n: t for n, t in checkpoint().items() if not n.startswith("blocks.1.ffn")}, "4 missing .first blocks.1.f"),
     (lora_factors("blocks.0.self_attn.q", torch.ones(64, 2), torch.ones(2, 64)), "this is a LoRA, which is no"),
