@@ -108,19 +108,18 @@ def shipped_size():
 def picture(path):
     """Write the README's moving picture: a row of videos by bf16, one by NVFP4, and before each the photo."""
     photo, moves = sample.read_image(HERE / "photo.jpg"), ["pan left", "zoom in", "rotate right"]
-    demo = {flag: HERE / tiny for flag, (tiny, *_) in sample.NETWORKS.items()}
+    demo = {flag: HERE / network.demo for flag, network in sample.NETWORKS.items() if network.demo}
     frames, area = shipped_size()
     settings, rows = sample.Settings(frames=frames, area=area), []
     for name, dit in (("bf16", "dit-bf16.safetensors"), ("NVFP4", "dit.safetensors")):
-        videos = list(sample.generate([photo] * len(moves), moves, demo | {"dit": HERE / dit}, settings))
+        videos = [sample.generate(photo, move, demo | {"dit": HERE / dit}, settings) for move in moves]
         h, w = videos[0].shape[1:3]
         still = (sample.resize(photo, w, h) * 255).byte().permute(1, 2, 0).expand(frames, -1, -1, -1)
         labels = ["the photo", *(f"{move}, {name}" for move in moves)]
         rows.append(torch.cat([labelled(video, label) for video, label in zip([still, *videos], labels)], 2))
     sheet = torch.cat(rows, 1)  # (F, h', w', 3)
-    with sample.open_video(path, sheet.shape[2], sheet.shape[1]) as write:
-        for frame in [*sheet, *[sheet[-1]] * 8]:  # half a second at the end
-            write(frame.contiguous())
+    first, *others = [Image.fromarray(frame.numpy()) for frame in [*sheet, *[sheet[-1]] * 8]]  # half a second more
+    first.save(path, save_all=True, append_images=others, duration=1000 // 16, loop=0, quality=90)
 
 
 def labelled(video, label):
