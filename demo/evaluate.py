@@ -118,7 +118,8 @@ def picture(path):
         labels = ["the photo", *(f"{move}, {name}" for move in moves)]
         rows.append(torch.cat([labelled(video, label) for video, label in zip([still, *videos], labels)], 2))
     sheet = torch.cat(rows, 1)  # (F, h', w', 3)
-    first, *others = [Image.fromarray(frame.numpy()) for frame in [*sheet, *[sheet[-1]] * 8]]  # half a second more
+    sheets = [*sheet, *[sheet[-1]] * 8]  # half a second at the end
+    first, *others = [Image.fromarray(frame.numpy()) for frame in sheets]
     first.save(path, save_all=True, append_images=others, duration=1000 // 16, loop=0, quality=90)
 
 
