@@ -9,7 +9,7 @@ Each of 24 emoji makes nine videos, one for each move. Each is compared with the
 Besides the shipped NVFP4 model, the table has the bf16 model that it was converted from; the first frame
 repeated, which a video has to beat; and the truth encoded and decoded by the VAE, which no video can beat.
 
-For callers: true_moves, figures, autoencoder, pipeline, networks.
+For callers: true_moves, first_frame, figures, autoencoder, pipeline, networks.
 """
 import argparse
 import random
@@ -26,6 +26,11 @@ def true_moves(name):
     """The nine true moves (9, 3, F, h, w) of a held-out emoji, in [-1, 1]."""
     scene = train.scene(train.all_emoji()[name].float() / 255, random.Random(name))
     return torch.stack([train.render(scene, move) for move in MOVES])
+
+
+def first_frame(name):
+    """What the videos of a held-out emoji start with: (3, h, w) in [0, 1]."""
+    return (true_moves(name)[0, :, 0] + 1) / 2
 
 
 def similarity(frame, truth):
@@ -93,8 +98,8 @@ def networks(dit="dit.safetensors"):
 
 def make_video(image, prompt, dit):
     """What `python sample.py IMAGE PROMPT --dit DIT` makes: frames (F, h, w, 3) uint8."""
-    files = {flag: HERE / tiny for flag, (tiny, *_) in sample.NETWORKS.items()} | {"dit": HERE / dit}
-    return next(sample.generate([image], [prompt], files, sample.Settings(frames=FRAMES, area=SIDE ** 2)))
+    files = {flag: HERE / network.demo for flag, network in sample.NETWORKS.items()} | {"dit": HERE / dit}
+    return sample.generate(image, prompt, files, sample.Settings(frames=FRAMES, area=SIDE ** 2))
 
 
 SHOWN = [("cat face", "jump"), ("fire engine", "slide right"), ("panda face", "tilt left")]
@@ -106,7 +111,7 @@ def picture(path):
     sheets = [Image.new("RGB", (3 * (SIDE + 8) - 8, 2 * (SIDE + LINE)), "white") for _ in range(FRAMES)]
     for row, (label, dit) in enumerate([("bf16", "dit-bf16.safetensors"), ("NVFP4", "dit.safetensors")]):
         for column, (name, move) in enumerate(SHOWN):
-            image = (true_moves(name)[0, :, 0] + 1) / 2  # (3, h, w)
+            image = first_frame(name)
             left, top = column * (SIDE + 8), row * (SIDE + LINE)
             for sheet, frame in zip(sheets, make_video(image, move, dit)):
                 ImageDraw.Draw(sheet).text((left + 2, top + 3), f"{move}, {label}", fill="black")
