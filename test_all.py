@@ -2141,20 +2141,21 @@ def test_no_partial_video(tmp_path, name, error, after):
     assert [path.read_text() for path in tmp_path.iterdir()] == (["old"] if name == "a.mp4" else [])
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a"])
-def test_a_full_disk_is_one_line_that_leaves_nothing(tmp_path, name):
+def test_a_full_disk_is_one_line_that_leaves_nothing(tmp_path):
+    """Of an mp4, and of a folder of png."""
     run_python("""
 import resource, signal, sys, torch, sample, wan_fp4
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-try:
-    with wan_fp4.one_line_errors("sample.py"):
-        sample.write_video(sys.argv[1], torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8))
-except SystemExit as stop:
-    assert stop.code == 2
-else:
-    raise AssertionError("written")
-""", tmp_path / name)
+for name in sys.argv[1:]:
+    try:
+        with wan_fp4.one_line_errors("sample.py"):
+            sample.write_video(name, torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8))
+    except SystemExit as stop:
+        assert stop.code == 2
+    else:
+        raise AssertionError("written")
+""", tmp_path / "a.mp4", tmp_path / "a")
     assert os.listdir(tmp_path) == []
 
 
@@ -2317,8 +2318,7 @@ def waits_on_a_gpu(tiny, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("capability, settings", [
-    ((7, 5), {}), ((10, 0), {"cfg": 2.0}), ((12, 0), {"two_pass": True, "lora": True}),
-    ((9, 0), {"emulate": True})])
+    ((7, 5), {}), ((9, 0), {"emulate": True}), ((12, 0), {"two_pass": True, "lora": True, "cfg": 2.0})])
 def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, settings, cuda, tiny, monkeypatch):
     cuda.capability = capability
     loras = [(tiny / "nvfp4_lora.safetensors", 1.0)] if settings.pop("lora", False) else []
@@ -3617,10 +3617,10 @@ def test_the_report_has_means_and_the_worst(model, out, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the peak of memory is not checked")
 def test_memory_holds_a_few_weights_not_the_model(tmp_path):
-    """For 400 MB more in the file, the peak of the process rises by less than a third of that."""
+    """For 200 MB more in the file, the peak of the process rises by less than a third of that."""
     program = f"import sys, convert\n{PEAK}\nconvert.main(sys.argv[1:])\nprint(peak())"
     peaks, sizes = [], []
-    for blocks in (2, 10):  # both keep all threads busy, which hold a few weights each
+    for blocks in (1, 5):  # both keep all threads busy, which hold a few weights each
         tensors = checkpoint(torch.float32, num_blocks=blocks, dim=1024, ffn_dim=1024)
         file = write_checkpoint(tmp_path / "m", tensors)
         peaks.append(int(run_python(program, "-i", file, "-o", tmp_path / "out", "--simple").split()[-1]))
@@ -4054,15 +4054,12 @@ def test_demo_videos_show_the_moves_asked_for(monkeypatch):
     files, demo = sample.find_files(NOT_NAMED)
     assert demo
     frames, area = evaluate.shipped_size()
-    asked = [train.phrases(move)[i % 4] for i, move in enumerate(train.MOVES)]
-
-    def make_videos(truth):
-        for prompt in asked:
-            settings = sample.Settings(frames=frames, area=area)
-            video = sample.generate(truth[0, :, 0] / 2 + 0.5, prompt, files, settings)
-            yield video.permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, h, w)
-
-    view, side = [("chelsea", (245, 140, 200))], round(area ** 0.5)
-    quality, right, _ = evaluate.figures(make_videos, view, frames, side)
-    repeated, _, _ = evaluate.figures(evaluate.repeated, view, frames, side)
-    assert right >= 8 / 9 and quality > repeated + 3.5
+    truth, _ = evaluate.true_moves("chelsea", (245, 140, 200), frames, round(area ** 0.5))  # (9, 3, F, h, w)
+    for move in "pan left", "zoom in", "rotate right":
+        i = train.MOVES.index(move)
+        video = sample.generate(truth[0, :, 0] / 2 + 0.5, train.phrases(move)[i % 4], files,
+                                sample.Settings(frames=frames, area=area))
+        video = video.permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, h, w)
+        still = train.psnr(truth[i, :, :1].expand_as(video), truth[i])
+        assert (video - truth).square().flatten(1).mean(1).argmin() == i
+        assert train.psnr(video, truth[i]) > still + 2

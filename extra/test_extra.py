@@ -1210,7 +1210,7 @@ def test_streams_never_race(monkeypatch, blocks, stop):
 
 
 @pytest.mark.parametrize("capability, settings, free", [
-    ((7, 5), {"offload": True}, 1), ((12, 0), {}, 1), ((12, 0), {"attention": "fp8"}, 80 << 30)])
+    ((7, 5), {"offload": True}, 1), ((12, 0), {"attention": "fp8"}, 80 << 30)])
 def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, settings, free, cuda, tiny, monkeypatch, capsys):
     """With blocks that are streamed because they do not fit, tiles for the same reason, and 8-bit attention."""
     cuda.capability, cuda.free = capability, free
