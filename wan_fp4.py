@@ -1121,22 +1121,21 @@ def check_tensors(model, tensors, path):
     dtype. Those of a quantized layer are checked when it is made."""
     parameters = dict(model.named_parameters())
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wrong = {"missing": [f"{name}, {tuple(parameter.shape)}" for name, parameter in parameters.items()
-                         if name not in tensors],
-             "unexpected": [], "of a wrong shape": [], "not in a float dtype": []}
+    missing = [f"{name}, {tuple(parameters[name].shape)}" for name in parameters if name not in tensors]
+    misfits = {"missing": missing, "unexpected": [], "of a wrong shape": [], "not in a float dtype": []}
     for name, tensor in tensors.items():
         layer = name.rpartition(".")[0]
         if name not in parameters:
-            wrong["unexpected"] += [repr(name)[1:-1][:200]] if layer not in linears else []
+            misfits["unexpected"] += [repr(name)[1:-1][:200]] if layer not in linears else []
         elif layer in linears and (f"{layer}.comfy_quant" in tensors or tensor.dtype in FP8):
             continue  # quantized
         elif tensor.shape != parameters[name].shape:
-            wrong["of a wrong shape"].append(f"{name}, {tuple(tensor.shape)} instead of "
-                                             f"{tuple(parameters[name].shape)}")
+            misfits["of a wrong shape"].append(f"{name}, {tuple(tensor.shape)} instead of "
+                                               f"{tuple(parameters[name].shape)}")
         elif not tensor.is_floating_point():
-            wrong["not in a float dtype"].append(f"{name}, {tensor.dtype}")
-    if any(wrong.values()):
-        got = "; ".join(f"{len(names)} {what} (first {names[0]})" for what, names in wrong.items() if names)
+            misfits["not in a float dtype"].append(f"{name}, {tensor.dtype}")
+    if any(misfits.values()):
+        got = "; ".join(f"{len(names)} {what} (first {names[0]})" for what, names in misfits.items() if names)
         network = type(model).__name__
         raise ValueError(f"{path}: tensors that do not fit a {network}: {got}; "
                          f"{describe_file(tensors, network) or 'check that it is complete and belongs to Wan'}")
