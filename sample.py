@@ -24,7 +24,7 @@ A schedule chooses the sigmas at which the network is evaluated, a sampler turns
 
 The file reads downwards, in the order of a run: main() is the program and generate() the pipeline, and every
 function stands below its first caller. For callers: generate() with Settings; its parts are encode_text,
-encode_images, encode_first_frames, sigmas, sample_latents, decode, read_image, open_video and find_files.
+encode_images, encode_first_frames, sigmas, sample_latents, decode, read_image, write_video and find_files.
 
 Letters in the shapes: B batch; F frames, h w their height and width; T = 1 + (F - 1) / 4 latent frames, H W =
 h / 8, w / 8; L text tokens; D width of a network.
@@ -987,24 +987,15 @@ def to_frames(piece):
 # The video's file
 # ----------------------------------------------------------------------------------------------------
 
-def write_video(path, video, fps=16, metadata=None):
-    """Write frames (F, h, w, 3) uint8 to a file or a folder."""
-    height, width = video.shape[1:3]
-    with stage("write", path), open_video(path, width, height, fps, metadata) as write:
-        for frame in video:
-            write(frame)
-
-
 # The container, its options, the codec, its pixel format and its options. With faststart, a browser plays a video
-# while it loads. x264's macroblock-tree rate control
-# reads uninitialized memory in its AVX-512 code: with it, the same frames give different files
+# while it loads. x264's macroblock-tree rate control reads uninitialized memory in its AVX-512 code: with it, the
+# same frames give different files
 MP4 = "mp4", {"movflags": "+faststart"}, "libx264", "yuv420p", {"crf": "18", "x264-params": "no-mbtree=1"}
 PNG_FOLDER = "image2", {"start_number": "0"}, "png", "rgb24", {}
 
 
-@contextmanager
-def open_video(path, width: int, height: int, fps: int = 16, metadata: dict | None = None):
-    """A context that gives write(frame), for uint8 frames (h, w, 3).
+def write_video(path, video, fps=16, metadata=None):
+    """Write frames (F, h, w, 3) uint8.
 
     .mp4 is H.264; a path without an extension, or with a / at the end, is a folder of 0000.png and so on. It is
     written under a hidden temporary name, renamed on success and deleted on failure. metadata: title, comment
@@ -1016,22 +1007,17 @@ def open_video(path, width: int, height: int, fps: int = 16, metadata: dict | No
     target = str(part).replace("%", "%%") + "/%04d.png" if folder else str(part)
     try:
         part.mkdir() if folder else part.touch()  # av would create the file only at the first frame
-        with av.open(target, "w", format=container_format, options=options) as container:
+        with stage("write", path), av.open(target, "w", format=container_format, options=options) as container:
             container.metadata.update(metadata or {})
             stream = container.add_stream(codec, rate=fps, options=codec_options)
-            stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+            stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], pixel_format
             if not folder:  # otherwise players guess the color space from the size
                 stream.colorspace = stream.color_primaries = stream.color_trc = 1  # BT.709
                 stream.color_range = 1  # 16 to 235
-            times = itertools.count()
-
-            def write(frame):
-                picture = to_picture(frame)
-                picture.pts, picture.time_base = next(times), Fraction(1, fps)
-                picture = picture.reformat(format=pixel_format, dst_colorspace=Colorspace.ITU709)
+            for i, frame in enumerate(video):
+                picture = to_picture(frame).reformat(format=pixel_format, dst_colorspace=Colorspace.ITU709)
+                picture.pts, picture.time_base = i, Fraction(1, fps)
                 container.mux(stream.encode(picture))
-
-            yield write
             container.mux(stream.encode(None))  # the frames that the encoder still holds
         if path.is_dir():
             path.rmdir()  # video_path has made sure that it is empty

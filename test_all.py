@@ -2127,17 +2127,23 @@ def test_folder_of_png(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.mp4", "a"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [0, 3])
-def test_no_partial_video(tmp_path, name, error, after):
+def test_no_partial_video(tmp_path, name, error, after, monkeypatch):
     """And an older one is kept until the new one is complete."""
+    to_picture, frames = sample.to_picture, []
+
+    def fail(frame):
+        hidden, = {*os.listdir(tmp_path)} - {"a.mp4"}
+        assert hidden.startswith(".")
+        frames.append(frame)
+        if len(frames) > after:
+            raise error("boom")
+        return to_picture(frame)
+
+    monkeypatch.setattr(sample, "to_picture", fail)
     if name == "a.mp4":
         (tmp_path / name).write_text("old")
     with pytest.raises(error, match="boom"):
-        with sample.open_video(tmp_path / name, 64, 48) as write_frame:
-            hidden, = {*os.listdir(tmp_path)} - {"a.mp4"}  # opened before any frame
-            assert hidden.startswith(".")
-            for frame in clip(after or 1)[:after]:
-                write_frame(frame)
-            raise error("boom")
+        sample.write_video(tmp_path / name, clip(5))
     assert [path.read_text() for path in tmp_path.iterdir()] == (["old"] if name == "a.mp4" else [])
 
 
@@ -2185,15 +2191,15 @@ def test_a_run_that_is_terminated_leaves_nothing(tmp_path):
     latents = tmp_path / "a.mp4.latents.safetensors"
     save_file({"latents": torch.zeros(1, 16, 1, 2, 2)}, latents)
     code = """
-import itertools, os, runpy, signal, sys
+import os, runpy, signal, sys
 import av, wan_fp4
-count = itertools.count
-def stop(*args):
-    if sys._getframe(1).f_code.co_name == "open_video":  # its temporary file is there
-        print(os.listdir(os.path.dirname(sys.argv[2])), flush=True)
+av_open = av.open
+def stop(file, *args, **kwargs):
+    if ".part" in str(file):  # the temporary file is there
+        print(os.listdir(os.path.dirname(file)), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
-    return count(*args)
-itertools.count = stop
+    return av_open(file, *args, **kwargs)
+av.open = stop
 runpy.run_path("sample.py", run_name="__main__")"""
     argv = ["--decode", latents, "--vae", DEMO / "vae.safetensors", "-o", tmp_path / "a.mp4", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=REPOSITORY, capture_output=True,
