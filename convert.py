@@ -126,8 +126,8 @@ def parse_args(argv):
         raise ValueError(f"{typed[:200]}: not supported here; --help lists all flags, with those of "
                          f"convert_to_quant that are supported")
     for name, value in vars(args).items():
-        if value == [] or any("\0" in str(part) for part in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"--{name.replace('_', '-')}: got no value or a NUL character, expected text")
+        if any("\0" in str(part) for part in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{name.replace('_', '-')}: got a NUL character, expected text")
     check_flags(args)
     if ignored := [flag for flag in WITHOUT_EFFECT if getattr(args, flag.replace("-", "_"))]:
         print(f"without effect here, accepted for compatibility: --{', --'.join(ignored)}")
@@ -369,7 +369,7 @@ def output_paths(args, source):
         paths.append(args.lora_output or paths[0].with_name(f"{paths[0].stem}_lora.safetensors"))
         if paths[0].resolve() == paths[1].resolve():
             raise ValueError(f"{paths[1]}: got one name for the model and its LoRA, expected two; change one")
-    check_overwritten(paths, source.files)
+        check_overwritten(paths[1:], source.files)
     for path in paths:
         if part_file(path).exists() and not (args.resume or args.dry_run):
             raise ValueError(f"{part_file(path)}: another run is writing this file, or was interrupted; wait for "
