@@ -702,8 +702,8 @@ def test_what_a_layer_computes_follows_it_to_its_device(monkeypatch):
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize("rows", [1, 31, 32760])
-@pytest.mark.parametrize("out_features, in_features", [(5120, 5120), (24, 5120), (130, 48), (5, 7)])
+@pytest.mark.parametrize("rows", [1, 130])
+@pytest.mark.parametrize("out_features, in_features", [(5120, 13824), (24, 5120), (130, 48), (5, 7)])
 def test_scaled_mm_accepts_the_tensor_core_operands(fmt, rows, out_features, in_features):
     """On the meta device torch checks dtypes, strides and the number of scales without a GPU."""
     required, _ = quant.stored_tensors(fmt, in_features, out_features)
@@ -984,7 +984,6 @@ def test_vae_equals_diffusers(frames, height, width, dims, tmp_path):
         assert same_tensors(theirs.state_dict(), convert_wan_vae_to_diffusers(dict(ours.state_dict())))
 
 
-@torch.no_grad()
 @torch.no_grad()
 def test_after_the_first_frame_a_vae_decodes_any_number_at_a_time(small_vae):
     z = torch.randn(1, 16, 4, 2, 3)
@@ -1323,15 +1322,15 @@ def test_linears_stay_as_stored_and_norms_are_float32(dit_path, tmp_path):
     assert not dit.training and not any(p.requires_grad for p in (*dit.parameters(), *vae.parameters()))
 
 
-def test_load_dit_keeps_the_file_mapped(tmp_path):
-    """Loading adds far less memory than the file's size: Linears are views of the mapped file."""
+def test_loading_keeps_the_file_mapped_and_needs_no_compiler_and_no_garbage_collector(tmp_path):
+    """A DiT adds far less memory than the file's size: Linears are views of the mapped file."""
     cfg = wan_fp4.DiTConfig(dim=1024, ffn_dim=4096, num_blocks=6, text_dim=64, image_dim=64)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in wan_fp4.WanDiT(cfg).named_parameters()}
     path = tmp_path / "dit.safetensors"
     save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, path)
     code = f"""
-import torch, wan_fp4
+import gc, sys, torch, weakref, wan_fp4
 def private():
     return sum(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
 with torch.device("meta"):
@@ -1339,22 +1338,15 @@ with torch.device("meta"):
 before = private()
 model = wan_fp4.load_dit({str(path)!r})
 print(private() - before)
-"""
-    assert path.stat().st_size > 200e6 and float(run_python(code)) < 40  # MB
-
-
-def test_loading_needs_no_compiler_and_no_garbage_collector():
-    code = """
-import gc, sys, weakref, wan_fp4
 gc.disable()
 for name in ("umt5", "clip", "vae", "dit"):
-    model = getattr(wan_fp4, "load_" + name)(f"demo/{name}.safetensors")
+    model = getattr(wan_fp4, "load_" + name)("demo/" + name + ".safetensors")
     alive = weakref.ref(model), weakref.ref(next(model.parameters()))
     del model
     assert [ref() for ref in alive] == [None, None], name
-assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
+assert not {{"torch._dynamo", "sympy"}} & sys.modules.keys()
 """
-    run_python(code)
+    assert path.stat().st_size > 200e6 and float(run_python(code)) < 40  # MB
 
 
 def test_what_streams_stays_in_cpu_memory_and_computes_elsewhere(cuda):
@@ -1435,7 +1427,7 @@ OTHER_FILES = {  # the flag, the file's tensors made of a small DiT's, what the 
                               f"a {network}, which belongs to --{other}")
        for other, name, network in (("dit", "dit", "WanDiT"), ("text-encoder", "umt5", "UMT5Encoder"),
                                     ("clip", "clip", "CLIPVision"), ("vae", "vae", "WanVAE"))
-       for flag in ("dit", "text-encoder", "clip", "vae") if flag != other}}
+       for flag in ("dit", "vae") if flag != other}}
 
 
 @pytest.mark.parametrize("case", OTHER_FILES)
@@ -2286,7 +2278,7 @@ def tiny(tmp_path_factory):
     folder, meta = tmp_path_factory.mktemp("tiny"), {"head_dim": "32", "frames": "1", "area": "1024"}
     text, image = (getattr(wan_fp4, f"load_{name}")(DEMO / f"{name}.safetensors", "meta").cfg.dim
                    for name in ("umt5", "clip"))
-    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=64, ffn_dim=96, num_blocks=2, head_dim=32, text_dim=text,
+    dit = wan_fp4.WanDiT(wan_fp4.DiTConfig(dim=64, ffn_dim=96, num_blocks=1, head_dim=32, text_dim=text,
                                            image_dim=image))
     save_file({n: t.bfloat16() for n, t in dit.state_dict().items()}, folder / "dit.safetensors", meta)
     save_file(wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).state_dict(), folder / "vae.safetensors")
@@ -3891,7 +3883,7 @@ GIVEN_BY = {"dit": "--dit", "nvfp4": "--dit", "vae": "--vae", "umt5": "--text-en
             "nvfp4_lora": "--lora", "latents": "--decode"}
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(50))
 def test_damaged_files(seed, keeps_the_contract):
     rng = random.Random(seed)
     name = rng.choice([*GIVEN_BY, "convert", "photo"])
@@ -3942,30 +3934,38 @@ def test_a_file_of_extra_imports_the_core_at_its_top(path):
         assert module.partition(".")[0] not in {*IMPORTS, "extra"} or not around, module
 
 
-ONE_LAYER = """
-layer = quant.QuantLinear.from_linear(torch.nn.Linear(32, 32), "nvfp4")
-layer(torch.eye(32))
-quant.dequantize_nvfp4(*quant.quantize_nvfp4(torch.eye(32), method="search"))"""
+VENDORED = """
+import shutil, sys
+allowed = {"torch"}
+class Finder:
+    def find_spec(name, *_):
+        if name in {"numpy", "safetensors", "einops", "tqdm", "av", "sentencepiece", "sample"} - allowed:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Finder)
+def add(name, *imports):
+    allowed.update(imports)
+    shutil.copy(sys.argv[1] + "/" + name + ".py", ".")
+add("quant")
+import torch, quant
+quant.QuantLinear.from_linear(torch.nn.Linear(32, 32), "nvfp4")(torch.eye(32))
+quant.dequantize_nvfp4(*quant.quantize_nvfp4(torch.eye(32), method="search"))
+add("wan_fp4", "safetensors", "einops")
+import wan_fp4
+wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).decode(torch.zeros(1, 16, 2, 2, 2))
+add("convert", "tqdm")
+import convert
+convert.quantize_weight(torch.eye(9), "nvfp4")
+"""
 
 
-@pytest.mark.parametrize("name, others, missing, code", [
-    ("quant", [], "safetensors einops tqdm av sentencepiece", ONE_LAYER),
-    ("wan_fp4", ["quant.py"], "tqdm av sentencepiece",
-     "wan_fp4.WanVAE(wan_fp4.VAEConfig((8, 8, 8, 8), 1)).decode(torch.zeros(1, 16, 2, 2, 2))"),
-    ("convert", ["quant.py", "wan_fp4.py"], "av sentencepiece", "convert.quantize_weight(torch.eye(9), 'nvfp4')"),
-    ("sample", ["quant.py", "wan_fp4.py"], "", "sample.sigmas('normal', 4, 5)"),
-])
-def test_a_file_works_where_only_its_imports_are(name, others, missing, code, tmp_path):
-    for file in (f"{name}.py", *others):
-        shutil.copy(REPOSITORY / file, tmp_path / file)
-    for module in ("numpy", "diffusers", "transformers", "comfy_kitchen", "torchao", *missing.split()):
-        (tmp_path / f"{module}.py").write_text("raise ModuleNotFoundError")
-    run_python(f"import torch, {name}\n{code}", cwd=tmp_path)
+def test_a_file_works_where_only_its_imports_are(tmp_path):
+    """quant.py in an empty folder, wan_fp4.py beside it, convert.py beside both."""
+    run_python(VENDORED, REPOSITORY, cwd=tmp_path)
 
 
 WITHOUT_EXTRA = """
 import contextlib, io, sys, convert, sample
-sample.main([sys.argv[1], "-o", "out.mp4", "--prompt", "x"])
+sample.main([sys.argv[1], "-o", "out.mp4", "--prompt", "x", "--frames", "5", "--size", "64x64"])
 convert.main(["-i", "demo/dit-bf16.safetensors", "-o", "nvfp4", "--nvfp4", "--simple", "--extract-lora"])
 for main, flags, missing in (
         (sample.main, "--attention fp8 --emulate", "attention"), (sample.main, "--interpolate x", "rife"),

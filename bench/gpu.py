@@ -173,9 +173,9 @@ class PeakMemory(TorchDispatchMode):
 
 @torch.inference_mode()
 def dit_working(mode, size=FULL, rank=0, two_pass=False):
-    """Peak bytes of a forward besides the weights: with two blocks, all of their Linears in NVFP4, bf16
-    activations, and a LoRA of this rank."""
-    cfg = wan_fp4.DiTConfig(size.cfg.dim, size.cfg.ffn_dim, num_blocks=2)
+    """Peak bytes of a forward besides the weights: with one block (more do not change it), all of its
+    Linears in NVFP4, bf16 activations, and a LoRA of this rank."""
+    cfg = wan_fp4.DiTConfig(size.cfg.dim, size.cfg.ffn_dim, num_blocks=1)
     dit = random_dit(cfg, convert.plan(weights(cfg)), META, mode=mode, two_pass=two_pass)
     for layer in dit.blocks.modules():
         if isinstance(layer, quant.QuantLinear) and rank:
