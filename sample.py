@@ -61,7 +61,6 @@ import av
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import Colorspace
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
@@ -686,9 +685,9 @@ def load_tokenizer(path) -> SentencePieceProcessor:
     """The SentencePiece model of a text encoder: the tensor `spiece_model` in its file, or a spiece.model in its
     folder, or where Wan's and diffusers' folders keep it. Raises ValueError if there is none, or a broken one."""
     path = Path(path)
-    if path.suffix == ".safetensors" and "spiece_model" in wan_fp4.read_header(path)[1]:
-        with safe_open(path, "pt") as file:
-            where, model = f"{path}: spiece_model", bytes(file.get_tensor("spiece_model").flatten().tolist())
+    stored = wan_fp4.read_safetensors(path)[0] if path.suffix == ".safetensors" else {}
+    if "spiece_model" in stored:
+        where, model = f"{path}: spiece_model", bytes(stored["spiece_model"].flatten().tolist())
     else:
         folder = path if path.is_dir() else path.parent
         candidates = [folder / "spiece.model", folder / "google" / "umt5-xxl" / "spiece.model",
@@ -924,17 +923,11 @@ def check_finite(tensor, where):
 
 def save_latents(path, metadata, latents):
     """Write latents (1, 16, T, H, W) to a file. If that fails, this is only a warning: the video can still be
-    written. (safetensors.torch would need numpy.)"""
-    latents, part = latents.float().contiguous(), path.with_name(f".{path.name}.part")
-    spec = TensorSpec(dtype="float32", shape=list(latents.shape), data_ptr=latents.data_ptr(),
-                      data_len=latents.nbytes)
+    written."""
     try:
-        serialize_file({"latents": spec}, part, metadata)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
+        wan_fp4.write_safetensors(path, {"latents": latents.float()}, metadata)
+    except OSError as error:
         print(f"sample.py: warning: the latents are not kept: {error}", file=sys.stderr)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_latents(path):
@@ -944,8 +937,7 @@ def read_latents(path):
     if dtype != "F32" or len(shape) != 5 or shape[:2] != (1, 16) or 0 in shape:
         raise ValueError(f"--decode {path}: latents: got {dtype} {shape}, expected F32 (1, 16, T, H, W), as a "
                          f"run leaves it in OUT{KEPT}")
-    with safe_open(path, "pt") as file:
-        latents = file.get_tensor("latents")
+    latents = wan_fp4.read_safetensors(path)[0]["latents"]
     check_finite(latents, f"--decode {path}: latents")
     return latents, metadata
 

@@ -2540,8 +2540,8 @@ def test_latents_outlive_a_decode_that_fails(place, fakes, monkeypatch, capsys, 
 def test_latents_that_cannot_be_kept_are_a_warning(place, fakes, monkeypatch, capsys):
     def full(*args):
         Path(args[1]).write_bytes(b"half")
-        raise sample.SafetensorError("I/O error: No space left on device")
-    monkeypatch.setattr(sample, "serialize_file", full)
+        raise wan_fp4.SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr(wan_fp4, "serialize_file", full)
     run("photo.png -o a.mp4 --frames 1")
     assert "warning: the latents are not kept: " in capsys.readouterr().err
     assert sorted(os.listdir(place)) == ["a.mp4", "demo", "photo.png"]
@@ -2554,7 +2554,7 @@ RAISED = {  # where, what: what the one line says
     ("clip", RuntimeError("shapes do not match\nmore")): "clip.safetensors: shapes do not match; check that",
     ("umt5", IndexError("index out of range")): "text: {demo}/umt5.safetensors: index out of range; check",
     ("encode", ValueError("math domain error")): "encode: {demo}/vae.safetensors: math domain error\n",
-    ("dit", sample.SafetensorError("header")): "dit.safetensors: header; check that the file is complete",
+    ("dit", wan_fp4.SafetensorError("header")): "dit.safetensors: header; check that the file is complete",
     ("clip", PermissionError(13, "Permission denied", "x")): "error: x: permission denied\n",
     ("dit", KeyboardInterrupt()): "sample.py: interrupted",
 }

@@ -14,8 +14,8 @@ shapes, so the 14B model, the demo and the tests run the same code. The loaders 
 stores it (NVFP4, MXFP8, FP8 or plain: quant.QuantLinear), and LoRAs run as side branches of the Linears.
 Architecture: the Wan2.1 report (https://arxiv.org/abs/2503.20314) and https://github.com/Wan-Video/Wan2.1.
 
-In this file, in order: the four networks; reading files; names; the loaders load_dit, load_vae, load_umt5 and
-load_clip, and what they have in common; LoRA; what the programs have in common.
+In this file, in order: the four networks; reading and writing files; names; the loaders load_dit, load_vae,
+load_umt5 and load_clip, and what they have in common; LoRA; what the programs have in common.
 
 Letters in the shapes, where each network has its own D:
     B batch   F, h, w frames, height, width in pixels   T = 1 + (F - 1) / 4, H = h / 8, W = w / 8 in latents
@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import nn
 
 from quant import QuantLinear, compiled_on_cuda, default_dtype, default_mode, project, write_marker
@@ -730,7 +730,7 @@ class CLIPVision(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Reading files
+# Reading and writing files
 # ----------------------------------------------------------------------------------------------------
 
 PICKLES = ".pth", ".pkl"  # written by torch.save; they have no header
@@ -875,6 +875,22 @@ def header_markers(metadata, path):
 def is_lightx2v(names):
     """Whether a file with these tensors is in LightX2V's NVFP4 layout (extra/lightx2v.py)."""
     return any(name.endswith((".weight_global_scale", ".input_global_scale")) for name in names)
+
+
+def write_safetensors(path, tensors, metadata):
+    """Write a file under a temporary name, renamed on success. (safetensors.torch would need numpy.)"""
+    part = path.with_name(f".{path.name}.part")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # alive until they are written
+    specs = {name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                              data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+             for name, tensor in tensors.items()}
+    try:
+        serialize_file(specs, part, metadata)
+        part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def tensor_names(path):

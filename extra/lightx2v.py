@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, TensorSpec, serialize_file
 
 import quant
 import wan_fp4
@@ -82,25 +81,9 @@ def main(argv=None):
                                 "LightX2V's NVFP4 layout", "check the file")
         tensors, metadata = wan_fp4.read_tensors(args.file)  # which unpacks them
         layers = [name.removesuffix(".comfy_quant") for name in tensors if name.endswith(".comfy_quant")]
-        markers = {"format_version": "1.0", "layers": dict.fromkeys(layers, {"format": "nvfp4"})}
-        save(args.output, tensors, metadata | {"_quantization_metadata": json.dumps(markers)})
+        markers = json.dumps({"format_version": "1.0", "layers": dict.fromkeys(layers, {"format": "nvfp4"})})
+        wan_fp4.write_safetensors(args.output, tensors, metadata | {"_quantization_metadata": markers})
         print(f"{args.output}: {len(layers)} NVFP4 layers repacked: nibbles swapped, scales renamed and inverted")
-
-
-def save(path, tensors, metadata):
-    """Write a safetensors file under a temporary name, renamed on success. (safetensors.torch needs numpy.)"""
-    part, specs = path.with_name(path.name + ".part"), {}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # keeps them alive
-    for name, tensor in tensors.items():
-        specs[name] = TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
-                                 data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
-    try:
-        serialize_file(specs, part, metadata)
-        part.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import torch
 
 import convert
 import wan_fp4
-from extra.lightx2v import save
 
 DIFFERENCES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}  # parameter -> ending in a LoRA file
 
@@ -30,7 +29,7 @@ def main(argv=None):
         tensors = join_loras(loras)
         made = shlex.join(["extra/loras.py", *map(str, sys.argv[1:] if argv is None else argv)])
         made = made.encode(errors="replace").decode()  # file names need not be valid text
-        save(args.output, tensors, {"quantization_command": made})
+        wan_fp4.write_safetensors(args.output, tensors, {"quantization_command": made})
         layers, size = sum(name.endswith(".alpha") for name in tensors), args.output.stat().st_size
         print(f"{len(loras)} LoRAs in one: {layers} layers, {len(tensors) - 3 * layers} differences\n"
               f"{convert.gib(size)}: {args.output}")
