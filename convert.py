@@ -262,12 +262,7 @@ def check_flags(args):
         raise ValueError(f"{flags}: requires --calib IMAGE...")
     if not args.extract_lora and (args.lora_output or args.lora_target != RECIPE_TARGET):
         raise ValueError("--lora-target and --lora-output: require --extract-lora")
-    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,3})?", args.device):
-        raise ValueError(f"--device {args.device[:50]!r}: expected cpu, cuda or cuda:N")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    wan_fp4.check_device(args.device)
     args.plan = "named" if named else args.plan or ("measured" if args.calib else "score")
 
 

@@ -153,7 +153,7 @@ def check_choice(name, value, choices):
 def main(argv=None):
     """The command line. Exit code 0; 2 after one line that says what is wrong; 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
-    check_device(args.device)
+    wan_fp4.check_device(args.device)
     SECONDS.clear()
     if args.decode:
         return decode_kept(args)
@@ -235,24 +235,6 @@ def parse_size(text):
     if not match or 0 in map(int, match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT in pixels, such as 832x480")
     return tuple(max(16, (int(side) + 8) // 16 * 16) for side in match.groups())
-
-
-def check_device(name):
-    """The device of this name. Raises ValueError for one that is not supported or that torch cannot use here."""
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device {name}: only cpu and cuda are supported")
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; for a GPU, install torch as "
-                         f"https://pytorch.org/get-started says") from None
-    if device.index is not None:  # cuda:1
-        torch.cuda.set_device(device)
-    if quant.default_dtype(device) == torch.float16:
-        print(f"{device}: computes in float16, the text encoder in float32: attention in bfloat16 needs compute "
-              f"capability 8.0", flush=True)
-    return device
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -421,6 +403,9 @@ def make_settings(args, own):
     if settings.interpolate:
         from extra.rife import load_ifnet
         load_ifnet(settings.interpolate)  # reports a broken file now
+    if quant.default_dtype(settings.device) == torch.float16:
+        print(f"{settings.device}: computes in float16, the text encoder in float32: attention in bfloat16 needs "
+              f"compute capability 8.0", flush=True)
     return settings
 
 

@@ -1425,6 +1425,25 @@ class Parser(argparse.ArgumentParser):
         return args, rest
 
 
+def check_device(name):
+    """The device of this name, made torch's current one if it is a GPU with a number. Raises ValueError for one
+    that is not supported or that torch cannot use here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name[:50]!r}: expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: only cpu and cuda are supported")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; for a GPU, install torch as "
+                         f"https://pytorch.org/get-started says") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def one_line_errors(program, interrupted="interrupted"):
     """The one place where a program turns exceptions into a line on stderr and exit code 2, or 130 for Ctrl-C.

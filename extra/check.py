@@ -6,7 +6,6 @@ code 0 if all agree, 1 if not.
 import torch
 
 import quant
-import sample
 import wan_fp4
 from extra.attention import fp8_attention, has_fp8_kernel
 
@@ -15,7 +14,7 @@ def main(argv=None):
     parser = wan_fp4.Parser("python -m extra.check", description="Test each format on a device.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     with wan_fp4.one_line_errors("check.py"):
-        raise SystemExit(0 if check(sample.check_device(parser.parse_args(argv).device)) else 1)
+        raise SystemExit(0 if check(wan_fp4.check_device(parser.parse_args(argv).device)) else 1)
 
 
 def check(device):
