@@ -904,14 +904,25 @@ def round_tensor(source, name, fmt, full_precision, device, method, rank, seed):
         return {}, {name: w}, {}
     w = w.to(device)
     stored = quantize_weight(w, fmt, method, full_precision)
+    factors = functools.partial(low_rank, rank=rank, seed=seed) if rank else None
+    return evaluate(name, w, stored, {"weight": snr}, factors)
+
+
+def evaluate(name, w, stored, measures, factors):
+    """round_tensor's result for a rounded weight. measures: {name: function of w and its approximation};
+    factors: low_rank as a function of the error, or None for no LoRA."""
     approximation = dequantize_weight(stored, w.shape)
-    quality, lora = {"weight": snr(w, approximation)}, {}
-    if rank:
+    quality = {key: measure(w, approximation) for key, measure in measures.items()}
+    tensors, lora = {name.removesuffix("weight") + suffix: part for suffix, part in stored.items()}, {}
+    if factors:
         error = approximation.neg_().add_(w)  # in place: a weight of the 14B takes 280 MB in float32
-        up, down, shares = low_rank(error, rank, seed)
-        lora, approximation = corrected(name, w, error, up, down)
-        quality |= {"share": shares[-1].item(), "weight with LoRA": snr(w, approximation)}
-    return quality, {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in stored.items()}, lora
+        up, down, shares = factors(error)
+        up, down = up.bfloat16(), down.bfloat16()
+        lora = dict(zip(lora_names(name), (up, down, torch.tensor(float(len(down))))))
+        corrected = error.addmm_(up.float(), down.float(), alpha=-1).neg_().add_(w)
+        quality |= {f"{key} with LoRA": measure(w, corrected) for key, measure in measures.items()}
+        quality["share"] = shares[-1].item()
+    return quality, tensors, lora
 
 
 @torch.no_grad()
@@ -991,13 +1002,6 @@ def low_rank(error, rank, seed=0):
     shares = s.double().square().cumsum(0) / total
     balance = s.sqrt()  # both factors of the same magnitude, within the range of their dtype
     return u * balance, v * balance[:, None], shares
-
-
-def corrected(name, w, error, up, down):
-    """The tensors {name: tensor} of a weight's LoRA, and W - error with the LoRA added. Overwrites `error`."""
-    up, down = up.bfloat16(), down.bfloat16()
-    tensors = dict(zip(lora_names(name), (up, down, torch.tensor(float(len(down))))))
-    return tensors, error.addmm_(up.float(), down.float(), alpha=-1).neg_().add_(w)
 
 
 def lora_names(name):

@@ -317,20 +317,14 @@ def round_tensor(source, name, fmt, full_precision, device, method, num_iter, ra
     w = source.tensor(name)
     if fmt == "bf16":
         return {}, {name: w}, {}
-    w, hessian, moment, lora = w.to(device), inputs.hessian().to(device), inputs.moment.to(device), {}
+    w, hessian = w.to(device), inputs.hessian().to(device)
     if method == "rtn":
         stored = convert.quantize_weight(w, fmt, method, full_precision)
     else:
         stored = quantize_weight(w, fmt, hessian, num_iter, full_precision)
-    approximation = convert.dequantize_weight(stored, w.shape)
-    quality = {"weight": convert.snr(w, approximation), "output": output_snr(w, approximation, moment)}
-    if rank:
-        error = approximation.neg_().add_(w)
-        up, down, shares = low_rank(error, rank, hessian, seed)
-        lora, approximation = convert.corrected(name, w, error, up, down)
-        quality |= {"share": shares[-1].item(), "weight with LoRA": convert.snr(w, approximation),
-                    "output with LoRA": output_snr(w, approximation, moment)}
-    return quality, {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in stored.items()}, lora
+    measures = {"weight": convert.snr, "output": functools.partial(output_snr, moment=inputs.moment.to(device))}
+    factors = functools.partial(low_rank, rank=rank, hessian=hessian, seed=seed) if rank else None
+    return convert.evaluate(name, w, stored, measures, factors)
 
 
 def output_snr(w, approximation, moment):
