@@ -379,7 +379,7 @@ def own_settings(files) -> dict:
     "prompt": str} and, for Wan2.2, its sampler and scheduler. Raises ValueError for a bad number in the
     header."""
     path = files["dit"]
-    header = wan_fp4.read_metadata(path)
+    _, header = wan_fp4.read_tensors(path, "meta")
     own = {"frames": Settings.frames, "area": Settings.area, "prompt": header.get("prompt", "")}
     for name in {"frames", "area"} & header.keys():
         if not re.fullmatch("[0-9]{1,9}", header[name]):

@@ -801,12 +801,6 @@ def read_header(path):
         return file.metadata() or {}, stored
 
 
-def read_metadata(path):
-    """The metadata of all of a checkpoint's safetensors files."""
-    files = [file for file in shards(path) if file.suffix not in PICKLES]
-    return {key: text for file in files for key, text in read_header(file)[0].items()}
-
-
 def read_pickle(path):
     """The tensors of a file written by torch.save, memory-mapped. Runs no code from the file (weights only)."""
     with reading(path, "file of torch weights"):
@@ -910,7 +904,7 @@ IMAGE_BRANCH = "img_emb.", "condition_embedder.image_embedder."
 def expert_noise(path):
     """Which of Wan2.2's two experts a file is, "high" or "low": by its header, which convert.py writes, by its
     name or by its folder's; diffusers names the folders transformer and transformer_2. "" if nothing tells."""
-    header = read_metadata(path)
+    _, header = read_tensors(path, "meta")
     folder, name = Path(os.path.abspath(path)).parts[-2:]
     for words in (header.get("expert", ""), name, folder):
         levels = set(re.findall("(high|low)[-_]?noise", words.lower()))
