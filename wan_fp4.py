@@ -689,8 +689,7 @@ class CLIPAttention(nn.Module):
         self.proj = nn.Linear(cfg.dim, cfg.dim)
 
     def forward(self, x):
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1)  # (B, I, D) each
-        q, k, v = (split_heads(y, self.head_dim) for y in (q, k, v))  # (B, heads, I, d) each
+        q, k, v = (split_heads(y, self.head_dim) for y in self.to_qkv(x).chunk(3, dim=-1))  # (B, heads, I, d)
         return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v)))  # (B, I, D)
 
 
@@ -734,6 +733,12 @@ class CLIPVision(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 
 PICKLES = ".pth", ".pkl"  # written by torch.save; they have no header
+SHARD = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}  # as a safetensors header spells them
+IMAGE_BRANCH = "img_emb.", "condition_embedder.image_embedder."
 
 
 def wrong(where, got, expected, advice):
@@ -789,9 +794,6 @@ def shards(path):
     return [path]
 
 
-SHARD = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
-
-
 def read_header(path):
     """A safetensors file's metadata {str: str} and {tensor name: (dtype name, shape)}; reads no tensor. Raises
     FileNotFoundError or another OSError, and ValueError for a file that is not in safetensors format."""
@@ -817,22 +819,15 @@ def read_pickle(path):
 def read_safetensors(path, device="cpu"):
     """The tensors of a safetensors file, memory-mapped, and its metadata. On the meta device, only the header and
     what is small are read: markers and single numbers."""
+    metadata, stored = read_header(path)
     with reading(path, "safetensors file"), safe_open(path, "pt") as file:
         tensors = {}
-        for name in file.keys():
-            stored = file.get_slice(name)
-            small = name.endswith(".comfy_quant") or math.prod(stored.get_shape()) <= 1
-            if torch.device(device).type != "meta" or small:
+        for name, (dtype, shape) in stored.items():
+            if torch.device(device).type != "meta" or name.endswith(".comfy_quant") or math.prod(shape) <= 1:
                 tensors[name] = file.get_tensor(name)
             else:
-                tensors[name] = torch.empty(stored.get_shape(), dtype=DTYPES[stored.get_dtype()], device="meta")
-        return tensors, file.metadata() or {}
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}  # as a safetensors header spells them
+                tensors[name] = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+        return tensors, metadata
 
 
 def read_tensors(path, device="cpu"):
@@ -896,9 +891,6 @@ def tensor_names(path):
 def is_expert(path):
     """Whether a DiT is one of Wan2.2's two: it has no image branch."""
     return not any(name.startswith(IMAGE_BRANCH) for name in tensor_names(path))
-
-
-IMAGE_BRANCH = "img_emb.", "condition_embedder.image_embedder."
 
 
 def expert_noise(path):
@@ -1047,6 +1039,10 @@ def describe_file(tensors, wanted=""):
 # Building
 # ----------------------------------------------------------------------------------------------------
 
+FP8 = torch.float8_e4m3fn, torch.float8_e5m2
+CONVOLUTIONS = nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d
+
+
 def build(network, config, tensors, path):
     """The network on the meta device, where it takes no memory, with sizes read from the tensors.
 
@@ -1151,13 +1147,12 @@ def check_tensors(model, tensors, path):
                          f"{describe_file(tensors, network) or 'check that it is complete and belongs to Wan'}")
 
 
-FP8 = torch.float8_e4m3fn, torch.float8_e5m2
-CONVOLUTIONS = nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d
-
-
 # ----------------------------------------------------------------------------------------------------
 # Loaders
 # ----------------------------------------------------------------------------------------------------
+
+OTHER_NETWORKS = "first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner."  # all-in-one
+
 
 def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), stream: bool = False,
              mode: str | None = None, two_pass: bool = False) -> WanDiT:
@@ -1184,9 +1179,6 @@ def load_dit(path, device="cpu", dtype: torch.dtype | None = None, loras=(), str
         print(f"{path}: left out {len(others)} tensors of other networks, such as {others[0][:200]}")
     dit.loras = [attach_lora(dit, file, strength) for file, strength in loras]
     return dit
-
-
-OTHER_NETWORKS = "first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner."  # all-in-one
 
 
 def dit_from_tensors(tensors, metadata, path, device="cpu", dtype=None, stream=False, mode=None, two_pass=False):
