@@ -307,8 +307,7 @@ class Source:
             for stored, (dtype, shape) in tensors.items():
                 self.add(file, stored, dtype, shape)
         wan_fp4.load_dit(self.path, "meta")  # raises ValueError unless this is a whole DiT of Wan
-        has_image = any(name.startswith("img_emb.") for name in self.shapes)
-        self.expert = "" if has_image else wan_fp4.expert_noise(self.path)
+        self.expert = wan_fp4.expert_noise(self.path) if wan_fp4.is_expert(self.path) else ""
         if self.others:
             print(f"{path}: left out {len(self.others)} tensors of other networks, such as "
                   f"{self.others[0][:200]}")

@@ -309,7 +309,8 @@ def find_files(named: dict, models=None) -> tuple[dict[str, Path], bool]:
             files[flag] = paths[0]
         else:
             missing.append(flag)
-    check_experts(files)
+    if wan22:
+        check_experts(files)
     if missing:
         unreadable = f" (not readable: {'; '.join(broken)})" if broken else ""
         raise FileNotFoundError(f"{folder}: no file found for {'Wan2.2' if wan22 else 'Wan2.1'} I2V's "
@@ -351,8 +352,6 @@ def recognize(path):
 
 def check_experts(files):
     """Raises ValueError if Wan2.2's experts are one file, or if a name tells that one is in the wrong place."""
-    if "dit-low" not in files and not ("dit" in files and wan_fp4.is_expert(files["dit"])):
-        return
     high, low = files.get("dit"), files.get("dit-low")
     swapped = high and wan_fp4.expert_noise(high) == "low" or low and wan_fp4.expert_noise(low) == "high"
     if swapped or high and low and high.samefile(low):

@@ -105,7 +105,7 @@ def read_caption(path):
 def find_networks(source, named, models):
     """{network: file} of what runs: the source, those named, others from the folder `models`, or else the demo's.
     Raises ValueError for one of Wan2.2's experts if it cannot be told which."""
-    if not source.expert and not any(name.startswith("img_emb.") for name in source.shapes):
+    if not source.expert and wan_fp4.is_expert(source.path):
         raise ValueError(f"--calib: {source.path}: got one of Wan2.2's experts, expected high_noise or low_noise "
                          f"in its name or its folder's; rename it")
     own = {"low": "dit-low"}.get(source.expert, "dit")
