@@ -87,12 +87,12 @@ def main(argv=None):
             made |= calibration.header_entries()
 
         formats, exact, notes = choose_plan(args, source, calibration, made)
-        targets = lora_targets(args, formats)
-        outputs = make_outputs(paths, source, formats, exact, targets, args.lora_rank, made)
+        ranks = lora_ranks(args, formats)
+        outputs = make_outputs(paths, source, formats, exact, ranks, made)
         print_plan(args, source, formats, exact, notes, outputs)
         if args.dry_run:
             return
-        quality = convert(args, source, formats, exact, targets, outputs, calibration)
+        quality = convert(args, source, formats, exact, ranks, outputs, calibration)
         print_report(quality, formats, exact)
         print(f"\n{command}\n{gib(source.nbytes)} -> {gib(outputs[0].size)} in {time.monotonic() - begin:.1f} s: "
               f"{paths[0]}")
@@ -410,7 +410,7 @@ def choose_plan(args, source, calibration, made):
     marked = exact = set(matching(args.fpmm_layers, allowed, "--fpmm-layers")) if args.fpmm_layers else set()
     if args.plan == "measured" or args.w4a16 is not None:
         from extra.measure import improve_plan
-        formats, exact, notes = improve_plan(args, source, calibration, formats, marked, scores, notes, made)
+        formats, exact, notes = improve_plan(args, source, calibration, formats, marked, scores, made)
     if kept := [name for name in marked if formats.get(name, "bf16") == "bf16"]:
         notes.append(f"--fpmm-layers: {len(kept)} of the {len(marked)} layers are kept, so they are not marked")
     return formats, {name for name in exact if formats.get(name, "bf16") != "bf16"}, notes
@@ -594,19 +594,21 @@ def grid(values):
 MARKED = {"fp8": "float8_e4m3fn", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}  # a plan's formats -> as markers say
 
 
-def lora_targets(args, formats):
-    """The weights for which a LoRA is extracted."""
+def lora_ranks(args, formats):
+    """{weight: rank of its LoRA}, for the weights for which one is extracted."""
+    if not args.extract_lora:
+        return {}
     rounded = [name for name, fmt in formats.items() if fmt != "bf16"]
-    return matching(args.lora_target, rounded, "--lora-target") if args.extract_lora else []
+    return dict.fromkeys(matching(args.lora_target, rounded, "--lora-target"), args.lora_rank)
 
 
-def make_outputs(paths, source, formats, exact, targets, rank, made):
-    """The files to write: the converted model, and the LoRA of the targets if there is a path for it. made:
-    header entries on how they were made."""
+def make_outputs(paths, source, formats, exact, ranks, made):
+    """The files to write: the converted model, and the LoRA if there is a path for it. made: header entries on
+    how they were made."""
     outputs = [model_output(paths[0], source, formats, exact, made)]
     if len(paths) > 1:
         tensors = {}
-        for name in targets:
+        for name, rank in ranks.items():
             m, k = source.shapes[name]
             r = min(rank, m, k)
             layouts = (torch.bfloat16, (m, r)), (torch.bfloat16, (r, k)), (torch.float32, ())
@@ -789,7 +791,7 @@ def regex(names):
 # Write: every tensor of the source, rounded as planned
 # ----------------------------------------------------------------------------------------------------
 
-def convert(args, source, formats, exact, targets, outputs, calibration=None):
+def convert(args, source, formats, exact, ranks, outputs, calibration):
     """Writes `source` in the planned formats. Returns {name: quality}: for each quantized weight its
     signal-to-noise ratios in dB and, with a LoRA, the share of the error's energy that the LoRA holds.
 
@@ -799,7 +801,7 @@ def convert(args, source, formats, exact, targets, outputs, calibration=None):
     progress = outputs[0].path.with_name(outputs[0].path.name + ".progress")
     reads = source.files if calibration is None else source.files + calibration.files
     done = begin(outputs, progress, reads, args.resume)
-    ranks, method = dict.fromkeys(targets, args.lora_rank), "rtn" if args.simple else "search"
+    method = "rtn" if args.simple else "search"
 
     def work(name):
         return round_tensor(source, name, formats.get(name, "bf16"), name in exact, args.device, method,

@@ -29,14 +29,15 @@ def check_size(limit, source, made):
                          f"{convert.gib(needed)}")
 
 
-def improve_plan(args, source, calibration, by_score, marked, scores, notes, made):
+def improve_plan(args, source, calibration, by_score, marked, scores, made):
     """What --plan measured and --w4a16 choose: {name: format}, the set of weights that multiply in full
     precision, and lines to print about them.
 
-    by_score, marked, scores, notes: the plan so far, as convert.choose_plan has made it: that of the score, which
-    --plan measured replaces, or one that stays; the weights of --fpmm-layers; {name: score}; lines
+    by_score, marked, scores: the plan so far, as convert.choose_plan has made it: that of the score, which
+    --plan measured replaces, or one that stays; the weights of --fpmm-layers; {name: score}
     """
     errors, flops = measure_errors(source, calibration)
+    notes = []
     formats = dict.fromkeys(errors, "nvfp4") if args.plan == "measured" else by_score
     others = {name: fmt for name, fmt in formats.items() if name not in marked}
     exact = marked | choose_exact(errors, flops, args.w4a16 or 0.0, others)
