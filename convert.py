@@ -685,11 +685,6 @@ class Output:
                 file.seek(self.offsets[name])  # torch gives no buffer without numpy, but its address
                 file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
-    def read(self, name):
-        """A tensor that was written. The header is complete, so the unfinished file reads like any other."""
-        with safe_open(self.part, "pt") as file:
-            return file.get_tensor(name)
-
 
 def header(tensors, metadata):
     """{name: (dtype, shape)} and {key: text} -> the file's first bytes, {name: offset}, the file's size.
@@ -948,18 +943,18 @@ def dequantize_weight(stored, shape) -> torch.Tensor:
     return layer.dequantized(torch.float32)
 
 
-def snr(w, approximation) -> float:
-    """Signal-to-noise ratio in dB, infinite without noise."""
+def energy(x):
+    """Each row's sum of squares in float32, which is fast; the sum over rows in float64, which is accurate."""
+    return x.square().sum(1).double().sum().item()
+
+
+def snr(w, approximation, energy=energy) -> float:
+    """Signal-to-noise ratio in dB, infinite without noise. energy: a function from rows (R, K) to a number."""
     signal = noise = 0.0
     for i in range(0, len(w), 512):  # a few rows at a time: no second copy of w in float32
         x, y = w[i:i + 512].float(), approximation[i:i + 512]
         signal, noise = signal + energy(x), noise + energy(x - y)
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
-
-
-def energy(x):
-    """Each row's sum of squares in float32, which is fast; the sum over rows in float64, which is accurate."""
-    return x.square().sum(1).double().sum().item()
 
 
 # ----------------------------------------------------------------------------------------------------

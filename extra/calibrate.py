@@ -304,11 +304,12 @@ def round_blocks(calibration, formats, exact, ranks, method, num_iter, seed, out
                                 method, num_iter, ranks.get(name, 0), seed, seen.get(name))
 
         yield from convert.in_order(work, [name for name in names if name not in done], calibration.device)
+        written, _ = wan_fp4.read_safetensors(output.part)  # its header is complete, so it reads like any other
         for name in names:
             if formats.get(name, "bf16") != "bf16":
                 layer = name.removesuffix("weight")
                 replace(calibration, module, prefix, name,
-                        {stored.removeprefix(layer): output.read(stored) for stored in output.tensors
+                        {stored.removeprefix(layer): tensor for stored, tensor in written.items()
                          if stored.startswith(layer) and not stored.endswith(".bias")})
 
 
@@ -330,13 +331,7 @@ def round_tensor(source, name, fmt, full_precision, device, method, num_iter, ra
 def output_snr(w, approximation, moment):
     """Signal-to-noise ratio in dB of a layer's outputs, for the second moment of its inputs: that of tr(W H
     W^T)."""
-    signal = noise = 0.0
-    for i in range(0, len(w), 512):
-        x = w[i:i + 512].float()
-        error = x - approximation[i:i + 512]
-        signal += (x @ moment).mul_(x).sum(1).double().sum().item()
-        noise += (error @ moment).mul_(error).sum(1).double().sum().item()
-    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+    return convert.snr(w, approximation, lambda x: (x @ moment).mul_(x).sum(1).double().sum().item())
 
 
 @torch.no_grad()
