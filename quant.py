@@ -147,6 +147,7 @@ tensors in an nn.Module, and torch has all the kernels; there is no training and
 import functools
 import json
 import warnings
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -749,10 +750,13 @@ class QuantLinear(nn.Module):
         """The layer's format as printed: "NVFP4", or the dtype of a plain layer."""
         return FORMAT_NAMES.get(self.format, str(self.weight.dtype).removeprefix("torch."))
 
+    def how(self) -> str:
+        """How the layer multiplies, as printed: "tensor_cores, two passes"."""
+        return self.mode + (", two passes" if self.two_pass and self.mode != "dequantize" else "")
+
     def extra_repr(self):
-        two_pass = ", two passes" if self.two_pass and self.mode != "dequantize" else ""
         lora = f", {len(self.lora_scales)} LoRA" if self.lora_scales else ""
-        return f"{self.in_features} -> {self.out_features}, {self.kind()}, {self.mode}{two_pass}{lora}"
+        return f"{self.in_features} -> {self.out_features}, {self.kind()}, {self.how()}{lora}"
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
@@ -763,18 +767,14 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 def describe(model: nn.Module) -> str:
     """One line on the Linear layers of a model: "NVFP4 427 layers (tensor cores), bfloat16 34 layers"."""
-    counts = {}
+    counts = Counter()
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
-            two_pass = ", two passes" if layer.two_pass and layer.mode != "dequantize" else ""
-            key = layer.kind(), f" ({layer.mode.replace('_', ' ')}{two_pass})" if layer.format else ""
+            how = f" ({layer.how().replace('_', ' ')})" if layer.format else ""
+            counts[layer.kind(), how] += 1
         elif isinstance(layer, nn.Linear):
-            key = str(layer.weight.dtype).removeprefix("torch."), ""
-        else:
-            continue
-        counts[key] = counts.get(key, 0) + 1
-    most_first = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{kind} {n} layers{mode}" for (kind, mode), n in most_first)
+            counts[str(layer.weight.dtype).removeprefix("torch."), ""] += 1
+    return ", ".join(f"{kind} {n} layers{how}" for (kind, how), n in counts.most_common())
 
 
 # ----------------------------------------------------------------------------------------------------

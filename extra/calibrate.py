@@ -396,7 +396,7 @@ def round_compensated(w, fmt, hessian, num_iter):
         raise ValueError("quantize_weight: got NaN or infinite values, expected finite ones")
     tensor_scale = quant.quantize_nvfp4(w)[2] if fmt == "nvfp4" else None
     size = quant.BLOCK[fmt]
-    w = F.pad(w.float(), (0, -w.shape[1] % size, 0, -w.shape[0] % size)).T.contiguous()  # (K, M)
+    w = quant.pad_to(w.float(), size, size).T.contiguous()  # (K, M)
     h = damped(F.pad(hessian.double(), (0, len(w) - len(hessian)) * 2))  # (K, K)
     blocks = len(w) // size
 
