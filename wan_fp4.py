@@ -1385,14 +1385,16 @@ def attach_lora(model, path, strength: float = 1.0) -> str:
             new = old.float() + scale * factors[0].to(old.device).float()
             setattr(module, part, nn.Parameter(new.to(old.dtype), requires_grad=False))
             used.append("differences")
-    if not used:
-        usual = next(name for name in modules if name.endswith(".q"))
-        first = next(iter(skipped), "none")
-        raise wrong(path, f"{len(skipped)} differences, none of which fits, the first {first}",
-                    f"names such as {usual}", "use a LoRA for this kind of model")
     counts = ", ".join(f"{used.count(kind)} {kind}" for kind in ("layers", "differences") if kind in used)
-    more = f", skipped {len(skipped)}: {skipped[0]}" if skipped else ""
-    return f"{Path(path).name}: {counts}{more}"
+    return f"{Path(path).name}: {with_skipped(counts, skipped, path)}"
+
+
+def with_skipped(used, skipped, path):
+    """What was used of a LoRA, as text, and what was skipped. Raises ValueError if nothing was used."""
+    if not used:
+        raise wrong(path, f"{len(skipped)} differences, none of which fits, the first {(skipped or ['none'])[0]}",
+                    "names such as blocks.0.self_attn.q", "use a LoRA for this kind of model")
+    return f"{used}, skipped {len(skipped)}: {skipped[0]}" if skipped else used
 
 
 # ----------------------------------------------------------------------------------------------------

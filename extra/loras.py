@@ -95,13 +95,9 @@ class MergedSource(convert.Source):
                                  f"LoRA for a model of this size")
             self.terms.setdefault(name, []).append((path, scale, factors))
             merged += 1
-        if not merged:
-            raise ValueError(f"{path}: got {len(skipped)} differences, none of which fits, the first "
-                             f"{next(iter(skipped), 'none')}, expected names such as blocks.0.self_attn.q; use a "
-                             f"LoRA for this kind of model")
         self.files = self.files + wan_fp4.shards(path)
-        more = f", skipped {len(skipped)}: {skipped[0]}" if skipped else ""
-        return f"{path} at {strength:g}: merged into {merged} tensors{more}"
+        used = f"merged into {merged} tensors" if merged else ""
+        return f"{path} at {strength:g}: {wan_fp4.with_skipped(used, skipped, path)}"
 
     def tensor(self, name):
         """A tensor with its LoRAs: the sum in float32, rounded once to the tensor's dtype."""
