@@ -550,20 +550,6 @@ def test_a_layer_multiplies_by_its_weight_what_its_format_makes_of_x(case):
     assert torch.equal(layer.dequantized(torch.float32), w)
 
 
-SIGN = torch.tensor([[1.0], [-1.0]]).repeat(20, 1)  # of a scale for each row: all differ from their neighbors
-
-
-@pytest.mark.parametrize("change", [
-    lambda t: {"weight": t["weight"], "scale_weight": t["weight_scale"], "scale_input": torch.tensor([1.0])},
-    lambda t: {"weight": (t["weight"].float() * SIGN).to(t["weight"].dtype),
-               "weight_scale": t["weight_scale"] * SIGN},
-    lambda t: t | {"weight_scale": t["weight_scale"].view(1)}])
-def test_fp8_layers_are_read_under_other_names_and_by_rows(change):
-    tensors, w = stored("float8_e4m3fn", bias=False)
-    layer = quant.QuantLinear.from_tensors("shared", change(tensors), 56, 40)
-    assert layer.kind() == "FP8" and torch.equal(layer.dequantized(torch.float32), w)
-
-
 @pytest.mark.parametrize("fmt, dtype", [("nvfp4", torch.uint8), ("mxfp8", torch.float8_e8m0fnu)])
 def test_scales_may_be_bytes_or_float8(fmt, dtype):
     layer, w = make(fmt)
@@ -1418,7 +1404,8 @@ def test_shards_need_no_index_but_each_other(name, dit_path, tmp_path):
 
 E4M3FN, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8_FILES = {  # dtype, a scale per row, the scale's name, the tensors beside them, the names' prefix
-    "fp8_scaled": (E4M3FN, False, "scale_weight", {"scaled_fp8": torch.zeros(0).to(E4M3FN)},
+    "fp8_scaled": (E4M3FN, False, "scale_weight", {
+        "scaled_fp8": torch.zeros(0).to(E4M3FN), "blocks.0.ffn.0.scale_input": torch.ones(1)},
                    "model.diffusion_model."),
     "e5m2": (E5M2, False, "scale_weight", {"scaled_fp8": torch.zeros(2).to(E5M2)}, "diffusion_model."),
     "LightX2V's": (E4M3FN, True, "weight_scale", {}, "")}
@@ -2109,17 +2096,6 @@ def test_a_browser_can_play_an_mp4_while_it_loads(tmp_path):
     assert boxes.index("moov") < boxes.index("mdat")
 
 
-@pytest.mark.parametrize("image, prompt, name", [
-    ("фото.jpg", "поверни налево", "фото-поверни-налево-seed0.mp4"), ("写真.png", "左へ", "写真-左へ-seed0.mp4"),
-    ("a/../b c.jpg", "\u202e/\\:*?\"<>|\0\n%d", "b-c-d-seed0.mp4"), ("-x.png", "", "x-seed0.mp4"),
-    ("?.png", "", "seed0.mp4"), ("\ud800.png", "zoom", "zoom-seed0.mp4"), ("CON.png", "é" * 200, None)])
-def test_names_keep_letters_of_every_script_and_nothing_else(image, prompt, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with sample.reserve(None, image, prompt, 0) as (path, _):
-        assert path == name if name else len(os.fsencode(path)) <= 115
-        assert os.fsdecode(os.fsencode(path)) == path and os.path.dirname(path) == ""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_a_run_that_is_terminated_leaves_nothing(tmp_path):
     """SIGTERM comes while the video is written, as when a container stops."""
@@ -2483,22 +2459,30 @@ def test_what_decides_on_streaming(monkeypatch):
 
 # the video's name, and the latents beside it
 
-def test_names_are_valid_everywhere_and_free(tmp_path, monkeypatch):
+@pytest.mark.parametrize("image, prompt, name", [
+    ("x/my photo.jpg", "Pan: 50% left/up*", "my-photo-Pan-50-left-up-seed0.mp4"), ("图.jpg", "", "图-seed0.mp4"),
+    ("фото.jpg", "поверни налево", "фото-поверни-налево-seed0.mp4"), ("?.png", "", "seed0.mp4"),
+    ("a/../b c.jpg", "\u202e/\\:*?\"<>|\0\n%d", "b-c-d-seed0.mp4"), ("\ud800.png", "zoom", "zoom-seed0.mp4"),
+    ("-x.png", "", "x-seed0.mp4"), ("CON.png", "é图" * 200, None)])
+def test_names_keep_letters_of_every_script_and_nothing_else(image, prompt, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with sample.reserve(None, image, prompt, 0) as (path, kept):
+        assert path == name if name else len(os.fsencode(path)) <= 115
+        assert os.fsdecode(os.fsencode(path)) == path and os.path.dirname(path) == ""
+        assert Path(f"{path}.latents.safetensors").samefile(kept)
 
-    def name(image, prompt, seed, output=None):
-        with sample.reserve(output, image, prompt, seed) as (path, kept):
-            assert Path(f"{path}.latents.safetensors").samefile(kept)
-            return path
-    assert name("x/my photo.jpg", "Pan: 50% left/up*", 3) == "my-photo-Pan-50-left-up-seed3.mp4"
-    assert name("图.jpg", "", 0) == "图-seed0.mp4" and name("photo.jpg", "", 0, "b.mp4") == "b.mp4"
-    assert len(name("photo.jpg", "图 " * 100, 0).encode()) < 120
-    for expected in ("photo-seed0.mp4", "photo-seed0-1.mp4", "photo-seed0-2.mp4"):
-        assert name("photo.jpg", "", 0) == expected
-        Path(expected).touch()
-    Path("photo-seed0-3.mp4.latents.safetensors").touch()  # of an interrupted run
-    assert name("photo.jpg", "", 0) == "photo-seed0-4.mp4"
-    assert [*map(str, Path().glob("*.latents.*"))] == ["photo-seed0-3.mp4.latents.safetensors"]
+
+def test_names_are_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo-seed3.mp4", "photo-seed3-1.mp4", "photo-seed3-2.mp4", "photo-seed3-4.mp4"):
+        with sample.reserve(None, "photo.jpg", "", 3) as (path, _):
+            assert path == name
+        Path(path).touch()
+        if path == "photo-seed3-2.mp4":
+            Path("photo-seed3-3.mp4.latents.safetensors").touch()  # of an interrupted run
+    assert [*map(str, Path().glob("*.latents.*"))] == ["photo-seed3-3.mp4.latents.safetensors"]
+    with sample.reserve("b.mp4", "photo.jpg", "", 3) as (path, _):
+        assert path == "b.mp4"
 
 
 def test_two_runs_at_once_make_two_videos(place, fakes):
