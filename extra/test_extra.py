@@ -173,8 +173,7 @@ def output_snr(w, approximation, x):
     return decibels(x @ w.float().T, x @ approximation.T)
 
 
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-@pytest.mark.parametrize("width", [256, 200])
+@pytest.mark.parametrize("fmt, width", [("nvfp4", 256), ("mxfp8", 200)])
 def test_a_hessian_lowers_the_error_of_unseen_outputs(fmt, width):
     w, hessian, x = correlated(width)
     rtn = convert.dequantize_weight(convert.quantize_weight(w, fmt, "rtn"), w.shape)
@@ -276,13 +275,8 @@ def random_dit(path, **sizes):
 
 
 @pytest.fixture(scope="session")
-def small_dit(tmp_path_factory):
-    return random_dit(tmp_path_factory.mktemp("dit") / "m.safetensors", dim=64, head_dim=32)
-
-
-@pytest.fixture(scope="session")
-def source(small_dit):
-    return convert.Source(small_dit)
+def source(tmp_path_factory):
+    return convert.Source(random_dit(tmp_path_factory.mktemp("dit") / "m.safetensors", dim=64, head_dim=32))
 
 
 @pytest.fixture(scope="session")
@@ -297,7 +291,7 @@ def scores(walk):
 
 
 @pytest.fixture(scope="session")
-def calibrated(small_dit, scores, tmp_path_factory):
+def calibrated(source, scores, tmp_path_factory):
     """What calibrated runs wrote and printed: {name: (file, text)}."""
     folder, runs = tmp_path_factory.mktemp("calibrated"), {}
     with pytest.MonkeyPatch.context() as patch:
@@ -305,7 +299,7 @@ def calibrated(small_dit, scores, tmp_path_factory):
         patch.setattr(extra.calibrate.Calibration, "sensitive_attention", lambda self: [0, 1])
         for name, flags in {"measured": "", "size": "--size 250000", "nvfp4": "--nvfp4 --w4a16 0.1 "
                             "--extract-lora --lora-rank 4 --lora-target attn"}.items():
-            argv = ["-i", small_dit, "-o", folder / name, "--calib", PHOTO, "--num-iter", "1", *flags.split()]
+            argv = ["-i", source.path, "-o", folder / name, "--calib", PHOTO, "--num-iter", "1", *flags.split()]
             with contextlib.redirect_stdout(io.StringIO()) as text:
                 convert.main(argv)
             runs[name] = folder / name, text.getvalue()
@@ -327,8 +321,8 @@ def same_moment(inputs, x):
     return (inputs.moment - x.T @ x).abs().max() < 1e-4 * inputs.moment.abs().max()
 
 
-def test_calibration_sees_what_layers_of_the_whole_model_see(small_dit, walk):
-    dit, seen = wan_fp4.load_dit(small_dit), {}
+def test_calibration_sees_what_layers_of_the_whole_model_see(source, walk):
+    dit, seen = wan_fp4.load_dit(source.path), {}
     for _, _, stage in walk.stages():
         seen |= stage
     layers = [name for name, layer in dit.named_modules() if isinstance(layer, quant.QuantLinear)
@@ -424,15 +418,15 @@ def test_attention_in_e4m3_is_measured_against_rounding_its_output(source, monke
     assert capsys.readouterr().out.endswith("blocks that --attention fp8 keeps in bf16: 0\n")
 
 
-def test_calibrated_rounding_is_closer_to_the_plain_model(small_dit, walk, calibrated, tmp_path):
+def test_calibrated_rounding_is_closer_to_the_plain_model(source, walk, calibrated, tmp_path):
     """The velocity at a step that calibration did not see, against the bf16 model's. A LoRA helps."""
     x, _, *rest = walk.inputs[1]
 
     def velocity(path, **options):
         return wan_fp4.load_dit(path, **options)(x, torch.tensor([850.0]), *rest)
 
-    convert.main(["-i", small_dit, "-o", tmp_path / "search", "--nvfp4"])
-    exact, (file, text) = velocity(small_dit), calibrated["nvfp4"]
+    convert.main(["-i", source.path, "-o", tmp_path / "search", "--nvfp4"])
+    exact, (file, text) = velocity(source.path), calibrated["nvfp4"]
     lora = [(file.with_name("nvfp4_lora.safetensors"), 1.0)]
     paths = ((tmp_path / "search", ()), (file, ()), (file, lora))
     found = [decibels(exact, velocity(path, loras=loras)) for path, loras in paths]
@@ -440,7 +434,7 @@ def test_calibrated_rounding_is_closer_to_the_plain_model(small_dit, walk, calib
     assert "\noutput SNR " in text and len(load_file(lora[0][0])) == 3 * 20
 
 
-def test_the_report_has_the_snr_of_the_outputs(small_dit, source, calibrated, walk):
+def test_the_report_has_the_snr_of_the_outputs(source, calibrated, walk):
     """Of layers that were fed by the unrounded model: those of the first block that attend to themselves."""
     file, text = calibrated["nvfp4"]
     for _, prefix, seen in walk.stages():
@@ -453,9 +447,9 @@ def test_the_report_has_the_snr_of_the_outputs(small_dit, source, calibrated, wa
     assert float(line[2]) - 0.05 < found < 2 * float(line[1]) - float(line[2]) + 0.05
 
 
-def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, out, monkeypatch):
+def test_a_calibrated_run_resumes_to_the_same_bytes(source, out, monkeypatch):
     """Finished blocks are read back and feed those after them as before."""
-    argv = ["-i", small_dit, "-o", out, "--nvfp4", "--exclude-layers", "ffn|cross", "--calib", PHOTO]
+    argv = ["-i", source.path, "-o", out, "--nvfp4", "--exclude-layers", "ffn|cross", "--calib", PHOTO]
     convert.main(argv)  # which rounds q, k, v and o of two blocks
     complete = out.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -466,12 +460,12 @@ def test_a_calibrated_run_resumes_to_the_same_bytes(small_dit, out, monkeypatch)
     assert out.read_bytes() == complete and 3 <= len(rounded) <= 4
 
 
-def test_a_model_of_other_encoders_is_refused(small_dit, tmp_path):
-    tensors = load_file(small_dit) | {"text_embedding.0.weight": torch.zeros(64, 8)}
+def test_a_model_of_other_encoders_is_refused(source, tmp_path):
+    tensors = load_file(source.path) | {"text_embedding.0.weight": torch.zeros(64, 8)}
     model = write_checkpoint(tmp_path / "m.safetensors", tensors, head_dim="32", area="1024", frames="1")
     fails(convert.main, ["-i", model, "--calib", PHOTO], "expected 8 and")
-    fails(convert.main, ["-i", small_dit, "--calib", "lost.png"], "lost.png: no such file")
-    fails(convert.main, ["-i", small_dit, "--calib", PHOTO, "--vae", "lost"], "--vae lost: no such file")
+    fails(convert.main, ["-i", source.path, "--calib", "lost.png"], "lost.png: no such file")
+    fails(convert.main, ["-i", source.path, "--calib", PHOTO, "--vae", "lost"], "--vae lost: no such file")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,10 +706,7 @@ def test_plan_by_error_is_optimal_except_for_its_last_step():
         assert error <= min((e for s, e in plans if s <= budget - 15 * 11.5), default=math.inf) + 1e-9
     with pytest.raises(ValueError, match="got a budget of 200 bytes, expected at least"):
         extra.measure.plan_by_error(errors, sizes, 200)
-
-
-def test_a_plan_takes_no_step_past_one_that_does_not_fit():
-    """The second step of a would fit, but only after the first."""
+    # The second step of a would fit, but only after the first
     sizes = {"a": {"nvfp4": 10, "mxfp8": 20, "bf16": 23}, "b": {"nvfp4": 10, "mxfp8": 12, "bf16": 40}}
     errors = {"a": {"nvfp4": 100, "mxfp8": 10, "bf16": 0}, "b": {"nvfp4": 5, "mxfp8": 1, "bf16": 0}}
     assert extra.measure.plan_by_error(errors, sizes, 25) == {"a": "nvfp4", "b": "mxfp8"}
@@ -732,10 +723,10 @@ def test_output_errors_have_both_sides_rounded():
     assert errors["nvfp4"][1] == pytest.approx(relative_error(x @ weight.T, x @ w.T) ** 2, rel=1e-4)
 
 
-def test_gradient_scores_are_what_a_rounded_layer_does_to_the_latents(small_dit, walk):
+def test_gradient_scores_are_what_a_rounded_layer_does_to_the_latents(source, walk):
     """Against the whole model with one layer rounded, but for second-order terms and the random signs."""
     scores, flops = extra.measure.gradient_scores(walk, draws=24)
-    dit = wan_fp4.load_dit(small_dit)
+    dit = wan_fp4.load_dit(source.path)
     assert set(scores) == set(convert.quantizable(walk.source.shapes))
     exact = [dit(*inputs) for inputs in walk.inputs]
     for name in ("blocks.0.self_attn.v", "blocks.0.ffn.2", "blocks.1.cross_attn.v_img", "text_embedding.2"):
@@ -783,11 +774,11 @@ def test_w4a16_layers_and_blocks_with_sensitive_attention_are_in_the_file(calibr
     assert extra.attention.use_fp8_attention(dit, file) == [0, 1]
 
 
-def test_plan_measured_beats_the_score_at_its_size(small_dit, calibrated, tmp_path, scores):
+def test_plan_measured_beats_the_score_at_its_size(source, calibrated, tmp_path, scores):
     file, text = calibrated["measured"]
     ours, other = re.search(r"sum of the errors: ([0-9.e+-]+) in .*score's plan: ([0-9.e+-]+) in", text).groups()
     assert float(ours) < float(other) and "rank correlation of the score" in text
-    convert.main(["-i", small_dit, "-o", tmp_path / "score.safetensors"])
+    convert.main(["-i", source.path, "-o", tmp_path / "score.safetensors"])
     assert file.stat().st_size <= (tmp_path / "score.safetensors").stat().st_size + 128  # the command's length
     wan_fp4.load_dit(file)
     found, total = scores[0], sum(scores[0].values())
@@ -796,12 +787,12 @@ def test_plan_measured_beats_the_score_at_its_size(small_dit, calibrated, tmp_pa
     assert line == ", ".join(f"{name.removesuffix('.weight')} {found[name] / total:.0%}" for name in first)
 
 
-def test_size_is_a_limit_that_is_used(small_dit, calibrated):
+def test_size_is_a_limit_that_is_used(source, calibrated):
     file, text = calibrated["size"]
     planned, written = re.search(r"-> ([0-9.]+) MiB\n", text)[1], file.stat().st_size
     assert 0.9 * 250000 < written <= 250000 and written / 2 ** 20 == pytest.approx(float(planned), abs=0.006)
     assert any(layer.startswith(("text_embedding", "img_emb")) for layer in read_layers(file))
-    flags = ["-i", small_dit, "--calib", PHOTO, "--dry-run"]
+    flags = ["-i", source.path, "--calib", PHOTO, "--dry-run"]
     fails(convert.main, [*flags, "--size", "10KB"], "--size 0.01 MiB: too small, the smallest formats need")
 
 
@@ -843,16 +834,13 @@ def run_ranks(size, code, *argv):
         return [rank.exitcode for rank in ranks], [log.read_text() for log in logs]
 
 
-@pytest.mark.parametrize("name, gpus", [("cuda", 2), ("cuda:1", 4)])
-def test_more_ranks_than_gpus_are_refused(monkeypatch, name, gpus):
+def test_ranks_without_a_gpu_or_with_another_torch_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(ValueError, match=f"--device {name}: got 3 ranks on a machine with {gpus} GPUs"):
-        extra.parallel.Ranks(1, 3).device(name)
+    for name, gpus in ("cuda", 2), ("cuda:1", 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        with pytest.raises(ValueError, match=f"--device {name}: got 3 ranks on a machine with {gpus} GPUs"):
+            extra.parallel.Ranks(1, 3).device(name)
     assert extra.parallel.Ranks(1, 3).device("cpu") == "cpu"
-
-
-def test_a_rank_with_another_torch_is_refused():
     store = torch.distributed.HashStore()
     store.set("torch", "1.0")
     with pytest.raises(ValueError, match="expected 1.0 as in rank 0"):
@@ -907,17 +895,21 @@ with parallel.join_ranks() as ranks:
         assert (frames.int() - video.int()).abs().max() <= 1, case
 
 
-@pytest.mark.parametrize("failure, culprit, text", [
-    ("raise ValueError('cosmic ray')", 1, "extra.parallel: error: .*cosmic ray"),
-    ("os._exit(9)", 0, "lost the connection")])
-def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, failure, culprit, text):
-    """Rank 1 fails at the first step while rank 0 waits for it; or it vanishes, which rank 0 reports."""
+@pytest.mark.parametrize("failure, busy, culprit, text", [
+    ("raise ValueError('cosmic ray')", False, 1, "extra.parallel: error: .*cosmic ray"),
+    ("raise ValueError('cosmic ray')", True, 1, "extra.parallel: error: .*cosmic ray"),
+    ("os._exit(9)", False, 0, "lost the connection")])
+def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, failure, busy, culprit, text):
+    """Rank 1 fails at the first step while rank 0 waits or is busy; or it vanishes, which rank 0 reports."""
     start = time.monotonic()
     codes, errors = run_ranks(2, f"""
+import time
 def fail(*args):
     {failure}
 if os.environ["RANK"] == "1":
     parallel.TokenSplit.share = parallel.PLAIN["sample_latents"] = fail
+elif {busy}:
+    parallel.PLAIN["sample_latents"] = lambda *args: time.sleep(99)
 parallel.main(sys.argv[1:])
 """, PHOTO, "-o", tmp_path / "out.mp4", "--cfg", "2", "--frames", "1")
     assert 0 not in codes and time.monotonic() - start < 100
@@ -926,7 +918,7 @@ parallel.main(sys.argv[1:])
     assert not list(tmp_path.iterdir())
 
 
-def test_torchrun_starts_it_and_it_refuses_what_it_cannot_share(small_dit, monkeypatch):
+def test_torchrun_starts_it_and_it_refuses_what_it_cannot_share(source, monkeypatch):
     """torchrun is torch.distributed.run, here without the environment of run_ranks."""
     codes, (errors,) = run_ranks(1, """
 import torch.distributed.run
@@ -939,7 +931,7 @@ torch.distributed.run.main(["--standalone", "-m", "extra.parallel", *argv])
     fails(extra.parallel.main, [PHOTO], "got a single process, expected torchrun --nproc-per-node N -m extra")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 4)
     with pytest.raises(ValueError, match="the model's 2 heads: got 4 ranks that share them, expected 1, 2; "):
-        extra.parallel.SplitDiT(wan_fp4.load_dit(small_dit), None)
+        extra.parallel.SplitDiT(wan_fp4.load_dit(source.path), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1083,12 +1075,9 @@ class Clocks:
         self.known = {"host": Counter(), "compute": Counter(), "copy": Counter()}
         self.current, self.accesses, self.races = Pretended(self, "compute"), [], []
 
-    def join(self, agent, other):
-        self.known[agent] |= other
-
     def access(self, agent, buffer, write):
         if agent != "host":
-            self.join(agent, self.known["host"])  # what was done before the call that queued this
+            self.known[agent] |= self.known["host"]  # what was done before the call that queued this
         self.known[agent][agent] += 1
         for who, time_, where, wrote in self.accesses:
             if where == buffer and (write or wrote) and self.known[agent][who] < time_:
@@ -1103,24 +1092,21 @@ class Pretended:
         self.clocks, self.name, self.clock = clocks, name, Counter()
 
     def wait_event(self, event):
-        self.clocks.join(self.name, self.clocks.known["host"])
-        self.clocks.join(self.name, event.clock)
+        self.clocks.known[self.name] |= self.clocks.known["host"] | event.clock
 
     def wait_stream(self, other):
-        self.clocks.join(self.name, self.clocks.known["host"])
-        self.clocks.join(self.name, self.clocks.known[other.name])
+        self.clocks.known[self.name] |= self.clocks.known["host"] | self.clocks.known[other.name]
 
     def record(self, stream=None):
         self.clock = self.clocks.known[(stream or self.clocks.current).name].copy()
 
     def synchronize(self):
-        self.clocks.join("host", self.clock)
-
-    def __getitem__(self, part):
-        return self
+        self.clocks.known["host"] |= self.clock
 
     def view(self, *args):
         return self
+
+    __getitem__ = view
 
     def copy_(self, other, non_blocking=False):
         if isinstance(other, Pretended):
