@@ -4,6 +4,7 @@ Oracles are other people's libraries (comfy-kitchen, torchao, scikit-learn, vsri
 mathematics. What they share with the core's tests is in test_all.py. Nothing here needs a GPU.
 """
 import contextlib
+import copy
 import importlib
 import inspect
 import io
@@ -60,10 +61,7 @@ from test_all import (  # among them fixtures, which pytest finds by their names
     cuda,
     decibels,
     demo_inputs,
-    diffusers_dit,
-    dit_file,
     dit_inputs,
-    dit_path,
     fails,
     interrupt,
     lora_factors,
@@ -130,17 +128,16 @@ def test_which_gpus_multiply_in_e4m3(capability, has, monkeypatch):
             sample.Settings(attention="fp8", emulate=emulate, device="cuda")
 
 
-def test_blocks_that_the_file_lists_keep_their_attention(dit_path, tmp_path):
-    for listed, expected in (None, []), ("1", [1]), ("0,1", [0, 1]):
-        save_file(load_file(dit_path), tmp_path / "x.safetensors",
-                  {"head_dim": "32"} | ({"bf16_attention": listed} if listed else {}))
-        dit = wan_fp4.load_dit(tmp_path / "x.safetensors")
-        assert extra.attention.use_fp8_attention(dit, tmp_path / "x.safetensors") == expected
+def test_blocks_that_the_file_lists_keep_their_attention(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for listed, expected in ({}, []), ({"bf16_attention": "1"}, [1]), ({"bf16_attention": "0,1"}, [0, 1]):
+        dit = wan_fp4.load_dit(write_checkpoint(path, **listed))
+        assert extra.attention.use_fp8_attention(dit, path) == expected
         assert [i for i, block in enumerate(dit.blocks)
                 if block.self_attn.attention is F.scaled_dot_product_attention] == expected
-    save_file(load_file(dit_path), tmp_path / "bad.safetensors", {"head_dim": "32", "bf16_attention": "1;2"})
-    with pytest.raises(ValueError, match="bad.safetensors: bf16_attention in its header: got '1;2', expected"):
-        extra.attention.use_fp8_attention(dit, tmp_path / "bad.safetensors")
+    write_checkpoint(path, bf16_attention="1;2")
+    with pytest.raises(ValueError, match="x.safetensors: bf16_attention in its header: got '1;2', expected"):
+        extra.attention.use_fp8_attention(dit, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,10 +288,16 @@ def scores(walk):
 
 
 @pytest.fixture(scope="session")
-def calibrated(source, scores, tmp_path_factory):
-    """What calibrated runs wrote and printed: {name: (file, text)}."""
+def calibrated(source, walk, scores, tmp_path_factory):
+    """What runs with the calibration `walk` wrote and printed: {name: (file, text)}."""
+    def calibrate(*args):
+        calibration = copy.copy(walk)
+        calibration.dit = copy.deepcopy(walk.dit)  # its layers are replaced by rounded ones
+        return calibration
+
     folder, runs = tmp_path_factory.mktemp("calibrated"), {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extra.calibrate, "calibrate", calibrate)
         patch.setattr(extra.measure, "gradient_scores", lambda calibration: scores)
         patch.setattr(extra.calibrate.Calibration, "sensitive_attention", lambda self: [0, 1])
         for name, flags in {"measured": "", "size": "--size 250000", "nvfp4": "--nvfp4 --w4a16 0.1 "
@@ -534,7 +537,7 @@ def test_lightx2vs_tensors_are_mapped_bit_by_bit():
 def lightx2v_dit(tmp_path_factory):
     """Writes a small DiT with the blocks' weights in LightX2V's layout, and the same with dequantized weights."""
     folder = tmp_path_factory.mktemp("lightx2v")
-    source = load_file(dit_file(diffusers_dit(), folder / "x"))
+    source = checkpoint(torch.float32, ffn_dim=96, text_dim=24, image_dim=40)
 
     def write(pair=PAIRS[0], change=()):
         packed, exact = {}, {}
@@ -1165,9 +1168,9 @@ def test_no_step_waits_for_the_gpu_or_mixes_devices(cuda, tiny, monkeypatch, cap
     """With blocks that are streamed because they do not fit, tiles for the same reason, and 8-bit attention."""
     cuda.free = 1
     monkeypatch.setattr(extra.attention, "flex_attention", lambda: extra.attention.emulate_flex_attention)
-    video, waits = waits_on_a_gpu(tiny, monkeypatch, frames=1, size=(144, 64), offload=True, attention="fp8")
+    video, waits = waits_on_a_gpu(tiny, monkeypatch, frames=1, size=(64, 48), offload=True, attention="fp8")
     text = capsys.readouterr().out
-    assert video.shape == (1, 64, 144, 3) and waits == [0, 0]
+    assert video.shape == (1, 48, 64, 3) and waits == [0, 0]
     for words in "WanDiT: streaming", "UMT5Encoder: streaming", "tiles", "self-attention in E4M3":
         assert words in text
 
