@@ -66,7 +66,6 @@ from test_all import (  # among them fixtures, which pytest finds by their names
     interrupt,
     lora_factors,
     lora_file,
-    make,
     model,
     out,
     psnr,
