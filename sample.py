@@ -1,4 +1,4 @@
-"""From a picture and a prompt to a video: python sample.py photo.jpg --prompt "pan left"
+"""From a picture and a prompt to a video: python sample.py photo.jpg --prompt "the cat jumps"
 
     picture -> upright RGB, resized to the model's pixel area, both sides multiples of 16
     prompt  -> SentencePiece ids -> UMT5 features                           \\

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = ROOT / "demo" / "photo.jpg"
+PICTURE = ROOT / "demo" / "cat.png"
 sys.path.insert(0, str(ROOT))
 import convert
 import quant

@@ -32,7 +32,7 @@ demo      The bf16 model is converted with each set of flags; all layers of the 
           W4A16: 4-bit weights, activations not quantized. W4A4: activations quantized to 4 bits too, as tensor
           cores compute, here emulated. Two-pass: W4A4 with sample.py --two-pass. fp8 attention: W4A4 with
           sample.py --attention fp8. Layers that the file marks as W4A16 run as such everywhere. Calibration sees
-          two training pictures, four moves each.
+          two pictures as in training, four moves each.
 
 A part that lacks a package or a file is skipped, and says what is missing.
 """
@@ -329,38 +329,28 @@ def text_part(args):
 DEMO = bench.ROOT / "demo"
 ENCODERS = {"text-encoder": DEMO / "umt5.safetensors", "clip": DEMO / "clip.safetensors",
             "vae": DEMO / "vae.safetensors"}
-MORE = "0.5 MiB more than all in NVFP4"
 CONVERSIONS = {
     "to nearest": ["--nvfp4", "--simple"], "default rounding": ["--nvfp4"], "calibrated": ["--nvfp4", "--calib"],
     "calibrated, LoRA": ["--nvfp4", "--calib", "--extract-lora", "--lora-rank", "16"],
     "calibrated, W4A16 12 %": ["--nvfp4", "--calib", "--w4a16", "0.12"],
-    "published analysis": [], "measured plan, same size": ["--calib"],
-    "0.5 MiB more": ["--calib", "--size", MORE],
-    "0.5 MiB more, W4A16 12 %": ["--calib", "--size", MORE, "--w4a16", "0.12"]}
+    "published analysis": [], "measured plan, same size": ["--calib"]}
 MODES = "W4A16", "W4A4", "two-pass", "fp8 attention"
 
 
-def unseen_pictures(side):
-    """Two held-out pictures (3, side, side) in [0, 1]."""
-    import evaluate
-    windows = dict(evaluate.VIEWS)
-    for name in ("chelsea", "flower"):
-        moves, _ = evaluate.true_moves(name, windows[name], 1, side)  # (9, 3, 1, h, w)
-        yield (moves[0, :, 0] + 1) / 2
-
-
 def seen_pictures():
-    """Two training pictures (3, h, w) in [0, 1], and four moves for each."""
+    """Two pictures (3, h, w) in [0, 1] as in training, and four moves for each."""
     import train
-    for name in ("astronaut", "coffee"):
-        picture = train.render(train.load_photo(name), "still", 1, 192, 192)[:, 0]
-        yield name, picture, ("pan left", "zoom in", "rotate right", "pan down")
+    rng = random.Random(0)
+    for name in ("first", "second"):
+        picture = train.render(train.random_scene(train.training_names(), rng), "stay still", [0])[:, 0]
+        yield name, (picture + 1) / 2, ("slide left", "grow", "tilt right", "jump")
 
 
 def held_out_conditions(metadata):
-    """(text, image, y) of the first frame of each unseen picture with each of the nine moves."""
+    """(text, image, y) of two pictures that training never saw, with each of the nine moves."""
+    import evaluate
     import train
-    pictures = list(unseen_pictures(round(int(metadata["area"]) ** 0.5)))
+    pictures = [evaluate.first_frame(name) for name in train.held_out()[:2]]
     texts = sample.encode_text(ENCODERS["text-encoder"], train.MOVES, "cpu")
     tokens = sample.encode_images(ENCODERS["clip"], pictures, "cpu")
     firsts = sample.encode_first_frames(ENCODERS["vae"], pictures, int(metadata["frames"]), "cpu")
@@ -408,13 +398,10 @@ def demo_part(args):
         folder = Path(folder)
         pictures, out = list(write_calibration(folder)), folder / "out.safetensors"
         lora = folder / "out_lora.safetensors"
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert.main(["-i", args.dit, "-o", out, "--nvfp4", "--simple"])
-        values = {"--calib": ["--calib", *pictures], MORE: [str(out.stat().st_size + 2 ** 19)]}
         for name, flags in CONVERSIONS.items():
             if args.conversion not in name:
                 continue
-            flags = [x for flag in flags for x in values.get(flag, [flag])]
+            flags = [x for flag in flags for x in ([flag, *pictures] if flag == "--calib" else [flag])]
             with contextlib.redirect_stdout(io.StringIO()):
                 seconds, _ = bench.timed(lambda: convert.main(["-i", args.dit, "-o", out, *flags]))
             sizes = [path.stat().st_size / 2 ** 20 if path.exists() else 0 for path in (out, lora)]
