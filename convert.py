@@ -118,7 +118,8 @@ RECIPE_TARGET = r"ffn\.(0|2)\.weight|self_attn\.(v|o)\.weight"  # of --lora-targ
 def parse_args(argv):
     """The arguments, checked. Raises ValueError for flags that do not exist, have a bad value, or exclude one
     another."""
-    args, unknown = make_parser().parse_known_args([with_dashes(arg) for arg in argv])
+    parser = make_parser()
+    args, unknown = parser.parse_known_args([with_dashes(arg) for arg in argv])
     if unknown:
         first = next((arg for arg in unknown if arg.startswith("-")), unknown[0])
         typed = next((arg for arg in argv if with_dashes(arg) == first), first).partition("=")[0]
@@ -153,10 +154,24 @@ def make_parser():
     add("--seed", type=whole_number(-2 ** 63, 2 ** 63 - 1), default=0,
         help="for the noise of the calibration videos and the SVD of the LoRA (%(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
+    add_plan_flags(parser.add_argument_group("format of each layer (default: --plan score)"))
+    add_rounding_flags(parser.add_argument_group("rounding"))
+    add_lora_flags(parser.add_argument_group("error-correction LoRA"))
     for flag in WITHOUT_EFFECT:
         add(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+    return parser
 
-    group = parser.add_argument_group("format of each layer (default: --plan score)")
+
+def whole_number(low, high=10 ** 9):
+    """The type of an argument: a whole number within bounds."""
+    def parse(text):
+        if not re.fullmatch("-?[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text[:50]!r}: expected a whole number from {low} to {high}")
+        return int(text)
+    return parse
+
+
+def add_plan_flags(group):
     add, base = group.add_argument, group.add_mutually_exclusive_group()
     for fmt in ("nvfp4", "mxfp8", "fp8"):
         base.add_argument(f"--{fmt}", action="store_const", dest="base", const=fmt,
@@ -180,7 +195,9 @@ def make_parser():
     add("--print-flags", action="store_true", help="print the plan as flags for convert_to_quant")
     add("--dry-run", action="store_true", help="stop after the plan")
 
-    add = parser.add_argument_group("rounding").add_argument
+
+def add_rounding_flags(group):
+    add = group.add_argument
     add("--simple", action="store_true", help="round to nearest, without searching block scales")
     add("--calib", nargs="+", type=Path, metavar="IMAGE", help="run the pipeline on these pictures and round "
         "each layer for what it is fed. The prompt is read from a .txt file beside the picture, if there is one")
@@ -195,22 +212,14 @@ def make_parser():
     add("--num-iter", type=whole_number(1), default=4, metavar="N", help="with --calib, the maximum number of "
         "sweeps over a weight; stops early when nothing changes (%(default)s)")
 
-    add = parser.add_argument_group("error-correction LoRA").add_argument
+
+def add_lora_flags(group):
+    add = group.add_argument
     add("--extract-lora", action="store_true", help="also write a LoRA that runs beside the quantized layers and "
         "corrects a part of their rounding error")
     add("--lora-rank", type=whole_number(1), default=64, metavar="R", help="its rank (%(default)s)")
     add("--lora-target", metavar="REGEX", default=RECIPE_TARGET, help="its layers (%(default)s)")
     add("--lora-output", type=Path, metavar="FILE", help="default: OUT with _lora before .safetensors")
-    return parser
-
-
-def whole_number(low, high=10 ** 9):
-    """The type of an argument: a whole number within bounds."""
-    def parse(text):
-        if not re.fullmatch("-?[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text[:50]!r}: expected a whole number from {low} to {high}")
-        return int(text)
-    return parse
 
 
 def parse_size(text):
