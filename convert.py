@@ -306,8 +306,8 @@ class Source:
             self.metadata |= metadata
             for stored, (dtype, shape) in tensors.items():
                 self.add(file, stored, dtype, shape)
-        wan_fp4.load_dit(self.path, "meta")  # raises ValueError unless this is a whole DiT of Wan
-        self.expert = wan_fp4.expert_noise(self.path) if wan_fp4.is_expert(self.path) else ""
+        dit = wan_fp4.load_dit(self.path, "meta")  # raises ValueError unless this is a whole DiT of Wan
+        self.expert = wan_fp4.expert_noise(self.path) if dit.cfg.image_dim is None else ""
         if self.others:
             print(f"{path}: left out {len(self.others)} tensors of other networks, such as "
                   f"{self.others[0][:200]}")

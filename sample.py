@@ -378,7 +378,7 @@ def own_settings(files) -> dict:
     "prompt": str} and, for Wan2.2, its sampler and scheduler. Raises ValueError for a bad number in the
     header."""
     path = files["dit"]
-    _, header = wan_fp4.read_tensors(path, "meta")
+    header = wan_fp4.read_metadata(path)
     own = {"frames": Settings.frames, "area": Settings.area, "prompt": header.get("prompt", "")}
     for name in {"frames", "area"} & header.keys():
         if not re.fullmatch("[0-9]{1,9}", header[name]):

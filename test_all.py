@@ -74,7 +74,6 @@ PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "win32" else 
 PROCESSES.set_forkserver_preload(["torch"])  # imported once for all of them
 CHILD = """
 import os, sys, torch
-environment = os.environ.copy()
 os.environ |= own
 os.chdir(cwd)
 sys.argv, sys.path[:] = ["program", *argv], [cwd, *(path for path in sys.path if path != repository)]

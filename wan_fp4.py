@@ -798,9 +798,20 @@ def read_header(path):
     """A safetensors file's metadata {str: str} and {tensor name: (dtype name, shape)}; reads no tensor. Raises
     FileNotFoundError or another OSError, and ValueError for a file that is not in safetensors format."""
     with reading(path, "safetensors file"), safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        stored = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        return file.metadata() or {}, stored
+        return header_of(file)
+
+
+def header_of(file):
+    """read_header of an open file."""
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    stored = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    return file.metadata() or {}, stored
+
+
+def read_metadata(path):
+    """The metadata of all of a checkpoint's safetensors files."""
+    files = [file for file in shards(path) if file.suffix not in PICKLES]
+    return {key: text for file in files for key, text in read_header(file)[0].items()}
 
 
 def read_pickle(path):
@@ -819,9 +830,8 @@ def read_pickle(path):
 def read_safetensors(path, device="cpu"):
     """The tensors of a safetensors file, memory-mapped, and its metadata. On the meta device, only the header and
     what is small are read: markers and single numbers."""
-    metadata, stored = read_header(path)
     with reading(path, "safetensors file"), safe_open(path, "pt") as file:
-        tensors = {}
+        (metadata, stored), tensors = header_of(file), {}
         for name, (dtype, shape) in stored.items():
             if torch.device(device).type != "meta" or name.endswith(".comfy_quant") or math.prod(shape) <= 1:
                 tensors[name] = file.get_tensor(name)
@@ -896,7 +906,7 @@ def is_expert(path):
 def expert_noise(path):
     """Which of Wan2.2's two experts a file is, "high" or "low": by its header, which convert.py writes, by its
     name or by its folder's; diffusers names the folders transformer and transformer_2. "" if nothing tells."""
-    _, header = read_tensors(path, "meta")
+    header = read_metadata(path)
     folder, name = Path(os.path.abspath(path)).parts[-2:]
     for words in (header.get("expert", ""), name, folder):
         levels = set(re.findall("(high|low)[-_]?noise", words.lower()))

@@ -66,7 +66,7 @@ def autoencoder(vae):
     return lambda truth: vae.decode(vae.encode(truth.to(device))).cpu()
 
 
-def pipeline(dit, umt5, clip, vae, tokenizer, steps=4, sampler="lcm", scheduler="normal"):
+def pipeline(dit, umt5, clip, vae, tokenizer):
     """A function from the true moves to the videos that these networks make of their first frame and the nine
     prompts, all from the same noise."""
     device = next(dit.parameters()).device
@@ -84,7 +84,7 @@ def pipeline(dit, umt5, clip, vae, tokenizer, steps=4, sampler="lcm", scheduler=
             return dit(x, torch.full((len(x),), 1000 * float(sigma), device=device), text, image, y)
 
         latents = sample.sample_latents(velocity, noise.expand(len(MOVES), -1, -1, -1, -1),
-                                        sample.sigmas(scheduler, steps, 5.0), sampler, generator)
+                                        sample.sigmas("normal", 4, 5.0), "lcm", generator)
         return vae.decode(latents).cpu()  # (9, 3, F, h, w)
     return make_videos
 

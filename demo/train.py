@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
@@ -175,10 +175,10 @@ def psnr(a, b):
     return 10 * math.log10(4 / max((a - b).square().mean().item(), 1e-12))
 
 
-def save_whole(path, save, content, *more):
-    """Write a file under a temporary name, renamed on success."""
+def save_whole(path, content):
+    """torch.save under a temporary name, renamed on success."""
     part = Path(f"{path}.part")
-    save(content, part, *more)
+    torch.save(content, part)
     part.replace(path)
 
 
@@ -219,7 +219,7 @@ class Trainer:
         for k, v in self.modules.state_dict().items():
             self.average[k].lerp_(v, 1 - decay)
         if self.step % 100 == 0 or self.step == self.steps:
-            save_whole(self.path, torch.save, {
+            save_whole(self.path, {
                 "weights": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "average": self.average, "step": self.step, "python_rng": self.rng.getstate(),
                 "torch_rng": torch.get_rng_state()})
@@ -354,6 +354,12 @@ def fit_linear_decoder(vae, names, rng, device, steps=600):
 SHAPES = [(1, 64, 12), (5, 64, 3), (9, 64, 2), (17, 64, 1)]  # of a batch: frames, side, clips
 
 
+def random_batch(names, rng):
+    """Clips (B, 3, F, side, side) of one of SHAPES."""
+    frames, side, count = rng.choice(SHAPES)
+    return torch.stack([random_clip(names, frames, side, rng) for _ in range(count)])
+
+
 def train_vae(args):
     import evaluate  # which imports this file
     names = training_names()
@@ -367,13 +373,12 @@ def train_vae(args):
         fit_linear_decoder(vae, names, rng, args.device)
     run = Trainer(vae, path, args.steps or 1000, 6e-4, args.seed, args.device)
     while run.step < run.steps:
-        frames, side, batch = run.rng.choice(SHAPES)
-        clips = torch.stack([random_clip(names, frames, side, run.rng) for _ in range(batch)]).to(args.device)
+        clips = random_batch(names, run.rng).to(args.device)
         z, kl = vae.sample_latents(clips)  # in float32: bfloat16 changes the latents by 3 %
         out = vae.reconstruct(z)
         run.update(vae_loss(out, clips) + 2e-4 * kl)
         if run.step % 50 == 0:
-            run.report(f"{frames} frames: {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}")
+            run.report(f"{clips.shape[2]} frames: {psnr(out.detach(), clips):.2f} dB  kl {kl.item():.3f}")
         if run.step % 600 == 0 or run.step == run.steps:
             run.report_held_out(evaluate.autoencoder(vae))
     vae.cpu().load_state_dict(run.average)
@@ -406,14 +411,13 @@ def train_decoder(args):
     vae.to(args.device)
     run = Trainer(vae.decoder, WORK / "decoder.pt", args.steps or 1000, 4e-4, args.seed, args.device)
     while run.step < run.steps:
-        frames, side, batch = run.rng.choice(SHAPES)
-        clips = torch.stack([random_clip(names, frames, side, run.rng) for _ in range(batch)]).to(args.device)
+        clips = random_batch(names, run.rng).to(args.device)
         with torch.no_grad():
             z, _ = vae.sample_latents(clips)
         out = vae.reconstruct(z)
         run.update(vae_loss(out, clips) + 0.5 * dissimilarity(out, clips))
         if run.step % 50 == 0:
-            run.report(f"{frames} frames: {psnr(out.detach(), clips):.2f} dB")
+            run.report(f"{clips.shape[2]} frames: {psnr(out.detach(), clips):.2f} dB")
         if run.step % 250 == 0:
             run.report_held_out(evaluate.autoencoder(vae))
     decoder = {f"decoder.{name}": tensor for name, tensor in run.average.items()}
@@ -438,8 +442,8 @@ def normalize(vae, clips):
 
 
 def save(path, tensors, dtype, **metadata):
-    tensors = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
-    save_whole(path, save_file, tensors, metadata)
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    wan_fp4.write_safetensors(path, tensors, metadata)
 
 
 def average_of(path):
@@ -476,7 +480,7 @@ def train_latents(args):
             views.append(view)
             if len(views) % 50 == 0:
                 print(f"{len(views)} views, {(time.time() - start) / len(views):.2f} s each", flush=True)
-    save_whole(WORK / "latents.pt", torch.save, views)
+    save_whole(WORK / "latents.pt", views)
 
 
 # ----------------------------------------------------------------------------------------------------

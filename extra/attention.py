@@ -97,7 +97,7 @@ def has_fp8_kernel(device):
 def use_fp8_attention(dit, path):
     """Use fp8_attention in the blocks of a WanDiT loaded from `path`, except in those that its header lists:
     convert.py --calib found them too sensitive. Returns their numbers. Raises ValueError for a bad list."""
-    kept = wan_fp4.read_tensors(path, "meta")[1].get("bf16_attention", "")
+    kept = wan_fp4.read_metadata(path).get("bf16_attention", "")
     if not re.fullmatch("([0-9]{1,4}(,[0-9]{1,4})*)?", kept):
         raise ValueError(f"{path}: bf16_attention in its header: got {kept[:50]!r}, expected the numbers of "
                          f"blocks, such as 0,39; remove it")
