@@ -71,7 +71,7 @@ def fails(main, argv, text, code=2):
 
 
 PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-PROCESSES.set_forkserver_preload(["torch"])  # imported once for all of them
+PROCESSES.set_forkserver_preload(["torch", "torch.distributed.run", "av", "sentencepiece"])  # imported once for all
 CHILD = """
 import os, sys, torch
 os.environ |= own
@@ -2255,12 +2255,13 @@ def waits_on_a_gpu(tiny, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("capability, settings", [
-    ((7, 5), {}), ((9, 0), {"emulate": True}), ((12, 0), {"two_pass": True, "lora": True, "cfg": 2.0})])
+    ((7, 5), {"frames": 1}), ((9, 0), {"frames": 1, "emulate": True}),
+    ((12, 0), {"frames": 5, "two_pass": True, "lora": True, "cfg": 2.0})])
 def test_no_step_waits_for_the_gpu_or_mixes_devices(capability, settings, cuda, tiny, monkeypatch):
     cuda.capability = capability
     loras = [(tiny / "nvfp4_lora.safetensors", 1.0)] if settings.pop("lora", False) else []
-    video, waits = waits_on_a_gpu(tiny, monkeypatch, frames=5, size=(64, 48), loras=loras, **settings)
-    assert video.shape == (5, 48, 64, 3) and video.device.type == "cpu" and waits == [0, 0]
+    video, waits = waits_on_a_gpu(tiny, monkeypatch, size=(64, 48), loras=loras, **settings)
+    assert video.shape == (settings["frames"], 48, 64, 3) and video.device.type == "cpu" and waits == [0, 0]
 
 
 # the pipeline, with networks that only record what they are given
@@ -2842,9 +2843,9 @@ def test_the_demos_video_is_that_of_the_libraries():
     """The whole path, for the demo's picture and seed 0, by Pillow, transformers, diffusers and comfy-kitchen."""
     own, ours, photo = sample.own_settings(demo_files()), [], Image.open(PHOTO)
     assert own["prompt"] == PROMPT and own["area"] == math.prod(photo.size) and photo.mode == "RGB"
-    settings = sample.Settings(frames=own["frames"], area=own["area"])
+    settings = sample.Settings(frames=9, area=own["area"])  # more take diffusers' VAE longer
     video = sample.generate(sample.read_image(PHOTO), PROMPT, demo_files(), settings, ours.append)
-    latents, frames = library_video(photo, own["frames"])
+    latents, frames = library_video(photo, 9)
     assert relative_error(ours[0], latents) < 5e-5
     frames = ((frames[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)  # (F, h, w, 3)
     assert video.shape == frames.shape and (video - frames).abs().max() < 1
@@ -3288,7 +3289,7 @@ def test_the_plan_by_score_of_a_model(tmp_path, out, capsys):
         for layer in "q", "k":
             tensors[f"blocks.{i}.self_attn.{layer}.weight"][0, 0] = 0.9 + 0.02 * i  # 18 sigma or more
     model = write_checkpoint(tmp_path / "m.safetensors", tensors)
-    convert.main(["-i", model, "-o", out, "--plan", "score", "--print-flags"])
+    convert.main(["-i", model, "-o", out, "--plan", "score", "--simple", "--print-flags"])
     layers, text = read_layers(out), capsys.readouterr().out
     assert {f"blocks.{i}.{layer}" for i in range(24) for layer in LINEARS} - layers.keys() == {
         f"blocks.{i}.self_attn.{layer}" for i in range(24) for layer in ("q", "k")}
@@ -3793,7 +3794,7 @@ GIVEN_BY = {"dit": "--dit", "nvfp4": "--dit", "vae": "--vae", "umt5": "--text-en
             "nvfp4_lora": "--lora", "latents": "--decode"}
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_damaged_files(seed, keeps_the_contract):
     rng = random.Random(seed)
     name = rng.choice([*GIVEN_BY, "convert", "photo"])
@@ -3964,8 +3965,7 @@ def test_the_demo_is_what_the_documented_command_makes_of_its_bf16_model(tmp_pat
     assert quant.describe(dit.blocks) == f"NVFP4 {12 * len(dit.blocks)} layers (dequantize)"
 
 
-@pytest.mark.parametrize("prompt, x, y, frame", [("move to the left", -32, 0, 16), ("slide right", 32, 0, 16),
-                                                  ("hop", 0, -32, 8)])
+@pytest.mark.parametrize("prompt, x, y, frame", [("move to the left", -32, 0, 16), ("hop", 0, -32, 8)])
 def test_demo_videos_show_the_moves_asked_for(prompt, x, y, frame):
     """On a picture that the training has not seen: where the subject should be then, by pixels."""
     picture = sample.read_image(PHOTO)  # (3, h, w)
