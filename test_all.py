@@ -71,7 +71,7 @@ def fails(main, argv, text, code=2):
 
 
 PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-PROCESSES.set_forkserver_preload(["torch", "torch.distributed.run", "av", "sentencepiece"])  # imported once for all
+PROCESSES.set_forkserver_preload(["torch", "torch.distributed.run", "av", "sentencepiece"])  # once for all
 CHILD = """
 import os, sys, torch
 os.environ |= own
@@ -1455,13 +1455,47 @@ def test_fp8_files_are_what_they_dequantize_to(case, dit_path, tmp_path):
 
 # LoRA
 
-NAMINGS = {  # prefix, a self-attention q, up, down
-    "ComfyUI": ("diffusion_model.", "self_attn.q", "lora_up.weight", "lora_down.weight"),
-    "older ComfyUI": ("model.diffusion_model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
-    "bare": ("", "self_attn.q", "lora_up.weight", "lora_down.weight"),
-    "peft in memory": ("", "self_attn.q", "lora_B.default.weight", "lora_A.default.weight"),
-    "peft": ("base_model.model.", "self_attn.q", "lora_B.weight", "lora_A.weight"),
-    "diffusers": ("transformer.", "attn1.to_q", "lora_B.weight", "lora_A.weight")}
+@functools.cache
+def diffusers_layers():
+    """{official name: diffusers'} of every Linear."""
+    return {wan_fp4.official_dit_name(layer): layer for layer, module in diffusers_dit().named_modules()
+            if isinstance(module, torch.nn.Linear)}
+
+
+def diffusers_layer(name):
+    return diffusers_layers()[name]
+
+
+SPELLINGS = {  # a layer's name from the official one, lora_up's ending, lora_down's
+    "ComfyUI": (lambda n: f"diffusion_model.{n}", "lora_up.weight", "lora_down.weight"),
+    "older ComfyUI": (lambda n: f"model.diffusion_model.{n}", "lora_B.weight", "lora_A.weight"),
+    "bare": (str, "lora_up.weight", "lora_down.weight"),
+    "PEFT in memory": (str, "lora_B.default.weight", "lora_A.default.weight"),
+    "PEFT of official names": (lambda n: f"base_model.model.{n}", "lora_B.weight", "lora_A.weight"),
+    "bare diffusers": (diffusers_layer, "lora_B.weight", "lora_A.weight"),
+    "diffusers": (lambda n: f"transformer.{diffusers_layer(n)}", "lora_B.weight", "lora_A.weight"),
+    "PEFT's endings": (lambda n: f"diffusion_model.{n}", "lora_B.weight", "lora_A.weight"),
+    "kohya and musubi": (lambda n: "lora_unet_" + n.replace(".", "_"), "lora_up.weight", "lora_down.weight"),
+    "VideoX-Fun": (lambda n: "lora_unet__" + n.replace(".", "_"), "lora_up.weight", "lora_down.weight"),
+    "half kohya": (lambda n: re.sub(r"^blocks\.(\d+)\.", r"lora_unet_blocks_\1.", n), "lora_up.weight",
+                   "lora_down.weight"),
+    "kohya of diffusers": (lambda n: "lora_unet_" + diffusers_layer(n).replace(".", "_"), "lora_up.weight",
+                           "lora_down.weight"),
+    "DiffSynth": (lambda n: f"pipe.dit.{n}", "lora_B.default.weight", "lora_A.default.weight"),
+    "PEFT": (lambda n: f"base_model.model.{diffusers_layer(n)}", "lora_B.weight", "lora_A.weight"),
+    "an adapter's name": (lambda n: f"transformer.{diffusers_layer(n)}", "lora_B.lightx2v_t1.weight",
+                          "lora_A.lightx2v_t1.weight")}
+PARTLY = {"half kohya": "blocks.", "kohya of diffusers": "blocks."}  # what those who use it train
+
+
+def spelled(layers, spelling="ComfyUI", alpha=None):
+    """The tensors of a LoRA {official name: (up, down)} under a program's names."""
+    name_of, up_ending, down_ending = SPELLINGS[spelling]
+    lora = {}
+    for layer, (up, down) in layers.items():
+        lora |= {f"{name_of(layer)}.{up_ending}": up, f"{name_of(layer)}.{down_ending}": down}
+        lora |= {} if alpha is None else {f"{name_of(layer)}.alpha": torch.tensor(alpha)}
+    return lora
 
 
 def lora_factors(layer, up, down):
@@ -1483,12 +1517,8 @@ UP, DOWN = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(3)) * 0
 ATTN = "blocks.1.self_attn.q.weight"
 
 
-def named_lora(naming, alpha=None):
-    """A LoRA's tensors for ATTN by one of NAMINGS."""
-    prefix, layer, up, down = NAMINGS[naming]
-    alphas = {} if alpha is None else {f"{prefix}blocks.1.{layer}.alpha": torch.tensor(alpha)}
-    factors = {up: UP, down: DOWN.T.contiguous()}
-    return {f"{prefix}blocks.1.{layer}.{ending}": factor for ending, factor in factors.items()} | alphas
+def of_attn(spelling, alpha=None):
+    return spelled({"blocks.1.self_attn.q": (UP, DOWN.T.contiguous())}, spelling, alpha)
 
 
 def differences():
@@ -1503,13 +1533,11 @@ def differences():
 
 
 LORAS = {  # the LoRAs and their strengths, what they add to the weights, the end of the last one's line
-    **{naming: ([(named_lora(naming), 0.7)], {ATTN: 0.7 * UP @ DOWN.T}, "1 layers") for naming in NAMINGS},
-    **{f"{naming}, alpha": ([(named_lora(naming, 2.0), 0.7)], {ATTN: 0.35 * UP @ DOWN.T}, "1 layers")
-       for naming in ("ComfyUI", "diffusers")},
+    "one": ([(of_attn("ComfyUI"), 0.7)], {ATTN: 0.7 * UP @ DOWN.T}, "1 layers"),
+    "alpha": ([(of_attn("ComfyUI", alpha=2.0), 0.7)], {ATTN: 0.35 * UP @ DOWN.T}, "1 layers"),
     "differences": ([(differences()[0], 0.5)], None, ": 6 differences"),
-    "several": ([(named_lora("bare"), 1.0), (named_lora("ComfyUI"), -0.25)], {ATTN: 0.75 * UP @ DOWN.T},
-                "1 layers"),
-    "16 bits": ([({n: t.bfloat16() for n, t in named_lora("bare").items()}, 1.0)],
+    "several": ([(of_attn("bare"), 1.0), (of_attn("ComfyUI"), -0.25)], {ATTN: 0.75 * UP @ DOWN.T}, "1 layers"),
+    "16 bits": ([({n: t.bfloat16() for n, t in of_attn("bare").items()}, 1.0)],
                 {ATTN: UP.bfloat16().float() @ DOWN.T.bfloat16().float()}, "1 layers")}
 
 
@@ -1575,32 +1603,6 @@ def test_loras_that_are_refused(lora, error, dit_path, lora_file):
 
 # The same LoRA of every layer under the names of each program
 
-@functools.cache
-def diffusers_layers():
-    """{official name: diffusers'} of every Linear."""
-    return {wan_fp4.official_dit_name(layer): layer for layer, module in diffusers_dit().named_modules()
-            if isinstance(module, torch.nn.Linear)}
-
-
-def diffusers_layer(name):
-    return diffusers_layers()[name]
-
-
-SPELLINGS = {  # a layer's name from the official one, lora_up's ending, lora_down's
-    "PEFT's endings": (lambda n: f"diffusion_model.{n}", "lora_B.weight", "lora_A.weight"),
-    "kohya and musubi": (lambda n: "lora_unet_" + n.replace(".", "_"), "lora_up.weight", "lora_down.weight"),
-    "VideoX-Fun": (lambda n: "lora_unet__" + n.replace(".", "_"), "lora_up.weight", "lora_down.weight"),
-    "half kohya": (lambda n: re.sub(r"^blocks\.(\d+)\.", r"lora_unet_blocks_\1.", n), "lora_up.weight",
-                   "lora_down.weight"),
-    "kohya of diffusers": (lambda n: "lora_unet_" + diffusers_layer(n).replace(".", "_"), "lora_up.weight",
-                           "lora_down.weight"),
-    "DiffSynth": (lambda n: f"pipe.dit.{n}", "lora_B.default.weight", "lora_A.default.weight"),
-    "PEFT": (lambda n: f"base_model.model.{diffusers_layer(n)}", "lora_B.weight", "lora_A.weight"),
-    "an adapter's name": (lambda n: f"transformer.{diffusers_layer(n)}", "lora_B.lightx2v_t1.weight",
-                          "lora_A.lightx2v_t1.weight")}
-PARTLY = {"half kohya": "blocks.", "kohya of diffusers": "blocks."}  # what those who use it train
-
-
 @pytest.fixture(scope="session")
 def every_layer(dit_path):
     """{name: (up, down)} of every Linear of the small DiT."""
@@ -1610,18 +1612,6 @@ def every_layer(dit_path):
             for name, module in linears if isinstance(module, quant.QuantLinear)}
 
 
-def spelled(layers, spelling, alpha=None):
-    name_of, up_ending, down_ending = spelling
-    lora = {}
-    for layer, (up, down) in layers.items():
-        lora |= {f"{name_of(layer)}.{up_ending}": up, f"{name_of(layer)}.{down_ending}": down}
-        lora |= {} if alpha is None else {f"{name_of(layer)}.alpha": torch.tensor(alpha)}
-    return lora
-
-
-USUAL = (lambda name: f"diffusion_model.{name}", "lora_up.weight", "lora_down.weight")
-
-
 @torch.no_grad()
 def velocity_with(dit_path, *files):
     """A velocity of the small DiT with LoRAs at strength 0.5, and the line about the last one."""
@@ -1629,11 +1619,11 @@ def velocity_with(dit_path, *files):
     return dit(**dit_inputs(1, 4, 6, 5)), dit.loras[-1:]
 
 
-@pytest.mark.parametrize("naming", SPELLINGS)
+@pytest.mark.parametrize("naming", [*SPELLINGS][1:])
 def test_every_programs_names_are_read(naming, every_layer, dit_path, lora_file):
     layers = {name: factors for name, factors in every_layer.items() if name.startswith(PARTLY.get(naming, ""))}
-    usual = lora_file(spelled(layers, USUAL, alpha=8.0), name="usual")
-    lora = lora_file(spelled(layers, SPELLINGS[naming], alpha=8.0))
+    usual = lora_file(spelled(layers, alpha=8.0), name="usual")
+    lora = lora_file(spelled(layers, naming, alpha=8.0))
     expected, _ = velocity_with(dit_path, usual)
     got, line = velocity_with(dit_path, lora)
     assert torch.equal(got, expected) and line == [f"lora: {len(layers)} layers"]
@@ -1646,19 +1636,19 @@ PEFT_CONFIG = {"r": 4, "lora_alpha": 16, "use_rslora": False, "alpha_pattern": {
 @pytest.mark.parametrize("place", ["diffusers", "adapter_model.safetensors", "peft/"])
 def test_alpha_is_where_diffusers_and_peft_keep_it(place, every_layer, dit_path, lora_file, tmp_path):
     """diffusers writes the file itself. One pattern gives q of self-attention another alpha."""
-    usual = spelled(every_layer, USUAL, alpha=16.0)
+    usual = spelled(every_layer, alpha=16.0)
     usual |= {name: torch.tensor(2.0) for name in usual if name.endswith("self_attn.q.alpha")}
     expected, _ = velocity_with(dit_path, lora_file(usual))
     if place == "diffusers":
         from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
         path = tmp_path / "diffusers.safetensors"
         WanLoraLoaderMixin.save_lora_weights(
-            str(tmp_path), spelled(every_layer, (diffusers_layer, "lora_B.weight", "lora_A.weight")),
+            str(tmp_path), spelled(every_layer, "bare diffusers"),
             weight_name=path.name, transformer_lora_adapter_metadata=PEFT_CONFIG)
     else:
         path, folder = tmp_path / "peft", tmp_path / "peft"
         folder.mkdir()
-        save_file(spelled(every_layer, SPELLINGS["PEFT"]), folder / "adapter_model.safetensors")
+        save_file(spelled(every_layer, "PEFT"), folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG))
         path = folder if place == "peft/" else folder / place
     assert torch.equal(velocity_with(dit_path, path)[0], expected)
@@ -1668,9 +1658,9 @@ def test_alpha_is_where_diffusers_and_peft_keep_it(place, every_layer, dit_path,
 def test_the_bias_of_lora_b_is_scaled_as_its_weight(alpha, every_layer, dit_path, lora_file):
     """PEFT multiplies all that lora_B gives by alpha / r. diffusers' reading of diff_b has alpha = r."""
     biases = {name: up[:, 0].clone() for name, (up, _) in every_layer.items()}
-    usual = spelled(every_layer, USUAL, alpha) | {
+    usual = spelled(every_layer, alpha=alpha) | {
         f"diffusion_model.{name}.diff_b": bias * (alpha / 4) for name, bias in biases.items()}
-    lora = spelled(every_layer, SPELLINGS["PEFT"]) | {
+    lora = spelled(every_layer, "PEFT") | {
         f"base_model.model.{diffusers_layer(name)}.lora_B.bias": bias for name, bias in biases.items()}
     header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha, "transformer.r": 4})}
     expected, _ = velocity_with(dit_path, lora_file(usual, name="usual"))
@@ -1684,7 +1674,7 @@ def test_the_bias_of_lora_b_is_scaled_as_its_weight(alpha, every_layer, dit_path
     ({"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"(": 1}}, "expected JSON with lora_alpha"),
     ([], "expected JSON with lora_alpha")])
 def test_an_alpha_that_cannot_be_used_is_refused(stored, text, every_layer, dit_path, lora_file):
-    path = lora_file(spelled(every_layer, USUAL), {"lora_adapter_metadata": json.dumps(stored)})
+    path = lora_file(spelled(every_layer), {"lora_adapter_metadata": json.dumps(stored)})
     with pytest.raises(ValueError, match=f"lora: .*{text}"):
         wan_fp4.load_dit(dit_path, "meta", loras=[(path, 1.0)])
 
@@ -3028,7 +3018,7 @@ def test_pairs_of_experts(pair, two_experts, place):
     (None, None, None)])
 def test_loras_are_for_both_experts_or_none(high, low, text, two_experts, every_layer, lora_file):
     """A LoRA of Wan2.1 fits, without its parts for the image."""
-    a = lora_file(spelled(every_layer, USUAL), name="a")
+    a = lora_file(spelled(every_layer), name="a")
     settings = sample.Settings(loras=((a, 1.0),) if high else (), loras_low=((a, 1.0),) if low else ())
     files = two_experts[1] | {flag: demo_files()[flag] for flag in ("text-encoder", "vae")}
     with pytest.raises(ValueError, match=text) if text else contextlib.nullcontext():

@@ -49,7 +49,6 @@ import wan_fp4
 from test_all import (  # among them fixtures, which pytest finds by their names
     DEMO,
     HIDDEN,
-    NAMINGS,
     OTHER_PROMPT,
     PEAK,
     PHOTO,
@@ -75,6 +74,7 @@ from test_all import (  # among them fixtures, which pytest finds by their names
     run_python,
     same_bits,
     same_tensors,
+    spelled,
     through_nvfp4,
     tiny,
     waits_on_a_gpu,
@@ -590,24 +590,21 @@ def test_mixed_or_damaged_lightx2v_files_are_refused(lightx2v_dit, out, change, 
 def two_loras(folder, naming="ComfyUI", dtype=torch.float32):
     """Two LoRA files for checkpoint(), with factors, whole differences and a layer that is not there, their
     strengths, and what they add to each tensor, in float64."""
-    prefix, query, up_name, down_name = NAMINGS[naming]
     g, total, loras = torch.Generator().manual_seed(1), {}, []
 
     def add(name, difference):
         total[name] = total.get(name, 0) + difference
     for file, strength, rank, alpha in (("a", 0.5, 4, 2.0), ("b", -2.0, 8, None)):
         up, down = (torch.randn(s, generator=g).mul(0.1).to(dtype) for s in ((WIDTH, rank), (rank, WIDTH)))
-        tensors = {f"{prefix}blocks.1.{query}.{up_name}": up, f"{prefix}blocks.1.{query}.{down_name}": down}
-        if alpha:
-            tensors[f"{prefix}blocks.1.{query}.alpha"] = torch.tensor(alpha)
+        tensors = spelled({"blocks.1.self_attn.q": (up, down)}, naming, alpha)
         add("blocks.1.self_attn.q.weight", strength * (alpha or rank) / rank * up.double() @ down.double())
         for layer, ending, part, shape in (("blocks.0.ffn.2", "diff", "weight", (WIDTH, HIDDEN)),
                                            ("blocks.0.ffn.2", "diff_b", "bias", (WIDTH,)),
                                            ("blocks.1.self_attn.norm_q", "diff", "weight", (WIDTH,)),
                                            ("blocks.0", "diff_m", "modulation", (1, 6, WIDTH))):
-            tensors[f"{prefix}{layer}.{ending}"] = torch.randn(shape, generator=g).mul(0.1).to(dtype)
-            add(f"{layer}.{part}", strength * tensors[f"{prefix}{layer}.{ending}"].double())
-        tensors[f"{prefix}blocks.7.norm3.diff"] = torch.ones(WIDTH, dtype=dtype)
+            tensors[f"{layer}.{ending}"] = torch.randn(shape, generator=g).mul(0.1).to(dtype)
+            add(f"{layer}.{part}", strength * tensors[f"{layer}.{ending}"].double())
+        tensors["blocks.7.norm3.diff"] = torch.ones(WIDTH, dtype=dtype)
         save_file(tensors, folder / f"{file}.safetensors")
         loras.append((folder / f"{file}.safetensors", strength))
     return loras, total
@@ -617,7 +614,7 @@ def merged(path, loras):
     return extra.loras.MergedSource(path, [f"{file}:{strength}" for file, strength in loras])
 
 
-@pytest.mark.parametrize("naming", ["ComfyUI", "peft", "diffusers"])
+@pytest.mark.parametrize("naming", ["ComfyUI", "PEFT", "diffusers"])
 def test_merged_loras_are_their_sum_in_float64(naming, tmp_path, capsys):
     loras, total = two_loras(tmp_path, naming)
     source = merged(write_checkpoint(tmp_path / "m.safetensors", checkpoint(torch.float32)), loras)
