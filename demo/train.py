@@ -7,6 +7,7 @@ Each stage is a command. An interrupted stage continues from its checkpoint in d
     python demo/train.py latents  encode a set of whole clips with it, once
     python demo/train.py dit      flow matching: DiT, text encoder and image tower together, on those clips
     python demo/train.py distil   continue from there on the sampler's own four steps
+    python demo/train.py pixels   and then with the decoder, on what one sees
     python demo/train.py export   write demo/*.safetensors; convert.py makes the NVFP4 DiT from the bf16 one
 
 The emoji are those of Debian's fonts-noto-color-emoji, which the first stage downloads.
@@ -14,9 +15,11 @@ The emoji are those of Debian's fonts-noto-color-emoji, which the first stage do
 import argparse
 import colorsys
 import functools
+import io
 import math
 import multiprocessing
 import random
+import string
 import subprocess
 import sys
 import time
@@ -401,9 +404,13 @@ def dissimilarity(a, b):
     return 1 - ssim.mean()
 
 
+def visible_loss(out, clips):
+    """With SSIM, as ripples in a plain background cost little in dB but are what one sees."""
+    return vae_loss(out, clips) + 0.5 * dissimilarity(out, clips)
+
+
 def train_decoder(args):
-    """The decoder alone, which leaves the latents, and so the DiT, as they are; with SSIM in the loss, as ripples
-    in a plain background cost little in dB but are what one sees."""
+    """The decoder alone, which leaves the latents, and so the DiT, as they are."""
     import evaluate  # which imports this file
     names, tensors = training_names(), load_file(HERE / "vae.safetensors")
     vae = TrainedVAE(VAE)
@@ -415,7 +422,7 @@ def train_decoder(args):
         with torch.no_grad():
             z, _ = vae.sample_latents(clips)
         out = vae.reconstruct(z)
-        run.update(vae_loss(out, clips) + 0.5 * dissimilarity(out, clips))
+        run.update(visible_loss(out, clips))
         if run.step % 50 == 0:
             run.report(f"{clips.shape[2]} frames: {psnr(out.detach(), clips):.2f} dB")
         if run.step % 250 == 0:
@@ -460,11 +467,16 @@ def clip_pixels(frame):
 cached_vae = functools.cache(wan_fp4.load_vae)  # one for each worker
 
 
-def make_view(i, seed):
-    """The i-th training example: latents of a random scene's first frame and of two of its moves."""
+def view(i, seed):
+    """The i-th training example: a random scene and the numbers of two of its moves."""
+    rng = random.Random(f"{seed} {i}")
+    return random_scene(training_names(), rng), rng.sample(range(len(MOVES)), 2)
+
+
+def encode_view(i, seed):
+    """The latents of a view's first frame and of its two clips, and that frame's pixels for the image tower."""
     torch.set_num_threads(1)
-    rng, vae = random.Random(f"{seed} {i}"), cached_vae(HERE / "vae.safetensors")
-    picture, moves = random_scene(training_names(), rng), rng.sample(range(len(MOVES)), 2)
+    (picture, moves), vae = view(i, seed), cached_vae(HERE / "vae.safetensors")
     clips = torch.stack([render(picture, MOVES[m]) for m in moves])  # (2, 3, F, h, w)
     with torch.no_grad():
         z = vae.encode(torch.cat([sample.first_frame_video(clips[:1, :, 0], FRAMES), clips])).half()
@@ -476,8 +488,8 @@ def train_latents(args):
     training_names()  # before the workers fork, so that they share the pictures
     start, views = time.time(), []
     with multiprocessing.get_context("fork").Pool() as pool:
-        for view in pool.imap(functools.partial(make_view, seed=args.seed), range(args.steps or 720)):
-            views.append(view)
+        for encoded in pool.imap(functools.partial(encode_view, seed=args.seed), range(args.steps or 2000)):
+            views.append(encoded)
             if len(views) % 50 == 0:
                 print(f"{len(views)} views, {(time.time() - start) / len(views):.2f} s each", flush=True)
     save_whole(WORK / "latents.pt", views)
@@ -511,12 +523,12 @@ CLIP_SIZE = 112
 
 def tokenizer_model():
     """A SentencePiece unigram model of the phrases, as bytes: case-insensitive, with UMT5's special ids."""
-    import io
-    out = io.BytesIO()
+    rules, out = WORK / "lower.tsv", io.BytesIO()  # sentencepiece's own rules for all of Unicode take 240 kB
+    rules.write_text("".join(f"{ord(c):X}\t{ord(c.lower()):X}\n" for c in string.ascii_uppercase))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([p for m in MOVES for p in phrases(m)] * 20), model_writer=out, vocab_size=128,
-        hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2)
+        hard_vocab_limit=False, normalization_rule_tsv=str(rules), pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2)
     return out.getvalue()
 
 
@@ -645,14 +657,14 @@ def channel_weights(vae, latents):
 
 
 def flow_matching(velocity, x0, levels, rng):
-    """The error of the velocity between the clips x0 and noise, and the readers' loss. Half of the time at the
-    sampler's own levels of noise."""
+    """The error of the velocity between the clips x0 and noise, the readers' loss, and the level of noise,
+    half of the time one of the sampler's own."""
     noise, u = torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
     own = levels[torch.randint(0, len(levels), (len(x0),), device=x0.device)]
     sigma = torch.where(torch.rand_like(u) < 0.5, own, 5 * u / (1 + 4 * u))
     s = sigma[:, None, None, None, None]
     v, readers = velocity((1 - s) * x0 + s * noise, sigma)
-    return noise - x0 - v, readers
+    return noise - x0 - v, readers, s
 
 
 def distillation(velocity, x0, levels, rng):
@@ -664,43 +676,70 @@ def distillation(velocity, x0, levels, rng):
             x = (1 - after) * (x - sigma * velocity(x, sigma)[0]) + after * torch.randn_like(x)
             sigma = after
     v, readers = velocity(x, sigma)
-    return (x - x0) / sigma - v, readers
+    return (x - x0) / sigma - v, readers, sigma
 
 
-def train_dit(args, distil=False):
+def pixel_loss(vae, latents, picked, seed, rng):
+    """How a random quarter of the frame, decoded from these latents (B, 16, T, H, W), differs from that of the
+    clips, which are (view, which of its two moves). The latents' own error says little about outlines."""
+    mean, std = wan_fp4.latent_statistics(latents.device, latents.shape[1])
+    half = latents.shape[-1] // 2
+    top, left = rng.randint(0, half), rng.randint(0, half)
+    out = vae.reconstruct((latents * std + mean)[..., top:top + half, left:left + half])  # (B, 3, F, h, w)
+    window, clips = tuple(8 * edge for edge in (left, top, left + half, top + half)), []
+    for number, i in picked:
+        picture, moves = view(number, seed)
+        clips.append(render(picture, MOVES[moves[i]], window=window))
+    return visible_loss(out, torch.stack(clips).to(out.device))
+
+
+STAGES = {"dit": (1500, 1e-3, 8), "distil": (600, 5e-4, 8), "pixels": (900, 3e-4, 4)}  # steps, rate, clips a step
+
+
+def train_dit(args):
+    """The stages dit, distil and pixels, each from the averaged weights of the one before."""
     import evaluate  # which imports this file
-    device = args.device
+    device, stage = args.device, args.stage
+    steps, lr, batch = STAGES[stage]
     views = torch.load(WORK / "latents.pt", weights_only=True)
-    vae = wan_fp4.load_vae(HERE / "vae.safetensors", device)
+    vae = TrainedVAE(VAE).to(device)
+    vae.load_state_dict(load_file(HERE / "vae.safetensors"))
     spiece = WORK / "spiece.model"
     if not spiece.exists():
         spiece.write_bytes(tokenizer_model())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     torch.manual_seed(args.seed)
     nets = networks(tokenizer)
-    path, steps, lr = ("distil.pt", 600, 5e-4) if distil else ("dit.pt", 1500, 1e-3)
     if args.start:
         start_from(args.start, nets)
-    if distil and not (WORK / path).exists():
-        nets.load_state_dict(average_of(WORK / "dit.pt"))
-    run = Trainer(nets, WORK / path, args.steps or steps, lr, args.seed, device)
+    path, before = WORK / f"{stage}.pt", {"distil": "dit.pt", "pixels": "distil.pt"}.get(stage)
+    if before and not path.exists():
+        nets.load_state_dict(average_of(WORK / before))
+    if stage == "pixels":
+        nets["decoder"] = vae.decoder
+        if [view(i, args.seed)[1] for i in range(9)] != [v["moves"].tolist() for v in views[:9]]:
+            raise ValueError(f"{WORK}/latents.pt: got another --seed, expected {args.seed}; encode again")
+    run = Trainer(nets, path, args.steps or steps, lr, args.seed, device)
     levels = sample.sigmas("normal", 4, 5.0)[:3].to(device)  # the fourth, 0.024, leaves hardly any noise
     some = torch.stack([v["clips"][0] for v in views[:4]]).float().to(device)
     weights = channel_weights(vae, some)
     while run.step < run.steps:
-        picked = [(run.rng.choice(views), run.rng.randrange(2)) for _ in range(args.batch)]
-        x0 = torch.stack([v["clips"][i] for v, i in picked]).float().to(device)  # (B, 16, T, H, W)
-        y = sample.image_condition(torch.stack([v["condition"] for v, _ in picked]).float().to(device))
-        image = nets["clip"](torch.stack([v["pixels"] for v, _ in picked]).float().to(device))
-        moves = [MOVES[v["moves"][i]] for v, i in picked]
+        picked = [(run.rng.randrange(len(views)), run.rng.randrange(2)) for _ in range(args.batch or batch)]
+        x0 = torch.stack([views[v]["clips"][i] for v, i in picked]).float().to(device)  # (B, 16, T, H, W)
+        y = sample.image_condition(torch.stack([views[v]["condition"] for v, _ in picked]).float().to(device))
+        image = nets["clip"](torch.stack([views[v]["pixels"] for v, _ in picked]).float().to(device))
+        moves = [MOVES[views[v]["moves"][i]] for v, i in picked]
         text = encode_prompts(nets["umt5"], tokenizer, [run.rng.choice(phrases(move)) for move in moves])
 
         def velocity(x, sigma):
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.fast):
                 return with_readers(nets, x, 1000 * sigma.expand(len(x)), text, image, y, moves)
 
-        error, readers = (distillation if distil else flow_matching)(velocity, x0, levels, run.rng)
+        target = flow_matching if stage == "dit" else distillation
+        error, readers, sigma = target(velocity, x0, levels, run.rng)
         loss = (weights * error.float().square()).mean() + 0.1 * readers
+        if stage == "pixels":
+            loss = loss + pixel_loss(vae, x0 + sigma * error.float(), picked, args.seed, run.rng)
         run.update(loss)
         if run.step % 50 == 0:
             run.report(f"loss {loss.item():.4f}  readers {readers.item():.4f}")
@@ -716,9 +755,11 @@ def train_dit(args, distil=False):
 
 def export(args):
     import evaluate  # which imports this file
-    average = average_of(WORK / "distil.pt")
+    average, vae = average_of(WORK / "pixels.pt"), HERE / "vae.safetensors"
     part = {kind: {n[len(kind) + 1:]: t for n, t in average.items() if n.startswith(kind + ".")}
             for kind in ("dit", "umt5", "clip")}
+    decoder = {n: t for n, t in average.items() if n.startswith("decoder.")}
+    save(vae, load_file(vae) | decoder, torch.float16)
     spiece = torch.tensor(list((WORK / "spiece.model").read_bytes()), dtype=torch.uint8)
     save(HERE / "umt5.safetensors", part["umt5"] | {"spiece_model": spiece}, torch.float16)
     # The file has one block more than Wan uses, as CLIP's own has; here it is a copy of the last one
@@ -736,16 +777,16 @@ def export(args):
 @wan_fp4.one_line_errors("train.py", "interrupted; the same command continues from the last checkpoint")
 def main():
     stages = {"vae": train_vae, "decoder": train_decoder, "latents": train_latents, "dit": train_dit,
-              "distil": lambda args: train_dit(args, distil=True), "export": export}
+              "distil": train_dit, "pixels": train_dit, "export": export}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="vae and dit: start from the networks of an "
                         "earlier demo model in this folder, not from scratch")
     parser.add_argument("--steps", type=int, help="optimizer steps, or views to encode")
-    parser.add_argument("--batch", type=int, default=8, help="clips per step of the dit stage")
+    parser.add_argument("--batch", type=int, help="clips per step of dit, distil and pixels")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--fast", action="store_true", help="dit and distil: compute in bfloat16, for a "
+    parser.add_argument("--fast", action="store_true", help="dit, distil and pixels: compute in bfloat16, for a "
                         "GPU or a CPU that has it")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
