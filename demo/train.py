@@ -679,28 +679,27 @@ def distillation(velocity, x0, levels, rng):
     return (x - x0) / sigma - v, readers, sigma
 
 
-def pixel_loss(vae, latents, picked, seed, rng):
-    """How a random quarter of the frame, decoded from these latents (B, 16, T, H, W), differs from that of the
-    clips, which are (view, which of its two moves). The latents' own error says little about outlines."""
+def pixel_loss(vae, latents, scenes, moves, rng):
+    """How a random quarter of the frame, decoded from latents (B, 16, T, H, W), differs from that of the scenes'
+    moves. The latents' own error says little about outlines."""
     mean, std = wan_fp4.latent_statistics(latents.device, latents.shape[1])
     half = latents.shape[-1] // 2
     top, left = rng.randint(0, half), rng.randint(0, half)
     out = vae.reconstruct((latents * std + mean)[..., top:top + half, left:left + half])  # (B, 3, F, h, w)
-    window, clips = tuple(8 * edge for edge in (left, top, left + half, top + half)), []
-    for number, i in picked:
-        picture, moves = view(number, seed)
-        clips.append(render(picture, MOVES[moves[i]], window=window))
+    window = [8 * edge for edge in (left, top, left + half, top + half)]
+    clips = [render(scene, move, window=window) for scene, move in zip(scenes, moves)]
     return visible_loss(out, torch.stack(clips).to(out.device))
 
 
-STAGES = {"dit": (1500, 1e-3, 8), "distil": (600, 5e-4, 8), "pixels": (900, 3e-4, 4)}  # steps, rate, clips a step
+STAGES = {  # optimizer steps, learning rate, clips per step, the stage before
+    "dit": (1500, 1e-3, 8, None), "distil": (600, 5e-4, 8, "dit"), "pixels": (900, 3e-4, 4, "distil")}
 
 
 def train_dit(args):
     """The stages dit, distil and pixels, each from the averaged weights of the one before."""
     import evaluate  # which imports this file
     device, stage = args.device, args.stage
-    steps, lr, batch = STAGES[stage]
+    steps, lr, batch, before = STAGES[stage]
     views = torch.load(WORK / "latents.pt", weights_only=True)
     vae = TrainedVAE(VAE).to(device)
     vae.load_state_dict(load_file(HERE / "vae.safetensors"))
@@ -712,9 +711,9 @@ def train_dit(args):
     nets = networks(tokenizer)
     if args.start:
         start_from(args.start, nets)
-    path, before = WORK / f"{stage}.pt", {"distil": "dit.pt", "pixels": "distil.pt"}.get(stage)
+    path = WORK / f"{stage}.pt"
     if before and not path.exists():
-        nets.load_state_dict(average_of(WORK / before))
+        nets.load_state_dict(average_of(WORK / f"{before}.pt"))
     if stage == "pixels":
         nets["decoder"] = vae.decoder
         if [view(i, args.seed)[1] for i in range(9)] != [v["moves"].tolist() for v in views[:9]]:
@@ -739,7 +738,8 @@ def train_dit(args):
         error, readers, sigma = target(velocity, x0, levels, run.rng)
         loss = (weights * error.float().square()).mean() + 0.1 * readers
         if stage == "pixels":
-            loss = loss + pixel_loss(vae, x0 + sigma * error.float(), picked, args.seed, run.rng)
+            scenes = [view(v, args.seed)[0] for v, _ in picked]
+            loss = loss + pixel_loss(vae, x0 + sigma * error.float(), scenes, moves, run.rng)
         run.update(loss)
         if run.step % 50 == 0:
             run.report(f"loss {loss.item():.4f}  readers {readers.item():.4f}")
@@ -776,8 +776,8 @@ def export(args):
 
 @wan_fp4.one_line_errors("train.py", "interrupted; the same command continues from the last checkpoint")
 def main():
-    stages = {"vae": train_vae, "decoder": train_decoder, "latents": train_latents, "dit": train_dit,
-              "distil": train_dit, "pixels": train_dit, "export": export}
+    stages = {"vae": train_vae, "decoder": train_decoder, "latents": train_latents,
+              **dict.fromkeys(STAGES, train_dit), "export": export}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
